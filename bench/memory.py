@@ -1,0 +1,66 @@
+"""Peak host memory of one call: the resident high-water mark of the process (Linux).
+
+The mark is reset before the call. It sees scratch memory that torch's own counters miss, but not memory the
+allocator already held: measure in a fresh process with the default allocator where the number matters.
+"""
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MALLOC_TUNING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
+
+
+def is_tuned():
+    """Whether this process keeps freed memory instead of handing it back to the system."""
+    return all(os.environ.get(name) == value for name, value in MALLOC_TUNING.items())
+
+
+def _resident():
+    """(now, high-water mark) in bytes."""
+    fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if line.startswith(("VmRSS", "VmHWM")))
+    return tuple(int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+
+
+def peak_of(fn):
+    """Bytes by which the process grew at its highest during fn(), or None where that cannot be told."""
+    gc.collect()
+    try:
+        CLEAR.write_text("5")
+        before, _ = _resident()
+        fn()
+        return None if is_tuned() else max(0, _resident()[1] - before)
+    except OSError:
+        fn()
+        return None
+
+
+def peak_in_fresh_process(op, size, mode, dtype, threads):
+    """(peak bytes, bytes of inputs and outputs) of our provider on one case, default allocator."""
+    code = f"from terrazzo.bench.memory import _report; _report({op!r}, {size!r}, {mode!r}, {dtype!r}, {threads})"
+    env = {k: v for k, v in os.environ.items() if k not in MALLOC_TUNING}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"terrazzo.bench: measuring the memory of {op} failed:\n{done.stderr}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["peak"], found["in_and_out"]
+
+
+def _report(op, size, mode, dtype, threads):
+    import torch
+
+    from .cases import clone_inputs, runner, tensors_of
+    from .suite import all_cases
+
+    torch.set_num_threads(threads)
+    case = next(c for c in all_cases("bamba-9b") if (c.op, c.size, c.mode, c.dtype) == (op, size, mode, dtype))
+    fn = next(p for p in case.providers if p.ours).build()
+    inputs = clone_inputs(case.inputs(1))
+    result = []
+    # The first call pays for the kernel's reusable scratch memory too: it belongs to the peak.
+    peak = peak_of(lambda: result.extend(runner(case, fn, inputs)()))
+    in_and_out = sum(t.numel() * t.element_size() for t in (*tensors_of(list(v for v in inputs.values() if isinstance(v, torch.Tensor))), *result))
+    print(json.dumps({"peak": peak, "in_and_out": in_and_out}))

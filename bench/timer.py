@@ -1,0 +1,116 @@
+"""Timing: interleaved rounds in random order, until the median is known to 1 % or the budget ends.
+
+Nothing here knows what it times, or which clock it reads: a provider is a function without arguments, a clock
+is a function that returns nanoseconds. So the protocol itself is tested with a fake clock.
+"""
+import math
+import random
+import time
+from dataclasses import dataclass, field
+
+TARGET_HALF_WIDTH = 0.01  # of the median: the 95 % interval that ends the rounds
+MIN_SAMPLE_NS = 500_000   # shorter calls are repeated inside one sample, so that the clock's own cost vanishes
+MAX_REPEATS = 1000
+
+
+def quantile(values, q):
+    """Linear interpolation between order statistics."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def median(values):
+    return quantile(values, 0.5)
+
+
+def median_interval(values):
+    """95 % interval of the median from order statistics: no assumption about the distribution."""
+    ordered = sorted(values)
+    n = len(ordered)
+    half = 1.96 * math.sqrt(n) / 2
+    low, high = math.floor(n / 2 - half), math.ceil(n / 2 + half)
+    return ordered[max(low, 0)], ordered[min(high, n - 1)]
+
+
+def is_settled(values):
+    """Whether the 95 % interval of the median lies within 1 % of it."""
+    if len(values) < 6:  # below six samples the interval is the whole range and says nothing
+        return False
+    low, high = median_interval(values)
+    return high - low <= 2 * TARGET_HALF_WIDTH * median(values)
+
+
+@dataclass
+class Timing:
+    """Samples of one provider, in nanoseconds a call."""
+
+    samples: list[float] = field(default_factory=list)
+    first_call_ns: float | None = None
+    repeats: int = 1   # calls inside one sample
+    dropped: int = 0   # rounds thrown away because the machine was busy
+
+    def summary(self):
+        return {
+            "median_ms": median(self.samples) / 1e6,
+            "p20_ms": quantile(self.samples, 0.2) / 1e6,
+            "p80_ms": quantile(self.samples, 0.8) / 1e6,
+            "min_ms": min(self.samples) / 1e6,
+            "n": len(self.samples),
+            "noisy": not is_settled(self.samples),
+            "repeats": self.repeats,
+            "dropped_rounds": self.dropped,
+            "first_call_ms": None if self.first_call_ns is None else self.first_call_ns / 1e6,
+        }
+
+
+def time_once(fn, clock=time.perf_counter_ns):
+    start = clock()
+    fn()
+    return clock() - start
+
+
+def interleave(providers, budget_s, *, clock=time.perf_counter_ns, seed=0, min_rounds=7, max_rounds=400, machine_is_free=None, on_round=None):
+    """Times every provider of {name: fn} round by round, in a new random order each round -> {name: Timing}.
+
+    Ends when every median is settled, or when the budget is spent and each provider has `min_rounds` samples
+    (3 where one round alone outlasts the budget). `machine_is_free()` is asked around each round; a round next
+    to a "no" is dropped, as long as budget is left. `on_round(spent_fraction)` feeds a progress bar.
+    """
+    timings = {name: Timing() for name in providers}
+    for name, fn in providers.items():
+        fn()  # warm-up: the first call was timed apart
+        once = max(time_once(fn, clock), 1)
+        timings[name].repeats = min(MAX_REPEATS, max(1, math.ceil(MIN_SAMPLE_NS / once)))
+    order, shuffle = list(providers), random.Random(seed).shuffle
+    start = clock()
+    free_before = machine_is_free() if machine_is_free else True
+    for _ in range(max_rounds):
+        shuffle(order)
+        round_samples = {}
+        for name in order:
+            fn, repeats = providers[name], timings[name].repeats
+            begin = clock()
+            for _ in range(repeats):
+                fn()
+            round_samples[name] = (clock() - begin) / repeats
+        free_after = machine_is_free() if machine_is_free else True
+        spent = (clock() - start) / 1e9
+        keep = (free_before and free_after) or spent > budget_s
+        free_before = free_after
+        for name, timing in timings.items():
+            if keep:
+                timing.samples.append(round_samples[name])
+            else:
+                timing.dropped += 1
+        rounds = len(timings[order[0]].samples)
+        if on_round:
+            on_round(min(1.0, max(spent / budget_s, rounds / max_rounds)))
+        if rounds >= min_rounds and all(is_settled(t.samples) for t in timings.values()):
+            break
+        enough = 3 if spent > 2 * budget_s else min_rounds
+        if spent > budget_s and rounds >= enough:
+            break
+    return timings

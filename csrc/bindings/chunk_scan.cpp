@@ -1,0 +1,120 @@
+#include "glue.h"
+
+namespace terrazzo {
+namespace {
+
+constexpr const char* kOp = "mamba_chunk_scan_combined";
+
+// What forward and backward share: converted operands, checked shapes, segments.
+struct ScanCall {
+  Tensor x, dt, A, B, C;
+  OptTensor D, dt_bias, initial;
+  ScalarType acc;
+  std::vector<Segment> segments;
+  int64_t sequences;
+  ChunkScanParams p{};
+
+  ScanCall(const Tensor& x_in, const Tensor& dt_in, const Tensor& A_in, const Tensor& B_in, const Tensor& C_in, const OptTensor& D_in,
+           const OptTensor& dt_bias_in, const OptTensor& initial_in, const OptTensor& seq_idx, const OptTensor& cu_seqlens,
+           bool dt_softplus, double dt_min, double dt_max)
+      : x(x_in), dt(dt_in), A(A_in), B(B_in), C(C_in), D(D_in), dt_bias(dt_bias_in), initial(initial_in) {
+    check_shape(x, {-1, -1, -1, -1}, kOp, "x");
+    check_shape(B, {x.size(0), x.size(1), -1, -1}, kOp, "B");
+    check_cpu(x, kOp, "x");
+    p.B = x.size(0), p.L = x.size(1), p.H = x.size(2), p.P = x.size(3), p.G = B.size(2), p.N = B.size(3);
+    TZ_CHECK(p.G > 0 && p.H % p.G == 0, kOp, "the groups of B must divide the ", p.H, " heads, got ", p.G);
+    check_shape(C, {p.B, p.L, p.G, p.N}, kOp, "C");
+    check_shape(dt, {p.B, p.L, p.H}, kOp, "dt");
+    check_shape(A, {p.H}, kOp, "A");
+    if (D && D->dim() == 2) check_shape(*D, {p.H, p.P}, kOp, "D");
+    else check_shape(D, {p.H}, kOp, "D");
+    check_shape(dt_bias, {p.H}, kOp, "dt_bias");
+    sequences = num_sequences(p.B, cu_seqlens);
+    check_shape(initial, {sequences, p.H, p.P, p.N}, kOp, "initial_states");
+    segments = make_segments(p.B, p.L, seq_idx, cu_seqlens, kOp);
+    acc = acc_scalar(x.scalar_type());
+    x = unit_stride_last(x);
+    B = unit_stride_last(cast(B, x.scalar_type()));
+    C = unit_stride_last(cast(C, x.scalar_type()));
+    if (acc == ScalarType::Double || dt.scalar_type() == ScalarType::Double) dt = cast(dt, acc);
+    A = cast_contiguous(A, acc);
+    D = cast_contiguous(D, acc);
+    dt_bias = cast_contiguous(dt_bias, acc);
+    initial = cast_contiguous(initial, acc);
+    p.x_dtype = dtype_from(x.scalar_type(), kOp, "x");
+    p.dt_dtype = dtype_from(dt.scalar_type(), kOp, "dt");
+    p.state_dtype = dtype_from(acc, kOp, "states");
+    p.dt_softplus = dt_softplus, p.dt_min = dt_min, p.dt_max = dt_max;
+    p.D_has_p = D && D->dim() == 2;
+    p.x = data(x), p.x_stride_b = x.stride(0), p.x_stride_l = x.stride(1), p.x_stride_h = x.stride(2);
+    p.dt = data(dt), p.dt_stride_b = dt.stride(0), p.dt_stride_l = dt.stride(1), p.dt_stride_h = dt.stride(2);
+    p.A = data(A), p.D = data(D), p.dt_bias = data(dt_bias);
+    p.Bm = data(B), p.B_stride_b = B.stride(0), p.B_stride_l = B.stride(1), p.B_stride_g = B.stride(2);
+    p.C = data(C), p.C_stride_b = C.stride(0), p.C_stride_l = C.stride(1), p.C_stride_g = C.stride(2);
+    p.segments = segments.data(), p.num_segments = static_cast<int64_t>(segments.size());
+    p.initial_states = data(initial);
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> chunk_scan_fwd(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+    const OptTensor& D, const OptTensor& z_in, const OptTensor& dt_bias, const OptTensor& initial_states, const OptTensor& seq_idx,
+    const OptTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max, bool return_final_states) {
+  ScanCall call(x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max);
+  ChunkScanParams& p = call.p;
+  check_shape(z_in, {p.B, p.L, p.H, p.P}, kOp, "z");
+  OptTensor z;
+  if (z_in) {
+    z = unit_stride_last(cast(*z_in, x.scalar_type()));
+    p.z = data(z), p.z_stride_b = z->stride(0), p.z_stride_l = z->stride(1), p.z_stride_h = z->stride(2);
+  }
+  Tensor y = empty(x, {p.B, p.L, p.H, p.P}, x.scalar_type());
+  p.y = mutable_data(y);
+  Tensor states = empty(x, return_final_states ? std::vector<int64_t>{call.sequences, p.H, p.P, p.N} : std::vector<int64_t>{0}, call.acc);
+  if (return_final_states) p.final_states = mutable_data(states);
+  cpu::run_chunk_scan_fwd(p);
+  return {y, states};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_bwd(const Tensor& dy_in,
+    const OptTensor& dfinal_in, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+    const OptTensor& D, const OptTensor& dt_bias, const OptTensor& initial_states, const OptTensor& seq_idx,
+    const OptTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max) {
+  ScanCall call(x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max);
+  ChunkScanParams& p = call.p;
+  check_shape(dy_in, {p.B, p.L, p.H, p.P}, kOp, "dy");
+  check_shape(dfinal_in, {call.sequences, p.H, p.P, p.N}, kOp, "dfinal_states");
+  Tensor dy = cast(dy_in, x.scalar_type());
+  if (dy.stride(3) != 0) dy = unit_stride_last(dy);
+  p.dy = data(dy);
+  p.dy_stride_b = dy.stride(0), p.dy_stride_l = dy.stride(1), p.dy_stride_h = dy.stride(2);
+  p.dy_stride_p = p.P == 1 ? 1 : dy.stride(3);
+  const OptTensor dfinal = cast_contiguous(dfinal_in, call.acc);
+  p.dfinal_states = data(dfinal);
+  const ScalarType acc = call.acc;
+  Tensor dx = empty(x, {p.B, p.L, p.H, p.P}, x.scalar_type());
+  Tensor ddt = empty(x, {p.B, p.L, p.H}, acc), dA = empty(x, {p.H}, acc);
+  Tensor dB = empty(x, {p.B, p.L, p.G, p.N}, acc), dC = empty(x, {p.B, p.L, p.G, p.N}, acc);
+  p.dx = mutable_data(dx), p.ddt = mutable_data(ddt), p.dA = mutable_data(dA), p.dB = mutable_data(dB), p.dC = mutable_data(dC);
+  Tensor dD = absent(x), ddt_bias = absent(x), dinitial = absent(x);
+  if (D) {
+    dD = empty(x, p.D_has_p ? std::vector<int64_t>{p.H, p.P} : std::vector<int64_t>{p.H}, acc);
+    p.dD = mutable_data(dD);
+  }
+  if (dt_bias) {
+    ddt_bias = empty(x, {p.H}, acc);
+    p.ddt_bias = mutable_data(ddt_bias);
+  }
+  if (initial_states) {
+    dinitial = empty(x, {call.sequences, p.H, p.P, p.N}, acc);
+    p.dinitial_states = mutable_data(dinitial);
+  }
+  cpu::run_chunk_scan_bwd(p);
+  if (D) dD = cast(dD, D->scalar_type());
+  if (dt_bias) ddt_bias = cast(ddt_bias, dt_bias->scalar_type());
+  if (initial_states) dinitial = cast(dinitial, initial_states->scalar_type());
+  return {dx, cast(ddt, dt.scalar_type()), cast(dA, A.scalar_type()), cast(dB, B.scalar_type()), cast(dC, C.scalar_type()), dD, ddt_bias, dinitial};
+}
+
+}  // namespace terrazzo

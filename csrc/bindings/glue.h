@@ -1,0 +1,130 @@
+// The thin layer between torch's stable ABI and the torch-free kernels: pointers, strides, dtypes, segments.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../common/params.h"
+#include "../cpu/kernels.h"
+
+namespace terrazzo {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// A broken rule: the message starts with the op's public name.
+#define TZ_CHECK(cond, op, ...) STD_TORCH_CHECK(cond, "terrazzo.", op, ": ", __VA_ARGS__)
+
+inline DType dtype_from(ScalarType t, const char* op, const char* name) {
+  switch (t) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: TZ_CHECK(false, op, name, " must be float32, float64, bfloat16 or float16, got ", torch::headeronly::toString(t));
+  }
+}
+inline ScalarType acc_scalar(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+// What an op returns in place of a tensor that nobody asked for.
+inline Tensor absent(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
+inline Tensor cast(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
+inline OptTensor cast(const OptTensor& t, ScalarType dtype) { return t ? OptTensor(cast(*t, dtype)) : std::nullopt; }
+inline Tensor cast_contiguous(const Tensor& t, ScalarType dtype) {
+  Tensor c = cast(t, dtype);
+  return c.is_contiguous() ? c : torch::stable::contiguous(c);
+}
+inline OptTensor cast_contiguous(const OptTensor& t, ScalarType dtype) {
+  return t ? OptTensor(cast_contiguous(*t, dtype)) : std::nullopt;
+}
+// The tensor itself where its last dimension has unit stride, else a contiguous copy.
+inline Tensor unit_stride_last(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.stride(last) == 1 || t.size(last) <= 1 ? t : torch::stable::contiguous(t);
+}
+inline const void* data(const Tensor& t) { return t.const_data_ptr(); }
+inline const void* data(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+inline void* mutable_data(const Tensor& t) { return t.mutable_data_ptr(); }
+inline void* mutable_data(const OptTensor& t) { return t ? t->mutable_data_ptr() : nullptr; }
+
+inline void check_cpu(const Tensor& t, const char* op, const char* name) {
+  TZ_CHECK(t.is_cpu(), op, name, " must be on the CPU for the cpu backend");
+}
+// Rank and sizes; -1 accepts any size.
+void check_shape(const Tensor& t, const std::vector<int64_t>& shape, const char* op, const char* name);
+void check_shape(const OptTensor& t, const std::vector<int64_t>& shape, const char* op, const char* name);
+
+// The independent sequences of a batch: rows, split where seq_idx [B, L] int32 changes, or the ranges of
+// cu_seqlens [S + 1] int32 (B must be 1). The first segment of a row (range) takes its initial state, the last
+// one that isn't padding gives its final state; negative seq_idx is padding.
+std::vector<Segment> make_segments(int64_t B, int64_t L, const OptTensor& seq_idx, const OptTensor& cu_seqlens, const char* op);
+inline int64_t num_sequences(int64_t B, const OptTensor& cu_seqlens) { return cu_seqlens ? cu_seqlens->numel() - 1 : B; }
+
+// int32 slots of each row in a state with num_slots slots: -1 (a padding row) or a slot. Null when row b owns slot b.
+const int32_t* checked_slots(const OptTensor& indices, int64_t B, int64_t num_slots, const char* op, const char* name);
+
+namespace cpu {
+enum class Isa { portable, avx2, avx512 };
+// Chosen once: TERRAZZO_CPU_ISA, else the best that this machine runs. Throws if a forced one cannot run.
+Isa isa();
+const char* isa_name();
+
+// How often each kernel ran: the proof of which backend served a call.
+#define TZ_ENUM(name, Params) name##_id,
+enum KernelId { TZ_CPU_KERNELS(TZ_ENUM) kNumKernels };
+#undef TZ_ENUM
+void count(KernelId id);
+uint64_t kernel_count(int id);
+void reset_kernel_counts();
+extern const char* const kKernelNames[kNumKernels];
+
+#define TZ_RUN(name, Params)                           \
+  inline void run_##name(const Params& params) {       \
+    count(name##_id);                                  \
+    switch (isa()) {                                   \
+      case Isa::avx512: return avx512::name(params);   \
+      case Isa::avx2: return avx2::name(params);       \
+      case Isa::portable: return portable::name(params); \
+    }                                                  \
+  }
+TZ_CPU_KERNELS(TZ_RUN)
+#undef TZ_RUN
+}  // namespace cpu
+
+// The ops themselves (csrc/library.cpp holds their schemas).
+std::tuple<Tensor, Tensor> causal_conv1d_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+    const OptTensor& seq_idx, const OptTensor& cu_seqlens, const OptTensor& initial_states, bool return_final_states, bool silu);
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
+    const OptTensor& bias, const OptTensor& seq_idx, const OptTensor& cu_seqlens, const OptTensor& initial_states,
+    const OptTensor& dfinal_states, bool silu);
+Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Tensor& weight, const OptTensor& bias, bool silu,
+    const OptTensor& cache_seqlens, const OptTensor& conv_state_indices);
+Tensor causal_conv1d_varlen_states(const Tensor& x, const Tensor& cu_seqlens, int64_t state_len);
+std::tuple<Tensor, Tensor> chunk_scan_fwd(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+    const OptTensor& D, const OptTensor& z, const OptTensor& dt_bias, const OptTensor& initial_states, const OptTensor& seq_idx,
+    const OptTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max, bool return_final_states);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_bwd(const Tensor& dy,
+    const OptTensor& dfinal_states, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+    const OptTensor& D, const OptTensor& dt_bias, const OptTensor& initial_states, const OptTensor& seq_idx,
+    const OptTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max);
+Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+    const Tensor& C, const OptTensor& D, const OptTensor& z, const OptTensor& dt_bias, bool dt_softplus,
+    const OptTensor& state_batch_indices);
+Tensor rmsnorm_gated_fwd(const Tensor& x, const Tensor& weight, const OptTensor& z, double eps, int64_t group_size,
+    bool norm_before_gate);
+std::tuple<Tensor, Tensor, Tensor> rmsnorm_gated_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const OptTensor& z,
+    double eps, int64_t group_size, bool norm_before_gate);
+double calibrate(const Tensor& buffer, int64_t kind, int64_t iterations);
+
+}  // namespace terrazzo

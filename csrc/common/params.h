@@ -1,0 +1,129 @@
+// Arguments of every native kernel: raw pointers, element strides, sizes. Shared by csrc/cpu and csrc/cuda.
+// Strides are in elements. Optional pointers may be null. Everything has been checked by the caller.
+#pragma once
+#include "segments.h"
+#include "types.h"
+
+namespace terrazzo {
+
+// Causal depthwise convolution: y[b,d,l] = act(bias[d] + sum_w weight[d,w] * x[b,d,l-(W-1)+w]).
+// Before the first position of a segment stand its initial state (W-1 values) or zeros.
+struct CausalConv1dParams {
+  DType x_dtype, weight_dtype, state_dtype;  // x, y, dy, dx | weight, bias | initial and final states
+  int64_t B, D, L, W;                        // W in 2..4
+  bool silu;
+  const void* x;  int64_t x_stride_b, x_stride_d, x_stride_l;        // [B, D, L], stride_d == 1 or stride_l == 1
+  const void* weight;  int64_t weight_stride_d, weight_stride_w;     // [D, W]
+  const void* bias;                                                  // [D] contiguous, or null
+  void* y;  int64_t y_stride_b, y_stride_d, y_stride_l;              // [B, D, L], laid out like x
+  const Segment* segments;  int64_t num_segments;                    // cover every position of every row once
+  const void* initial_states;  int64_t init_stride_s, init_stride_d, init_stride_w;    // [*, D, W-1] or null
+  void* final_states;  int64_t final_stride_s, final_stride_d, final_stride_w;         // [*, D, W-1] or null
+  // backward only (dy any strides; dweight, dbias in the accumulation type: float, or double for double)
+  const void* dy;  int64_t dy_stride_b, dy_stride_d, dy_stride_l;
+  const void* dfinal_states;  int64_t dfinal_stride_s, dfinal_stride_d, dfinal_stride_w;  // state_dtype, or null
+  void* dx;  int64_t dx_stride_b, dx_stride_d, dx_stride_l;          // laid out like x
+  void* dweight;                                                     // [D, W] contiguous
+  void* dbias;                                                       // [D] or null
+  void* dinitial_states;  int64_t dinit_stride_s, dinit_stride_d, dinit_stride_w;      // state_dtype, or null
+};
+
+// One or a few new positions against a rolling state of the last inputs, updated in place.
+struct CausalConv1dUpdateParams {
+  DType x_dtype, weight_dtype, state_dtype;
+  int64_t B, D, L, W;
+  int64_t state_len, num_slots;              // state_len >= W-1
+  bool silu;
+  const void* x;  int64_t x_stride_b, x_stride_d, x_stride_l;        // [B, D, L]
+  void* conv_state;  int64_t state_stride_s, state_stride_d, state_stride_w;  // [num_slots, D, state_len]
+  const void* weight;  int64_t weight_stride_d, weight_stride_w;
+  const void* bias;
+  void* y;  int64_t y_stride_b, y_stride_d, y_stride_l;
+  const int32_t* cache_seqlens;              // [B] or null: the state is a circular buffer, next write at seqlen % state_len
+  const int32_t* conv_state_indices;         // [B] or null: slot of each row; -1 = padding row (y = 0, no update)
+};
+
+// Mamba-2 scan: per head h (group g = h / (H/G)), with dt' = clamp(softplus?(dt + dt_bias), dt_min, dt_max),
+//   state[p,n] = exp(dt' A) state[p,n] + dt' B[n] x[p],   y[p] = sum_n C[n] state[p,n] + D x[p],  y *= silu(z).
+struct ChunkScanParams {
+  DType x_dtype;     // x, z, B, C, y and dy (the glue converts where a caller mixes them)
+  DType dt_dtype;    // dt
+  DType state_dtype; // f32, or f64 for double: A, D, dt_bias, states, and all their gradients
+  int64_t B, L, H, P, G, N;
+  bool dt_softplus;  double dt_min, dt_max;
+  bool D_has_p;                                                      // D is [H, P] rather than [H]
+  const void* x;  int64_t x_stride_b, x_stride_l, x_stride_h;        // [B, L, H, P], P unit stride
+  const void* dt;  int64_t dt_stride_b, dt_stride_l, dt_stride_h;    // [B, L, H]
+  const void* A;                                                     // [H] contiguous, as are D and dt_bias
+  const void* Bm;  int64_t B_stride_b, B_stride_l, B_stride_g;       // [B, L, G, N], N unit stride
+  const void* C;  int64_t C_stride_b, C_stride_l, C_stride_g;        // [B, L, G, N], N unit stride
+  const void* D;                                                     // [H] or [H, P], or null
+  const void* z;  int64_t z_stride_b, z_stride_l, z_stride_h;        // like x, or null (null in the backward)
+  const void* dt_bias;                                               // [H] or null
+  void* y;                                                           // [B, L, H, P] contiguous
+  const Segment* segments;  int64_t num_segments;                    // cover every position of every row once
+  const void* initial_states;                                        // [*, H, P, N] contiguous, or null
+  void* final_states;                                                // [*, H, P, N] contiguous, or null
+  // backward only; every gradient is contiguous
+  const void* dy;  int64_t dy_stride_b, dy_stride_l, dy_stride_h, dy_stride_p;  // [B, L, H, P], P stride 0 or 1
+  const void* dfinal_states;                                         // [*, H, P, N] or null
+  void* dx;                                                          // [B, L, H, P] x_dtype
+  void* ddt;                                                         // [B, L, H] state_dtype (w.r.t. the raw dt)
+  void* dA;                                                          // [H] state_dtype
+  void* dB;  void* dC;                                               // [B, L, G, N] state_dtype
+  void* dD;                                                          // like D, or null
+  void* ddt_bias;                                                    // [H] or null
+  void* dinitial_states;                                             // like initial_states, or null
+};
+
+// One decoding step of the scan, state updated in place. Mamba-2 callers expand dt, A, D and dt_bias with stride 0
+// over P (and N): such strides take the per-head path. Mamba-1 is H = 1 with A [P, N] and dt [B, P].
+struct StateUpdateParams {
+  DType state_dtype;   // state
+  DType x_dtype;       // x, z, B, C, out
+  DType dt_dtype;      // dt
+  DType param_dtype;   // A, D, dt_bias: f32, or f64 for double
+  int64_t B, H, P, G, N, num_slots;
+  bool dt_softplus;
+  void* state;  int64_t state_stride_s, state_stride_h, state_stride_p;        // [num_slots, H, P, N], N unit stride
+  const void* x;  int64_t x_stride_b, x_stride_h, x_stride_p;                  // [B, H, P]
+  const void* dt;  int64_t dt_stride_b, dt_stride_h, dt_stride_p;              // [B, H, P]
+  const void* A;  int64_t A_stride_h, A_stride_p, A_stride_n;                  // [H, P, N]
+  const void* Bm;  int64_t B_stride_b, B_stride_g, B_stride_n;                 // [B, G, N]
+  const void* C;  int64_t C_stride_b, C_stride_g, C_stride_n;                  // [B, G, N]
+  const void* D;  int64_t D_stride_h, D_stride_p;                              // [H, P] or null
+  const void* z;  int64_t z_stride_b, z_stride_h, z_stride_p;                  // [B, H, P] or null
+  const void* dt_bias;  int64_t dt_bias_stride_h, dt_bias_stride_p;            // [H, P] or null
+  void* out;                                                                   // [B, H, P] contiguous
+  const int32_t* state_batch_indices;                                          // [B] or null; -1 = padding row (out = 0)
+};
+
+// Gated RMS norm over groups of the last dimension, as mamba_ssm's RMSNormGated:
+//   norm_before_gate: y = rms(x) * weight * silu(z);   else y = rms(x * silu(z)) * weight.
+struct RmsnormGatedParams {
+  DType x_dtype, weight_dtype;         // x, z, y, dy, dx, dz | weight
+  int64_t rows, D, group_size;
+  double eps;
+  bool norm_before_gate;
+  const void* x;  int64_t x_stride;    // [rows, D], row stride
+  const void* z;  int64_t z_stride;    // or null
+  const void* weight;                  // [D]
+  void* y;                             // [rows, D] contiguous
+  // backward only
+  const void* dy;  int64_t dy_stride;  // [rows, D], row stride
+  void* dx;                            // contiguous
+  void* dz;                            // contiguous, or null
+  void* dweight;                       // [D] in the accumulation type
+};
+
+// Loops that measure the machine's limits, for the benchmarks: see csrc/cpu/calibrate.cpp.
+enum class CalibrateKind : int32_t { fma, read, copy, scale };
+constexpr int64_t kCalibrateFmas = 12 * 16 * 4096;  // multiply-adds of one fma iteration in each of 64 chunks
+struct CalibrateParams {
+  CalibrateKind kind;
+  float* buffer;  int64_t count;       // at least 64 floats, 64-byte aligned
+  int64_t iterations;
+  double* checksum;                    // written, so that no loop can be optimised away
+};
+
+}  // namespace terrazzo

@@ -1,0 +1,27 @@
+// Every CPU kernel, once per ISA build. A kernel file defines `void <name>(const <Params>&)` inside
+// namespace terrazzo::cpu::TZ_ISA; `terrazzo::cpu::run(<name>, params)` in the glue calls the build that the
+// machine (or TERRAZZO_CPU_ISA) picks.
+#pragma once
+#include "../common/params.h"
+
+#define TZ_CPU_KERNELS(X)                              \
+  X(causal_conv1d_fwd, CausalConv1dParams)             \
+  X(causal_conv1d_bwd, CausalConv1dParams)             \
+  X(causal_conv1d_update, CausalConv1dUpdateParams)    \
+  X(chunk_scan_fwd, ChunkScanParams)                   \
+  X(chunk_scan_bwd, ChunkScanParams)                   \
+  X(state_update, StateUpdateParams)                   \
+  X(rmsnorm_gated_fwd, RmsnormGatedParams)             \
+  X(rmsnorm_gated_bwd, RmsnormGatedParams)             \
+  X(calibrate, CalibrateParams)
+
+namespace terrazzo { namespace cpu {
+
+#define TZ_DECLARE(name, Params)                     \
+  namespace portable { void name(const Params&); }   \
+  namespace avx2 { void name(const Params&); }       \
+  namespace avx512 { void name(const Params&); }
+TZ_CPU_KERNELS(TZ_DECLARE)
+#undef TZ_DECLARE
+
+}}  // namespace terrazzo::cpu

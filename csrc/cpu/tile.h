@@ -1,0 +1,133 @@
+// Small tiles between memory of any element type and layout, and scratch of the accumulation type.
+//
+// A tile is rows x cols; the memory side has a stride for each (in elements), the scratch side has unit-stride
+// columns. Unit-stride columns move as rows, unit-stride rows as in-register transposes, anything else by element.
+#pragma once
+#include "vec.h"
+
+#define TZ_LAMBDA __attribute__((always_inline))
+
+namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
+
+TZ_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+TZ_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+TZ_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls f(T{}) with the C++ type of a dtype.
+template <class F> TZ_INLINE void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::f64: return f(double{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+  }
+}
+
+TZ_INLINE int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+TZ_INLINE const void* element(const void* base, DType dtype, int64_t i) { return (const char*)base + i * size_of(dtype); }
+TZ_INLINE void* element(void* base, DType dtype, int64_t i) { return (char*)base + i * size_of(dtype); }
+
+template <class A, class S> TZ_INLINE A load1(const S* p) { return static_cast<A>(to_acc(*p)); }
+template <class A, class S> TZ_INLINE void store1(A v, S* p) {
+  if constexpr (sizeof(S) == 2) from_acc(static_cast<float>(v), p);
+  else from_acc(v, p);
+}
+
+// Rows become columns: m[i][j] <-> m[j][i], log2(size) rounds of block swaps.
+template <class A> TZ_INLINE void transpose(Vec<A>* m) {
+  constexpr int size = Vec<A>::size;
+  typedef typename Vec<A>::native native;
+#pragma GCC unroll 4
+  for (int bit = size / 2; bit > 0; bit /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < size; i++) {
+      if (i & bit) continue;
+      const native a = m[i].v, b = m[i + bit].v;
+      native lo, hi;
+      for (int k = 0; k < size; k++) {
+        lo[k] = (k & bit) ? b[k - bit] : a[k];
+        hi[k] = (k & bit) ? b[k] : a[k + bit];
+      }
+      m[i].v = lo;
+      m[i + bit].v = hi;
+    }
+  }
+}
+
+template <class A, class S>
+inline void load_tile(const S* src, int64_t stride_row, int64_t stride_col, int64_t rows, int64_t cols, A* dst, int64_t ld) {
+  constexpr int64_t size = Vec<A>::size;
+  if (stride_col == 1) {
+    for (int64_t r = 0; r < rows; r++) {
+      int64_t c = 0;
+      for (; c + size <= cols; c += size) Vec<A>::load(src + r * stride_row + c).store(dst + r * ld + c);
+      for (; c < cols; c++) dst[r * ld + c] = load1<A>(src + r * stride_row + c);
+    }
+    return;
+  }
+  int64_t done = 0;  // columns done by transposes, for the first rows / size * size rows
+  if (stride_row == 1 && rows >= size) {
+    for (; done + size <= cols; done += size)
+      for (int64_t r = 0; r + size <= rows; r += size) {
+        Vec<A> m[size];
+        for (int64_t i = 0; i < size; i++) m[i] = Vec<A>::load(src + (done + i) * stride_col + r);
+        transpose(m);
+        for (int64_t i = 0; i < size; i++) m[i].store(dst + (r + i) * ld + done);
+      }
+  }
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = r < rows / size * size ? done : 0; c < cols; c++)
+      dst[r * ld + c] = load1<A>(src + r * stride_row + c * stride_col);
+}
+
+template <class A, class S>
+inline void store_tile(const A* src, int64_t ld, S* dst, int64_t stride_row, int64_t stride_col, int64_t rows, int64_t cols) {
+  constexpr int64_t size = Vec<A>::size;
+  if (stride_col == 1) {
+    for (int64_t r = 0; r < rows; r++) {
+      int64_t c = 0;
+      for (; c + size <= cols; c += size) Vec<A>::load(src + r * ld + c).store(dst + r * stride_row + c);
+      for (; c < cols; c++) store1(src[r * ld + c], dst + r * stride_row + c);
+    }
+    return;
+  }
+  int64_t done = 0;
+  if (stride_row == 1 && rows >= size) {
+    for (; done + size <= cols; done += size)
+      for (int64_t r = 0; r + size <= rows; r += size) {
+        Vec<A> m[size];
+        for (int64_t i = 0; i < size; i++) m[i] = Vec<A>::load(src + (r + i) * ld + done);
+        transpose(m);
+        for (int64_t i = 0; i < size; i++) m[i].store(dst + (done + i) * stride_col + r);
+      }
+  }
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = r < rows / size * size ? done : 0; c < cols; c++)
+      store1(src[r * ld + c], dst + r * stride_row + c * stride_col);
+}
+
+// The same with the element type known at run time; base + offset is the tile's first element.
+template <class A>
+inline void load_tile(DType dtype, const void* base, int64_t offset, int64_t stride_row, int64_t stride_col, int64_t rows,
+                      int64_t cols, A* dst, int64_t ld) {
+  with_type(dtype, [&](auto t) {
+    load_tile<A>(static_cast<const decltype(t)*>(base) + offset, stride_row, stride_col, rows, cols, dst, ld);
+  });
+}
+template <class A>
+inline void store_tile(const A* src, int64_t ld, DType dtype, void* base, int64_t offset, int64_t stride_row,
+                       int64_t stride_col, int64_t rows, int64_t cols) {
+  with_type(dtype, [&](auto t) {
+    store_tile<A>(src, ld, static_cast<decltype(t)*>(base) + offset, stride_row, stride_col, rows, cols);
+  });
+}
+
+template <class A> inline void fill_tile(A* dst, int64_t ld, int64_t rows, int64_t cols, A value) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < cols; c++) dst[r * ld + c] = value;
+}
+
+// Outputs above this many bytes bypass the caches: they would only push out what is still needed.
+constexpr int64_t kStreamBytes = 8 << 20;
+
+}}}  // namespace terrazzo::cpu::TZ_ISA

@@ -1,0 +1,77 @@
+// Every native schema on one screen, and the Python module that loads them.
+#include <Python.h>
+
+#include "bindings/glue.h"
+
+STABLE_TORCH_LIBRARY(terrazzo, m) {
+  // causal depthwise convolution: states are (sequences, D, W-1); absent outputs come back empty
+  m.def("causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? cu_seqlens, Tensor? initial_states, bool return_final_states, bool silu) -> (Tensor, Tensor)");
+  m.def("causal_conv1d_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? cu_seqlens, Tensor? initial_states, Tensor? dfinal_states, bool silu) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu, Tensor? cache_seqlens, Tensor? conv_state_indices) -> Tensor");
+  m.def("causal_conv1d_varlen_states(Tensor x, Tensor cu_seqlens, int state_len) -> Tensor");
+  // Mamba-2
+  m.def("chunk_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max, bool return_final_states) -> (Tensor, Tensor)");
+  m.def("chunk_scan_bwd(Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices) -> Tensor");
+  m.def("rmsnorm_gated_fwd(Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> Tensor");
+  m.def("rmsnorm_gated_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> (Tensor, Tensor, Tensor)");
+  // measuring this machine: see bench/roofline.py
+  m.def("calibrate(Tensor(a!) buffer, int kind, int iterations) -> float");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(terrazzo, CPU, m) {
+#define TZ_IMPL(name) m.impl(#name, TORCH_BOX(&terrazzo::name))
+  TZ_IMPL(causal_conv1d_fwd);
+  TZ_IMPL(causal_conv1d_bwd);
+  TZ_IMPL(causal_conv1d_update);
+  TZ_IMPL(causal_conv1d_varlen_states);
+  TZ_IMPL(chunk_scan_fwd);
+  TZ_IMPL(chunk_scan_bwd);
+  TZ_IMPL(selective_state_update);
+  TZ_IMPL(rmsnorm_gated_fwd);
+  TZ_IMPL(rmsnorm_gated_bwd);
+  TZ_IMPL(calibrate);
+#undef TZ_IMPL
+}
+
+namespace {
+
+PyObject* kernel_counts(PyObject*, PyObject*) {
+  PyObject* counts = PyDict_New();
+  for (int i = 0; counts && i < terrazzo::cpu::kNumKernels; i++) {
+    PyObject* n = PyLong_FromUnsignedLongLong(terrazzo::cpu::kernel_count(i));
+    if (!n || PyDict_SetItemString(counts, terrazzo::cpu::kKernelNames[i], n) < 0) {
+      Py_XDECREF(n);
+      Py_DECREF(counts);
+      return nullptr;
+    }
+    Py_DECREF(n);
+  }
+  return counts;
+}
+
+PyObject* reset_kernel_counts(PyObject*, PyObject*) {
+  terrazzo::cpu::reset_kernel_counts();
+  Py_RETURN_NONE;
+}
+
+PyObject* isa(PyObject*, PyObject*) {
+  try {
+    return PyUnicode_FromString(terrazzo::cpu::isa_name());
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+    return nullptr;
+  }
+}
+
+PyMethodDef methods[] = {
+    {"kernel_counts", kernel_counts, METH_NOARGS, "How often each native CPU kernel ran."},
+    {"reset_kernel_counts", reset_kernel_counts, METH_NOARGS, "Sets every count to zero."},
+    {"isa", isa, METH_NOARGS, "The ISA build in use: portable, avx2 or avx512."},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module); }

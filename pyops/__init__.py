@@ -1,0 +1,44 @@
+"""terrazzo: kernels for hybrid, mixture-of-experts and byte-level language models behind one set of PyTorch operators."""
+from importlib.metadata import PackageNotFoundError, version
+
+from .causal_conv1d import (
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    causal_conv1d_varlen_fn,
+    causal_conv1d_varlen_states,
+)
+from .chunk_scan import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+from .dispatch import BackendError, can_run, counters, pick, reset_counters, use_backend
+from .rmsnorm_gated import rmsnorm_gated
+from .state_update import selective_state_update
+
+try:
+    __version__ = version("terrazzo")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0.0.0+source"
+
+__all__ = [
+    "BackendError",
+    "can_run",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "causal_conv1d_varlen_fn",
+    "causal_conv1d_varlen_states",
+    "counters",
+    "mamba_chunk_scan_combined",
+    "mamba_split_conv1d_scan_combined",
+    "patch",
+    "pick",
+    "reset_counters",
+    "rmsnorm_gated",
+    "selective_state_update",
+    "use_backend",
+]
+
+
+def __getattr__(name):
+    if name == "patch":  # kept out of the light import: the drop-in layer knows about transformers
+        from .patching import patch
+
+        return patch
+    raise AttributeError(f"module 'terrazzo' has no attribute {name!r}")

@@ -1,0 +1,82 @@
+"""Argument checks shared by the public functions: which function, which argument, the rule, what came."""
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fail(fn, message, error=ValueError):
+    raise error(f"terrazzo.{fn}: {message}")
+
+
+def describe(value):
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else repr(value)
+
+
+def check_tensor(fn, name, value, ndim, shape_text, like=None, dtypes=FLOATS):
+    """value is a tensor of `ndim` dimensions, an allowed dtype, on `like`'s device."""
+    if not isinstance(value, torch.Tensor):
+        fail(fn, f"{name} must be a tensor {shape_text}, got {type(value).__name__}", TypeError)
+    if value.dim() != ndim:
+        fail(fn, f"{name} must be {shape_text}, got {describe(value)}")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        fail(fn, f"{name} must be {names}, got {str(value.dtype).removeprefix('torch.')}; convert it first", TypeError)
+    if like is not None and value.device != like.device:
+        fail(fn, f"{name} must be on {like.device} like the first argument, got {value.device}; move it first")
+
+
+def check_shape(fn, name, value, shape, shape_text):
+    """value has exactly `shape`; None stands for any size of a dimension."""
+    if any(want is not None and want != got for want, got in zip(shape, value.shape)):
+        text = ", ".join("*" if s is None else str(s) for s in shape)
+        fail(fn, f"{name} must be {shape_text} = ({text}), got {describe(value)}")
+
+
+def check_optional(fn, name, value, shape, shape_text, like, dtypes=FLOATS):
+    if value is not None:
+        check_tensor(fn, name, value, len(shape), shape_text, like, dtypes)
+        check_shape(fn, name, value, shape, shape_text)
+
+
+def check_positive(fn, **sizes):
+    for name, size in sizes.items():
+        if size == 0:
+            fail(fn, f"{name} must be positive, got 0")
+
+
+def check_seq_idx(fn, seq_idx, B, L, like):
+    check_optional(fn, "seq_idx", seq_idx, (B, L), "(B, L)", like, dtypes=(torch.int32,))
+
+
+def check_cu_seqlens(fn, cu_seqlens, B, T, like):
+    """(sequences + 1,) int32, from 0 to T, not decreasing; the batch is one packed row."""
+    if cu_seqlens is None:
+        return
+    check_tensor(fn, "cu_seqlens", cu_seqlens, 1, "(sequences + 1,)", like, dtypes=(torch.int32,))
+    if cu_seqlens.shape[0] < 2:
+        fail(fn, f"cu_seqlens must hold at least one sequence: (sequences + 1,), got {describe(cu_seqlens)}")
+    if B != 1:
+        fail(fn, f"cu_seqlens needs all sequences packed into a batch of 1, got a batch of {B}; use seq_idx for a batch")
+    if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
+        return  # values are checked by the kernel itself; reading them here would break the graph or synchronise
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != T:
+        fail(fn, f"cu_seqlens must start at 0 and end at {T}, the number of positions, got {ends[0]} and {ends[-1]}")
+    for index, (begin, end) in enumerate(zip(ends, ends[1:])):
+        if end < begin:
+            fail(fn, f"cu_seqlens must not decrease, got {begin} then {end} at index {index + 1}")
+
+
+def check_slots(fn, name, indices, B, num_slots, like):
+    """(B,) int32 slots of a state: -1 for a padding row, else below num_slots; without them row b owns slot b."""
+    if indices is None:
+        if num_slots != B:
+            fail(fn, f"the state must have one slot for each of the {B} rows, got {num_slots}; pass {name} to choose slots")
+        return
+    check_tensor(fn, name, indices, 1, "(B,)", like, dtypes=(torch.int32,))
+    check_shape(fn, name, indices, (B,), "(B,)")
+    if torch.compiler.is_compiling() or indices.device.type != "cpu":
+        return
+    for row, slot in enumerate(indices.tolist()):
+        if not -1 <= slot < num_slots:
+            fail(fn, f"{name} must be -1 or below {num_slots}, the number of slots, got {slot} at row {row}")

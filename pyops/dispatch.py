@@ -1,0 +1,168 @@
+"""Which backend serves a call: one function decides, every backend says whether it can and why not.
+
+Order: the `backend=` argument, `with use_backend(...)`, TERRAZZO_BACKEND_<OP>, TERRAZZO_BACKEND, then the
+preference of the tensors' device. A forced backend that cannot run raises BackendError; the automatic choice
+falls back to the reference and logs the reason once.
+"""
+import logging
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Callable
+
+import torch
+
+from . import native
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # then the reference
+logger = logging.getLogger("terrazzo")
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run this call."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One public op: its family (the file that holds it), its native kernels, and what each backend refuses."""
+
+    name: str
+    family: str
+    kernels: tuple[str, ...]  # names in terrazzo._C.kernel_counts(), forward first; () when counted in Python
+    limits: dict[str, Callable] = field(default_factory=dict)  # backend -> (*tensors) -> None | reason
+    env: tuple[str, ...] = ()
+
+
+OPS: dict[str, Op] = {}
+_forced: dict[str, str] = {}  # op or family name, or "" for all -> backend, set by use_backend
+_logged: set[tuple[str, str]] = set()
+_python_counts: dict[str, dict[str, int]] = {}
+
+
+def register(name, family, kernels, **limits):
+    """Declares an op; `limits` maps a backend that serves it to (*tensors) -> None | reason."""
+    env = tuple(dict.fromkeys(f"TERRAZZO_BACKEND_{key.upper()}" for key in (name, family)))
+    OPS[name] = Op(name, family, kernels, limits, (*env, "TERRAZZO_BACKEND"))
+
+
+def _op(name):
+    if name not in OPS:
+        raise ValueError(f"terrazzo: unknown op {name!r}; ops are {', '.join(sorted(OPS))}")
+    return OPS[name]
+
+
+def _check_backend(backend, where):
+    if backend not in BACKENDS:
+        raise ValueError(f"terrazzo: {where} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def can_run(op, backend, *tensors):
+    """None when `backend` can serve `op` on these tensors (None entries are skipped), else the reason it cannot."""
+    entry = _op(op)
+    if backend == "reference":
+        return None
+    limit = entry.limits.get(backend)
+    if limit is None:
+        return f"{op} has no {backend} backend yet"
+    if backend == "cpu":
+        if not native.available:
+            return native.why_not
+        for tensor in tensors:
+            if tensor is not None and tensor.device.type != "cpu":
+                return f"the tensors are on {tensor.device}, not on the cpu"
+    return limit(*tensors)
+
+
+def _wanted(entry, backend):
+    """(backend, who asked) or (None, "")."""
+    if backend is not None:
+        _check_backend(backend, "backend")
+        return backend, "backend argument"
+    if _forced:
+        for key in (entry.name, entry.family, ""):
+            if key in _forced:
+                return _forced[key], "use_backend"
+    for variable in entry.env:
+        value = os.environ.get(variable)
+        if value:
+            _check_backend(value, variable)
+            return value, variable
+    return None, ""
+
+
+def pick(op, *tensors, backend=None):
+    """(backend, reason) for one call of `op` on `tensors`; raises BackendError when a forced backend cannot run."""
+    entry = _op(op)
+    wanted, who = _wanted(entry, backend)
+    if wanted is not None:
+        why = can_run(op, wanted, *tensors)
+        if why is not None:
+            raise BackendError(f"terrazzo.{op}: backend {wanted!r} (asked for by the {who}) cannot run: {why}")
+        return wanted, f"asked for by the {who}"
+    refusals = []
+    for candidate in PREFERENCE.get(tensors[0].device.type, ()):
+        why = can_run(op, candidate, *tensors)
+        if why is None:
+            return candidate, f"preferred on {tensors[0].device.type}"
+        refusals.append(f"{candidate}: {why}")
+    reason = "; ".join(refusals) or f"no kernels for {tensors[0].device.type} tensors"
+    if not torch.compiler.is_compiling() and (op, reason) not in _logged:
+        _logged.add((op, reason))
+        logger.warning("terrazzo.%s runs on the reference backend (correct, slower): %s", op, reason)
+    return "reference", reason
+
+
+@contextmanager
+def use_backend(backend, op=None):
+    """Forces `backend` for every op, or for one op or op family, inside the `with` block (process-wide)."""
+    _check_backend(backend, "backend")
+    known = set(OPS) | {entry.family for entry in OPS.values()}
+    if op is not None and op not in known:
+        raise ValueError(f"terrazzo.use_backend: unknown op {op!r}; ops and families are {', '.join(sorted(known))}")
+    key = op or ""
+    before = _forced.get(key)
+    _forced[key] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[key]
+        else:
+            _forced[key] = before
+
+
+def count(op, backend):
+    """Counts one eager call where no native kernel counts itself."""
+    if not torch.compiler.is_compiling():
+        per_op = _python_counts.setdefault(op, {})
+        per_op[backend] = per_op.get(backend, 0) + 1
+
+
+def counters():
+    """{op: {backend: calls}} since import or reset_counters(): what really ran. Backward kernels count as "<op>_bwd"."""
+    result = {op: dict(counts) for op, counts in _python_counts.items()}
+    kernels = native.kernel_counts()
+    for entry in OPS.values():
+        for suffix, kernel in zip(("", "_bwd"), entry.kernels):
+            if kernels.get(kernel):
+                result.setdefault(entry.name + suffix, {})["cpu"] = kernels[kernel]
+    return result
+
+
+def reset_counters():
+    """Sets every counter to zero."""
+    _python_counts.clear()
+    native.reset_kernel_counts()
+
+
+def cpu_dtypes(*tensors):
+    """The cpu kernels' own limit: None, or why these dtypes are refused."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            return f"dtype {tensor.dtype} is not supported"
+    return None
+
+
+def needs_grad(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

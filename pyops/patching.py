@@ -1,0 +1,484 @@
+"""terrazzo.patch: a Hugging Face model runs on terrazzo's ops, and can be put back.
+
+How: transformers' mixers call module-level functions (causal_conv1d_fn, mamba2_chunk_scan, ...) by name.
+  instance scope   a mixer gets a subclass of its class whose methods look those names up under an alias
+                   (`_terrazzo_causal_conv1d_fn_auto`) in the same module; nothing else of the object changes: no
+                   attribute, no parameter, no state_dict key. Other models stay as they are. Copies and pickles of a
+                   patched module stay patched.
+  class scope      the functions themselves are replaced in transformers' module: every model of the type, made
+                   before or after.
+undo() gives back the very same class and function objects; handles may overlap and be undone in any order.
+"""
+import dis
+import functools
+import importlib
+import inspect
+import json
+import os
+import sys
+import types
+import weakref
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import nn
+
+from . import adapters
+from .recipes import BY_MODULE, RECIPES, modeling_name
+
+
+class PatchError(RuntimeError):
+    """The installed transformers, or this model, isn't what the recipe was written for."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a report: backend is what will run, "transformers" where its own code stays, with the reason."""
+
+    module: str
+    op: str
+    backend: str
+    note: str = ""
+
+
+class Report(list):
+    """The rows of a patch; prints as a table."""
+
+    def __str__(self):
+        if not self:
+            return "nothing to patch"
+        head = ("module", "op", "backend", "note")
+        table = [head] + [(row.module, row.op, row.backend, row.note) for row in self]
+        widths = [max(len(line[i]) for line in table) for i in range(3)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(line, widths)), line[3]]).rstrip() for line in table]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+class Handle:
+    """What patch() did: report() says it, undo() reverts it, and `with patch(model):` undoes it at the end."""
+
+    def __init__(self, rows, targets):
+        self._rows = rows
+        self._targets = targets
+        self._token = next(_tokens)
+        self.active = False
+
+    def report(self):
+        return Report(self._rows)
+
+    def _apply(self):
+        try:
+            for target in self._targets:
+                target.add(self._token)
+        except Exception:
+            self._remove()
+            raise
+        self.active = bool(self._targets)
+        return self
+
+    def _remove(self):
+        for target in reversed(self._targets):
+            target.remove(self._token)
+
+    def undo(self):
+        """Puts everything back as it was before this patch; a second call does nothing."""
+        if self.active:
+            self._remove()
+            self.active = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.undo()
+
+    def __repr__(self):
+        return f"<terrazzo.patch: {len(self._targets)} patched, {'active' if self.active else 'not active'}>"
+
+
+_tokens = count(1)
+
+
+def patch(model_or_model_type, ops="all", backend=None, strict=True, *, scope=None, dry_run=False):
+    """Makes a Hugging Face model run on terrazzo's ops; the numbers stay the same to rounding.
+
+    Args:
+        model_or_model_type: a model (any nn.Module that contains transformers' mixers), a model type such as
+            "bamba", or a directory with a config.json.
+        ops: "all", or names of public ops and op families to replace, e.g. ["causal_conv1d", "rmsnorm_gated"].
+        backend: forces one backend for the patched calls; None chooses per call, and leaves to transformers the
+            calls that no native backend serves.
+        strict: raise where a recipe doesn't fit the installed transformers or the model; False reports it and
+            leaves that part alone.
+        scope: "instance" (this model alone; the default for a model) or "class" (every model of its type; the
+            default for a model type).
+        dry_run: only report.
+
+    Returns:
+        a Handle: `.report()`, `.undo()`, usable as a context manager.
+
+    Raises:
+        ValueError: an unsupported model type (the message lists the supported ones), an unknown op or scope.
+        PatchError: with strict, a recipe that doesn't match.
+    """
+    is_model = isinstance(model_or_model_type, nn.Module)
+    if scope is None:
+        scope = "instance" if is_model else "class"
+    if scope not in ("instance", "class"):
+        raise ValueError(f"terrazzo.patch: scope must be 'instance' or 'class', got {scope!r}")
+    if scope == "instance" and not is_model and not dry_run:
+        raise ValueError(f"terrazzo.patch: scope 'instance' needs a model, got {model_or_model_type!r}; pass the model")
+    wanted = _wanted_ops(ops)
+    if is_model:
+        sites = _sites_of_model(model_or_model_type, strict)
+    else:
+        sites = _sites_of_types(_recipe_keys(model_or_model_type, strict))
+    rows, targets = [], {}
+    for site in sites:
+        problem = _problem(site.key) or _shadowed(site)
+        for name, swap in site.swaps.items():
+            if swap.op not in wanted:
+                continue
+            if problem:
+                if strict:
+                    raise PatchError(f"terrazzo.patch: {site.path}: {problem}; pass strict=False to leave it alone")
+                rows.append(Row(site.path, swap.op, "transformers", problem))
+                continue
+            rows.append(_row(site, swap, backend))
+            if scope == "instance":
+                targets.setdefault(site.path, _Instance(site.module)).chosen[name] = backend
+            else:
+                targets[site.key, name] = _Global(site.key, name, backend)
+        rows += [Row(site.path, name, "transformers", why) for name, why in site.left.items()]
+    handle = Handle(rows, list(targets.values()))
+    return handle if dry_run else handle._apply()
+
+
+def _wanted_ops(ops):
+    known = {}
+    for swap in (swap for recipe in RECIPES.values() for swap in [*recipe.functions.values(), *recipe.norms.values()]):
+        for name in (swap.op, adapters.dispatch.OPS[swap.op].family):
+            known.setdefault(name, set()).add(swap.op)
+    if ops == "all":
+        return set().union(*known.values())
+    names = [ops] if isinstance(ops, str) else list(ops)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"terrazzo.patch: unknown op {name!r}; ops and families are {', '.join(sorted(known))}")
+    return set().union(*(known[name] for name in names))
+
+
+# ---- what there is to patch ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One module of a model, or one class of a type (module None), and what its recipe replaces in it."""
+
+    key: str
+    path: str
+    cls: type
+    module: nn.Module | None
+    swaps: dict
+    left: dict
+
+
+def _site(path, cls, module=None):
+    """The site of a module or class that a recipe knows; None for any other."""
+    cls = _plain(cls)
+    base = next((base for base in cls.__mro__ if base.__module__ in BY_MODULE), None)
+    if base is None:
+        return None
+    key = BY_MODULE[base.__module__]
+    recipe = RECIPES[key]
+    called = _globals_called(cls, base.__module__)
+    swaps = {name: swap for name, swap in recipe.functions.items() if name in called}
+    left = {name: why for name, why in recipe.left.items() if name in called}
+    for owner in cls.__mro__:
+        if owner.__name__ in recipe.norms:
+            swaps[owner.__name__] = recipe.norms[owner.__name__]
+        elif owner.__name__ in recipe.left:
+            left[owner.__name__] = recipe.left[owner.__name__]
+    return _Site(key, path, cls, module, swaps, left) if swaps or left else None
+
+
+def _sites_of_model(model, strict):
+    sites = [_site(path or type(module).__name__, type(module), module) for path, module in model.named_modules()]
+    sites = [site for site in sites if site is not None]
+    if not sites and strict:
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise ValueError(_unsupported(kind))
+    return sites
+
+
+def _sites_of_types(keys):
+    sites = []
+    for key in keys:
+        modeling = importlib.import_module(modeling_name(key))
+        for name, cls in vars(modeling).items():
+            if inspect.isclass(cls) and issubclass(cls, nn.Module) and cls.__module__ == modeling.__name__:
+                site = _site(name, cls)
+                if site is not None:
+                    sites.append(site)
+    return sites
+
+
+def _unsupported(kind):
+    return f"terrazzo.patch: no recipe for model type {kind!r}; supported: {', '.join(sorted(RECIPES))}"
+
+
+def _recipe_keys(model_type, strict):
+    """Recipes for a model type or for the config.json of a directory, the sub-models of composite ones included."""
+    name = os.fspath(model_type)
+    config_file = os.path.join(name, "config.json")
+    if os.path.isfile(config_file):
+        with open(config_file) as file:
+            found = _model_types(json.load(file))
+    else:
+        found = [name]
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    keys = dict.fromkeys(found)
+    for kind in found:
+        if kind not in RECIPES and kind in CONFIG_MAPPING:
+            config = CONFIG_MAPPING[kind]
+            keys[config.__module__.split(".")[-2]] = None  # qwen3_5_text lives in the package qwen3_5
+            keys.update(dict.fromkeys(_model_types(config().to_dict())))
+    keys = [key for key in keys if key in RECIPES]
+    if not keys and strict:
+        raise ValueError(_unsupported(" / ".join(dict.fromkeys(found)) or name))
+    return keys
+
+
+def _model_types(config):
+    """Every model_type of a nested config dictionary, outermost first."""
+    found = [config["model_type"]] if config.get("model_type") else []
+    for value in config.values():
+        if isinstance(value, dict):
+            found += _model_types(value)
+    return found
+
+
+@functools.cache
+def _globals_called(cls, module_name):
+    """Names of the module's globals that the methods of `cls` look up."""
+    names = set()
+    for attribute in dir(cls):
+        for function in _functions(inspect.getattr_static(cls, attribute, None)):
+            if function.__globals__.get("__name__") == module_name:
+                names.update(_code_names(function.__code__))
+    return frozenset(names)
+
+
+def _functions(value):
+    """A function and those it closes over: the layers of a decorated method."""
+    if isinstance(value, types.FunctionType):
+        yield value
+        for cell in value.__closure__ or ():
+            yield from _functions(cell.cell_contents)
+
+
+def _code_names(code):
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _code_names(constant)
+
+
+@functools.cache
+def _problem(key):
+    """None, or why the installed transformers doesn't fit the recipe."""
+    from packaging.version import Version
+    from transformers import __version__
+
+    recipe = RECIPES[key]
+    low, high = recipe.versions
+    if not Version(low) <= Version(Version(__version__).base_version) < Version(high):
+        return f"the recipe is for transformers >= {low}, < {high}, not {__version__}"
+    modeling = importlib.import_module(modeling_name(key))
+    for name, swap in (recipe.functions | recipe.norms).items():
+        present = getattr(modeling, name, None)
+        if present is None:
+            return f"{modeling.__name__} has no {name}"
+        parameters = tuple(inspect.signature(_original(present.forward if name in recipe.norms else present)).parameters)
+        if parameters != swap.parameters:
+            return f"{name} takes ({', '.join(parameters)}), the recipe expects ({', '.join(swap.parameters)})"
+    return None
+
+
+def _shadowed(site):
+    """None, or why calls of this module can't be reached."""
+    forward = site.module.__dict__.get("forward") if site.module is not None else None
+    if forward is not None and "_old_forward" not in site.module.__dict__:  # accelerate's hooks keep the old one there
+        return "its forward is replaced on the instance"
+    return None
+
+
+def _row(site, swap, backend):
+    if swap.adapter == "split_scan":
+        return Row(site.path, swap.op, "unfused", "declined: convolution, scan and norm run one by one, padding-safe")
+    why = adapters.why_not(swap, site.module)
+    if why is None:
+        parameter = next(site.module.parameters(), None) if site.module is not None else None
+        dtype, device = (torch.float32, "cpu") if parameter is None else (parameter.dtype, parameter.device)
+        with torch.no_grad():
+            chosen, why = adapters.serving(swap.op, *adapters.probe(swap, site.module, dtype, device), backend=backend)
+    else:
+        chosen = None
+    return Row(site.path, swap.op, chosen or "transformers", why)
+
+
+# ---- instance scope: a subclass whose methods look the functions up under an alias --------------------------
+
+
+def _plain(cls):
+    """The class as it was before any patch."""
+    return getattr(cls, "_terrazzo_plain", cls)
+
+
+@functools.cache
+def _variant(cls, chosen):
+    """The subclass of `cls` that runs `chosen`, a tuple of (replaced name, backend)."""
+    base = next(base for base in cls.__mro__ if base.__module__ in BY_MODULE)
+    modeling, key = sys.modules[base.__module__], BY_MODULE[base.__module__]
+    recipe = RECIPES[key]
+    aliases = {name: _alias(key, modeling, name, backend) for name, backend in chosen if name in recipe.functions}
+    namespace = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": _reduce,
+        "_terrazzo_plain": cls,
+        "_terrazzo_chosen": chosen,
+    }
+    for attribute in dir(cls):
+        value = inspect.getattr_static(cls, attribute)
+        if isinstance(value, types.FunctionType):
+            renamed = _rename(value, modeling, aliases)
+            if renamed is not value:
+                namespace[attribute] = renamed
+    for name, backend in chosen:
+        if name in recipe.norms:
+            namespace["forward"] = _replacement(key, name, backend, _original(cls.forward))
+    return type(cls)(cls.__name__, (cls,), namespace)
+
+
+def _alias(key, modeling, name, backend):
+    """Puts the replacement of a function into its module under a name of its own, which then stays there."""
+    alias = f"_terrazzo_{name}_{backend or 'auto'}"
+    if alias not in vars(modeling):
+        setattr(modeling, alias, _replacement(key, name, backend, _original(getattr(modeling, name))))
+    return alias
+
+
+def _rename(function, modeling, aliases):
+    """`function`, or a copy that looks up the aliased names; decorated functions are copied layer by layer."""
+    cells = [_rename_cell(cell, modeling, aliases) for cell in function.__closure__ or ()]
+    code = function.__code__
+    if function.__globals__ is vars(modeling):
+        code = _rename_code(code, aliases)
+    if code is function.__code__ and all(new is old for new, old in zip(cells, function.__closure__ or ())):
+        return function
+    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(cells) or None)
+    copy.__kwdefaults__, copy.__qualname__, copy.__module__ = function.__kwdefaults__, function.__qualname__, function.__module__
+    copy.__doc__, copy.__annotations__ = function.__doc__, function.__annotations__
+    copy.__dict__.update(function.__dict__)
+    return copy
+
+
+def _rename_cell(cell, modeling, aliases):
+    if not isinstance(cell.cell_contents, types.FunctionType):
+        return cell
+    renamed = _rename(cell.cell_contents, modeling, aliases)
+    return cell if renamed is cell.cell_contents else types.CellType(renamed)
+
+
+def _rename_code(code, aliases):
+    constants = tuple(_rename_code(c, aliases) if isinstance(c, types.CodeType) else c for c in code.co_consts)
+    if not aliases.keys() & set(code.co_names):
+        same = all(new is old for new, old in zip(constants, code.co_consts))
+        return code if same else code.replace(co_consts=constants)
+    for instruction in dis.get_instructions(code):
+        if instruction.argval in aliases and instruction.opname not in ("LOAD_GLOBAL", "LOAD_CONST"):
+            raise PatchError(f"terrazzo.patch: {code.co_name} uses {instruction.argval} otherwise than by calling it")
+    return code.replace(co_names=tuple(aliases.get(name, name) for name in code.co_names), co_consts=constants)
+
+
+def _reduce(self, protocol):
+    """copy, deepcopy and pickle: the variant is made again where the object is."""
+    state = object.__reduce_ex__(self, 2)[2]
+    return _rebuild, (_plain(type(self)), type(self)._terrazzo_chosen), state
+
+
+def _rebuild(cls, chosen):
+    variant = _variant(cls, chosen)
+    return variant.__new__(variant)
+
+
+class _Instance:
+    """A module under instance scope, and what each active handle replaces in it."""
+
+    active = weakref.WeakKeyDictionary()  # module -> {token: {name: backend}}
+
+    def __init__(self, module):
+        self.module, self.chosen = module, {}
+
+    def add(self, token):
+        layers = self.active.setdefault(self.module, {})
+        if not layers and _plain(type(self.module)) is not type(self.module):
+            layers[0] = dict(type(self.module)._terrazzo_chosen)  # a copy of a patched module: its own floor
+        layers[token] = self.chosen
+        self._settle()
+
+    def remove(self, token):
+        if self.active.get(self.module, {}).pop(token, None) is not None:
+            self._settle()
+
+    def _settle(self):
+        merged = {}
+        for chosen in self.active[self.module].values():
+            merged |= chosen
+        plain = _plain(type(self.module))
+        self.module.__class__ = _variant(plain, tuple(sorted(merged.items()))) if merged else plain
+        hooked = self.module.__dict__.get("_old_forward")
+        if isinstance(hooked, types.MethodType) and hooked.__self__ is self.module:
+            self.module.__dict__["_old_forward"] = types.MethodType(type(self.module).forward, self.module)
+
+
+# ---- class scope: the functions of the module themselves ----------------------------------------------------
+
+
+def _original(function):
+    """The function as it was before any patch."""
+    return getattr(function, "_terrazzo_original", function)
+
+
+def _replacement(key, name, backend, original):
+    swap = (RECIPES[key].functions | RECIPES[key].norms)[name]
+    function = getattr(adapters, swap.adapter)(original, backend)
+    function._terrazzo_original = original
+    return function
+
+
+class _Global:
+    """A function of a transformers module, or the forward of a norm class, under class scope."""
+
+    active = {}  # (owner, attribute) -> {token: replacement}
+
+    def __init__(self, key, name, backend):
+        modeling = importlib.import_module(modeling_name(key))
+        norm = name in RECIPES[key].norms
+        self.owner, self.attribute = (getattr(modeling, name), "forward") if norm else (modeling, name)
+        self.original = _original(getattr(self.owner, self.attribute))
+        self.replacement = _replacement(key, name, backend, self.original)
+
+    def add(self, token):
+        layers = self.active.setdefault((self.owner, self.attribute), {})
+        layers[token] = self.replacement
+        setattr(self.owner, self.attribute, self.replacement)
+
+    def remove(self, token):
+        layers = self.active.get((self.owner, self.attribute), {})
+        if layers.pop(token, None) is not None:
+            setattr(self.owner, self.attribute, next(reversed(layers.values()), self.original))

@@ -1,0 +1,49 @@
+"""One tolerance rule for tests, `terrazzo doctor` and the benchmark's accuracy gate.
+
+With R the float64 reference and E the reference in the op's own dtype, an output passes when
+max|out - R| <= 2 max|E - R| + a rounding floor, and its normalised mean squared error is small for the dtype,
+and it is finite where R is, with E's shape and dtype.
+"""
+from dataclasses import dataclass
+
+import torch
+
+NMSE = {torch.bfloat16: 2e-5, torch.float16: 5e-7, torch.float32: 1e-10, torch.float64: 1e-20}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """ok, and how far off: max_abs, rel (max_abs over the largest |R|), nmse; `why` says which rule broke."""
+
+    ok: bool
+    max_abs: float
+    rel: float
+    nmse: float
+    why: str
+
+
+def check(out, ref64, ref_same_dtype):
+    """Judges `out` against the float64 reference and the reference in out's dtype."""
+    nan = float("nan")
+    if out.shape != ref_same_dtype.shape or out.dtype != ref_same_dtype.dtype:
+        why = f"got {tuple(out.shape)} {out.dtype}, not {tuple(ref_same_dtype.shape)} {ref_same_dtype.dtype}"
+        return Verdict(False, nan, nan, nan, why)
+    if out.numel() == 0:
+        return Verdict(True, 0.0, 0.0, 0.0, "")
+    R, O, E = (t.detach().double() for t in (ref64, out, ref_same_dtype))
+    finite = R.isfinite()
+    if not torch.equal(O.isfinite(), finite):
+        return Verdict(False, nan, nan, nan, f"{int((O.isfinite() != finite).sum())} elements differ in being finite")
+    R, O, E = (torch.where(finite, t, 0) for t in (R, O, E))
+    scale = R.abs().max().item()
+    error = (O - R).abs().max().item()
+    power = R.square().mean().item()
+    nmse = (O - R).square().mean().item() / power if power else 0.0 if error == 0 else float("inf")
+    floor = 4 * torch.finfo(out.dtype).eps * scale + torch.finfo(out.dtype).tiny
+    limit = 2 * (E - R).abs().max().item() + floor
+    why = ""
+    if error > limit:
+        why = f"max error {error:.3g} is over the limit {limit:.3g}"
+    elif nmse > NMSE[out.dtype]:
+        why = f"nmse {nmse:.3g} is over the limit {NMSE[out.dtype]:.3g}"
+    return Verdict(not why, error, error / scale if scale else 0.0, nmse, why)

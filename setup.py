@@ -1,0 +1,132 @@
+"""Builds terrazzo: the Python packages, and `terrazzo._C` with the native kernels.
+
+Kernel files in csrc/cpu are torch-free and compiled once per instruction set by ninja; the glue in
+csrc/bindings uses only torch's stable ABI and Python's limited API, so one binary serves torch >= 2.10 and
+CPython >= 3.10. Without a C++ compiler the package still installs and runs on its reference backend.
+
+Environment: TERRAZZO_WITH_CPU=auto|0|1 (1: fail when the extension cannot be built), MAX_JOBS, CXX.
+"""
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = {
+    "terrazzo": "pyops",
+    "terrazzo.triton_kernels": "triton_kernels",
+    "terrazzo.models": "models",
+    "terrazzo.bench": "bench",
+}
+ISA_FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+}
+KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno"]
+COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10
+LIMITED_API = "0x030a0000"  # CPython 3.10
+
+
+def subpackages():
+    found = dict(PACKAGES)
+    for name, folder in PACKAGES.items():
+        for init in sorted((ROOT / folder).rglob("__init__.py")):
+            parts = init.parent.relative_to(ROOT / folder).parts
+            if parts:
+                found[".".join((name, *parts))] = str(init.parent.relative_to(ROOT))
+    return found
+
+
+def ninja_command():
+    """The ninja wheel's binary, or the one on PATH; None when there is neither."""
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    return ["ninja"] if shutil.which("ninja") else None
+
+
+def why_no_extension():
+    """None when the native extension can be built here, else the reason it cannot."""
+    if os.environ.get("TERRAZZO_WITH_CPU") == "0":
+        return "TERRAZZO_WITH_CPU=0"
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"no native kernels for {platform.machine()} yet"
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        return f"no C++ compiler: {os.environ.get('CXX', 'g++')} is not on PATH"
+    if not ninja_command():
+        return "ninja is not installed: pip install ninja"
+    try:
+        import torch  # noqa: F401  (its headers and libraries are needed)
+    except ImportError as error:
+        return f"torch cannot be imported at build time: {error}"
+    return None
+
+
+class NinjaBuild(build_ext):
+    """Writes one build.ninja for every object file, runs it, and links `terrazzo._C`."""
+
+    def build_extension(self, ext):
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        glue_flags = ["-O2", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DPy_LIMITED_API={LIMITED_API}"]
+        glue_flags += [f"-I{sysconfig.get_paths()['include']}"] + [f"-isystem{path}" for path in include_paths()]
+        glue_flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+        objects = []
+        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+            for isa, flags in ISA_FLAGS.items():
+                objects.append((build / f"{source.stem}.{isa}.o", source, [*KERNEL_FLAGS, *flags, f"-DTZ_ISA={isa}"]))
+        for source in [*sorted((ROOT / "csrc/bindings").glob("*.cpp")), ROOT / "csrc/library.cpp"]:
+            objects.append((build / f"glue_{source.stem}.o", source, glue_flags))
+        for source in sorted((ROOT / "csrc/common").glob("*.cpp")):
+            objects.append((build / f"common_{source.stem}.o", source, ["-O2"]))
+
+        def quoted(path):
+            return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+        lines = [
+            f"cxx = {os.environ.get('CXX', 'g++')}",
+            f"common = {' '.join(COMMON_FLAGS)}",
+            "rule compile",
+            "  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx -shared $in -o $out $flags",
+        ]
+        for out, source, flags in objects:
+            lines += [f"build {quoted(out)}: compile {quoted(source)}", f"  flags = {' '.join(flags)}"]
+        link_flags = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-ltorch", "-Wl,--exclude-libs,ALL"]
+        lines += [f"build {quoted(target)}: link {' '.join(quoted(out) for out, _, _ in objects)}", f"  flags = {' '.join(link_flags)}", ""]
+        (build / "build.ninja").write_text("\n".join(lines))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([*ninja_command(), "-C", str(build), *jobs], check=True)
+
+
+reason = why_no_extension()
+if reason and os.environ.get("TERRAZZO_WITH_CPU") == "1":
+    raise SystemExit(f"terrazzo: the native extension was asked for (TERRAZZO_WITH_CPU=1) but cannot be built: {reason}")
+if reason:
+    print(f"terrazzo: installing without native kernels ({reason}); the reference backend will serve every op", file=sys.stderr)
+packages = subpackages()
+setup(
+    packages=list(packages),
+    package_dir=packages,
+    package_data={"terrazzo": ["*.txt", "*.json", "*.typed"]},
+    ext_modules=[] if reason else [Extension("terrazzo._C", sources=[], py_limited_api=True)],
+    cmdclass={} if reason else {"build_ext": NinjaBuild},
+    options={} if reason else {"bdist_wheel": {"py_limited_api": "cp310"}},
+)
