@@ -4,7 +4,9 @@ Kernel files in csrc/cpu are torch-free and compiled once per instruction set by
 csrc/bindings uses only torch's stable ABI and Python's limited API, so one binary serves torch >= 2.10 and
 CPython >= 3.10. Without a C++ compiler the package still installs and runs on its reference backend.
 
-Environment: TERRAZZO_WITH_CPU=auto|0|1 (1: fail when the extension cannot be built), MAX_JOBS, CXX.
+Environment: TERRAZZO_WITH_CPU=auto|0|1 (1: fail when the extension cannot be built), MAX_JOBS, CXX,
+TERRAZZO_BUILD_ISAS (a subset of portable,avx2,avx512 for a faster build), TERRAZZO_SANITIZE=1 (address and
+undefined-behaviour sanitizers; see `make sanitize`).
 """
 import importlib.util
 import os
@@ -28,10 +30,13 @@ PACKAGES = {
 ISA_FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+    # g++ 12 warns about its own avx512 header
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
 }
-KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno"]
-COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+SANITIZE = os.environ.get("TERRAZZO_SANITIZE") == "1"
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"] if SANITIZE else []
+KERNEL_FLAGS = ["-O1" if SANITIZE else "-O3", "-ffp-contract=fast", "-fno-math-errno"]
+COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *SANITIZE_FLAGS]
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10
 LIMITED_API = "0x030a0000"  # CPython 3.10
 
@@ -44,6 +49,14 @@ def subpackages():
             if parts:
                 found[".".join((name, *parts))] = str(init.parent.relative_to(ROOT))
     return found
+
+
+def isas():
+    wanted = os.environ.get("TERRAZZO_BUILD_ISAS", ",".join(ISA_FLAGS)).split(",")
+    unknown = set(wanted) - set(ISA_FLAGS)
+    if unknown or "portable" not in wanted:
+        raise SystemExit(f"terrazzo: TERRAZZO_BUILD_ISAS must name portable and any of {', '.join(ISA_FLAGS)}, got {','.join(wanted)}")
+    return {isa: ISA_FLAGS[isa] for isa in wanted}
 
 
 def ninja_command():
@@ -84,10 +97,11 @@ class NinjaBuild(build_ext):
 
         glue_flags = ["-O2", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DPy_LIMITED_API={LIMITED_API}"]
         glue_flags += [f"-I{sysconfig.get_paths()['include']}"] + [f"-isystem{path}" for path in include_paths()]
+        glue_flags += [f"-DTZ_BUILD_{isa.upper()}" for isa in isas()]
         glue_flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
         objects = []
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            for isa, flags in ISA_FLAGS.items():
+            for isa, flags in isas().items():
                 objects.append((build / f"{source.stem}.{isa}.o", source, [*KERNEL_FLAGS, *flags, f"-DTZ_ISA={isa}"]))
         for source in [*sorted((ROOT / "csrc/bindings").glob("*.cpp")), ROOT / "csrc/library.cpp"]:
             objects.append((build / f"glue_{source.stem}.o", source, glue_flags))
@@ -109,7 +123,7 @@ class NinjaBuild(build_ext):
         ]
         for out, source, flags in objects:
             lines += [f"build {quoted(out)}: compile {quoted(source)}", f"  flags = {' '.join(flags)}"]
-        link_flags = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-ltorch", "-Wl,--exclude-libs,ALL"]
+        link_flags = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-ltorch", "-Wl,--exclude-libs,ALL", *SANITIZE_FLAGS]
         lines += [f"build {quoted(target)}: link {' '.join(quoted(out) for out, _, _ in objects)}", f"  flags = {' '.join(link_flags)}", ""]
         (build / "build.ninja").write_text("\n".join(lines))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []

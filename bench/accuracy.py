@@ -37,6 +37,7 @@ class Oracle:
 
     def __init__(self, case):
         self.case = case
+        self.reference = case.reference()
         self.expected = {}
         for seed in SEEDS:
             inputs = gate_inputs(case, seed)
@@ -46,7 +47,7 @@ class Oracle:
     def _run(self, inputs):
         if self.case.narrow:
             inputs = self.case.narrow(inputs)
-        return runner(self.case, self.case.reference, inputs)()
+        return tuple(t.clone() for t in runner(self.case, self.reference, inputs)())
 
 
 def gate_inputs(case, seed):

@@ -38,7 +38,7 @@ class Case:
     work: Work
     inputs: Callable           # seed -> {argument: tensor or value}
     providers: tuple[Provider, ...]
-    reference: Callable                          # fn(**inputs) in any dtype: the oracle
+    reference: Callable                          # builds the oracle: fn(**inputs) in any dtype
     mutated: tuple[str, ...] = ()                # inputs updated in place: part of the result
     differentiable: tuple[str, ...] = ()         # inputs whose gradients "bwd" computes
     prepare: Callable | None = None              # inputs -> inputs of the accuracy check

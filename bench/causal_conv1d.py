@@ -59,7 +59,10 @@ def _providers(name):
 
         return run
 
-    return standard_providers(ours, lambda: ours("reference"), theirs), ours("reference")
+    def reference():
+        return ours("reference")
+
+    return standard_providers(ours, reference, theirs), reference
 
 
 def cases(preset):

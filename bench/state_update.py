@@ -53,5 +53,5 @@ def cases(preset):
             work = Work(flops=6 * values, bytes=2 * values * dtype.itemsize, traffic="scale")
             providers = standard_providers(_ours, lambda: _ours("reference"), _theirs)
             found.append(Case("selective_state_update", f"{batch}x{H}x{P} N{N}", "decode", name, work, _inputs(batch, H, P, N, dtype),
-                              providers, _ours("reference"), mutated=("state",)))
+                              providers, lambda: _ours("reference"), mutated=("state",)))
     return found

@@ -82,14 +82,15 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bia
     wants_states = return_final_states or return_varlen_states
     chosen, _ = dispatch.pick(OP, x, dt, A, B, C, D, z, dt_bias, initial_states, backend=backend)
     if chosen == "cpu":
-        # The native backward knows no gate: in training it is torch's own product around the scan.
+        # The native backward knows no gate: in training it is torch's own product around the scan, on an output
+        # that is not rounded to x's dtype in between.
         gate = z if z is not None and dispatch.needs_grad(x, dt, A, B, C, D, z, dt_bias, initial_states) else None
         y, states = torch.ops.terrazzo.chunk_scan_fwd(
-            x, dt, A, B, C, D, z if gate is None else None, dt_bias, initial_states, seq_idx, cu_seqlens,
+            x if gate is None else x.to(_acc(x.dtype)), dt, A, B, C, D, z if gate is None else None, dt_bias, initial_states, seq_idx, cu_seqlens,
             dt_softplus, dt_min, dt_max, wants_states,
         )
         if gate is not None:
-            y = (y.to(states.dtype) * F.silu(gate.to(states.dtype))).to(x.dtype)
+            y = (y * F.silu(gate.to(y.dtype))).to(x.dtype)
     else:
         dispatch.count(OP, chosen)
         y, states = reference.mamba_chunk_scan_combined(

@@ -15,16 +15,18 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 import types
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from itertools import count
 
 import torch
 from torch import nn
 
-from . import adapters
+from . import adapters, dispatch
 from .recipes import BY_MODULE, RECIPES, modeling_name
 
 
@@ -43,16 +45,17 @@ class Row:
 
 
 class Report(list):
-    """The rows of a patch; prints as a table."""
+    """The rows of a patch; prints as a table that folds the layers of a model into one line."""
 
     def __str__(self):
         if not self:
             return "nothing to patch"
-        head = ("module", "op", "backend", "note")
-        table = [head] + [(row.module, row.op, row.backend, row.note) for row in self]
-        widths = [max(len(line[i]) for line in table) for i in range(3)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(line, widths)), line[3]]).rstrip() for line in table]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+        times = Counter((re.sub(r"\b\d+\b", "*", row.module), row.op, row.backend, row.note) for row in self)
+        table = [("modules", "", "op", "backend", "note")]
+        table += [(module, f"x{n}", op, backend, note) for (module, op, backend, note), n in times.items()]
+        widths = [max(len(line[i]) for line in table) for i in range(4)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(line, widths)), line[4]]).rstrip() for line in table]
+        return "\n".join([lines[0], "-" * min(max(map(len, lines)), 120), *lines[1:]])
 
 
 class Handle:
@@ -158,7 +161,8 @@ def patch(model_or_model_type, ops="all", backend=None, strict=True, *, scope=No
 def _wanted_ops(ops):
     known = {}
     for swap in (swap for recipe in RECIPES.values() for swap in [*recipe.functions.values(), *recipe.norms.values()]):
-        for name in (swap.op, adapters.dispatch.OPS[swap.op].family):
+        family = dispatch.OPS[swap.op].family if swap.op in dispatch.OPS else "chunk_scan"  # the fused op has no own
+        for name in (swap.op, family):
             known.setdefault(name, set()).add(swap.op)
     if ops == "all":
         return set().union(*known.values())
@@ -194,12 +198,9 @@ def _site(path, cls, module=None):
     recipe = RECIPES[key]
     called = _globals_called(cls, base.__module__)
     swaps = {name: swap for name, swap in recipe.functions.items() if name in called}
-    left = {name: why for name, why in recipe.left.items() if name in called}
-    for owner in cls.__mro__:
-        if owner.__name__ in recipe.norms:
-            swaps[owner.__name__] = recipe.norms[owner.__name__]
-        elif owner.__name__ in recipe.left:
-            left[owner.__name__] = recipe.left[owner.__name__]
+    classes = {owner.__name__ for owner in cls.__mro__}
+    swaps |= {name: swap for name, swap in recipe.norms.items() if name in classes}
+    left = {name: why for name, why in recipe.left.items() if name in (called if name.islower() else classes)}
     return _Site(key, path, cls, module, swaps, left) if swaps or left else None
 
 
@@ -264,19 +265,37 @@ def _model_types(config):
 def _globals_called(cls, module_name):
     """Names of the module's globals that the methods of `cls` look up."""
     names = set()
-    for attribute in dir(cls):
-        for function in _functions(inspect.getattr_static(cls, attribute, None)):
+    for _, method in _methods(cls, module_name):
+        for function in _layers(method):
             if function.__globals__.get("__name__") == module_name:
                 names.update(_code_names(function.__code__))
     return frozenset(names)
 
 
-def _functions(value):
-    """A function and those it closes over: the layers of a decorated method."""
-    if isinstance(value, types.FunctionType):
-        yield value
-        for cell in value.__closure__ or ():
-            yield from _functions(cell.cell_contents)
+def _methods(cls, module_name):
+    """(name, function) of each method of `cls` that the module's classes, or user classes below them, define."""
+    own = [base.__module__ == module_name for base in cls.__mro__]
+    owners = cls.__mro__[: len(own) - own[::-1].index(True)]
+    for attribute in dict.fromkeys(name for owner in owners for name in vars(owner)):
+        value = inspect.getattr_static(cls, attribute)
+        if isinstance(value, types.FunctionType):
+            yield attribute, value
+
+
+def _layers(function):
+    """A decorated function, outermost layer first: each wrapper closes over the next."""
+    found = [function]
+    for layer in found:
+        inner = [_contents(cell) for cell in layer.__closure__ or ()]
+        found += [value for value in inner if isinstance(value, types.FunctionType) and value not in found]
+    return found
+
+
+def _contents(cell):
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
 
 
 def _code_names(code):
@@ -352,12 +371,9 @@ def _variant(cls, chosen):
         "_terrazzo_plain": cls,
         "_terrazzo_chosen": chosen,
     }
-    for attribute in dir(cls):
-        value = inspect.getattr_static(cls, attribute)
-        if isinstance(value, types.FunctionType):
-            renamed = _rename(value, modeling, aliases)
-            if renamed is not value:
-                namespace[attribute] = renamed
+    for attribute, method in _methods(cls, modeling.__name__):
+        if any(aliases.keys() & set(_code_names(layer.__code__)) for layer in _layers(method)):
+            namespace[attribute] = _rename(method, modeling, aliases)
     for name, backend in chosen:
         if name in recipe.norms:
             namespace["forward"] = _replacement(key, name, backend, _original(cls.forward))
@@ -373,25 +389,19 @@ def _alias(key, modeling, name, backend):
 
 
 def _rename(function, modeling, aliases):
-    """`function`, or a copy that looks up the aliased names; decorated functions are copied layer by layer."""
-    cells = [_rename_cell(cell, modeling, aliases) for cell in function.__closure__ or ()]
-    code = function.__code__
-    if function.__globals__ is vars(modeling):
-        code = _rename_code(code, aliases)
-    if code is function.__code__ and all(new is old for new, old in zip(cells, function.__closure__ or ())):
-        return function
-    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(cells) or None)
-    copy.__kwdefaults__, copy.__qualname__, copy.__module__ = function.__kwdefaults__, function.__qualname__, function.__module__
-    copy.__doc__, copy.__annotations__ = function.__doc__, function.__annotations__
-    copy.__dict__.update(function.__dict__)
-    return copy
-
-
-def _rename_cell(cell, modeling, aliases):
-    if not isinstance(cell.cell_contents, types.FunctionType):
-        return cell
-    renamed = _rename(cell.cell_contents, modeling, aliases)
-    return cell if renamed is cell.cell_contents else types.CellType(renamed)
+    """A copy of `function` that looks up the aliased names; a decorated one is copied layer by layer."""
+    layers = _layers(function)
+    copies = {}  # id of a layer -> its copy
+    for layer in reversed(layers):  # innermost first
+        inner = [(cell, copies.get(id(_contents(cell)))) for cell in layer.__closure__ or ()]
+        cells = tuple(cell if copy is None else types.CellType(copy) for cell, copy in inner)
+        code = _rename_code(layer.__code__, aliases) if layer.__globals__ is vars(modeling) else layer.__code__
+        copy = types.FunctionType(code, layer.__globals__, layer.__name__, layer.__defaults__, cells or None)
+        for attribute in ("__kwdefaults__", "__qualname__", "__module__", "__doc__"):
+            setattr(copy, attribute, getattr(layer, attribute))
+        copy.__dict__.update(layer.__dict__)
+        copies[id(layer)] = copy
+    return copies[id(function)]
 
 
 def _rename_code(code, aliases):
@@ -400,7 +410,7 @@ def _rename_code(code, aliases):
         same = all(new is old for new, old in zip(constants, code.co_consts))
         return code if same else code.replace(co_consts=constants)
     for instruction in dis.get_instructions(code):
-        if instruction.argval in aliases and instruction.opname not in ("LOAD_GLOBAL", "LOAD_CONST"):
+        if instruction.opname not in ("LOAD_GLOBAL", "LOAD_CONST") and instruction.argval in aliases:
             raise PatchError(f"terrazzo.patch: {code.co_name} uses {instruction.argval} otherwise than by calling it")
     return code.replace(co_names=tuple(aliases.get(name, name) for name in code.co_names), co_consts=constants)
 
@@ -425,6 +435,7 @@ class _Instance:
         self.module, self.chosen = module, {}
 
     def add(self, token):
+        self._check_class()
         layers = self.active.setdefault(self.module, {})
         if not layers and _plain(type(self.module)) is not type(self.module):
             layers[0] = dict(type(self.module)._terrazzo_chosen)  # a copy of a patched module: its own floor
@@ -432,8 +443,18 @@ class _Instance:
         self._settle()
 
     def remove(self, token):
-        if self.active.get(self.module, {}).pop(token, None) is not None:
+        layers = self.active.get(self.module, {})
+        if token in layers:
+            self._check_class()
+            del layers[token]
             self._settle()
+
+    def _check_class(self):
+        cls = type(self.module)
+        if _plain(cls) is not cls and "_terrazzo_plain" not in vars(cls):
+            raise RuntimeError(
+                f"terrazzo.patch: {_plain(cls).__name__}'s class was changed to {cls.__name__} after the patch; undo that first"
+            )
 
     def _settle(self):
         merged = {}

@@ -98,13 +98,16 @@ namespace {
 bool runs(Isa isa) {
   __builtin_cpu_init();
   switch (isa) {
+#ifdef TZ_BUILD_AVX512
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512dq");
+#endif
+#ifdef TZ_BUILD_AVX2
     case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    case Isa::portable: return true;
+#endif
+    default: return isa == Isa::portable;
   }
-  return false;
 }
 
 constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};
@@ -114,7 +117,7 @@ Isa choose() {
   if (!forced || !*forced) return runs(Isa::avx512) ? Isa::avx512 : runs(Isa::avx2) ? Isa::avx2 : Isa::portable;
   for (int i = 0; i < 3; i++) {
     if (std::strcmp(forced, kIsaNames[i]) != 0) continue;
-    STD_TORCH_CHECK(runs(static_cast<Isa>(i)), "TERRAZZO_CPU_ISA=", forced, ": this processor cannot run it; unset the variable");
+    STD_TORCH_CHECK(runs(static_cast<Isa>(i)), "TERRAZZO_CPU_ISA=", forced, ": this processor or this build cannot run it; unset the variable");
     return static_cast<Isa>(i);
   }
   STD_TORCH_CHECK(false, "TERRAZZO_CPU_ISA must be portable, avx2 or avx512, got ", forced);

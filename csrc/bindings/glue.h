@@ -89,14 +89,25 @@ uint64_t kernel_count(int id);
 void reset_kernel_counts();
 extern const char* const kKernelNames[kNumKernels];
 
-#define TZ_RUN(name, Params)                           \
-  inline void run_##name(const Params& params) {       \
-    count(name##_id);                                  \
-    switch (isa()) {                                   \
-      case Isa::avx512: return avx512::name(params);   \
-      case Isa::avx2: return avx2::name(params);       \
-      case Isa::portable: return portable::name(params); \
-    }                                                  \
+// The build decides which ISAs are in (setup.py defines TZ_BUILD_<ISA>); portable always is.
+#ifdef TZ_BUILD_AVX512
+#define TZ_AVX512(name) case Isa::avx512: return avx512::name(params);
+#else
+#define TZ_AVX512(name)
+#endif
+#ifdef TZ_BUILD_AVX2
+#define TZ_AVX2(name) case Isa::avx2: return avx2::name(params);
+#else
+#define TZ_AVX2(name)
+#endif
+#define TZ_RUN(name, Params)                      \
+  inline void run_##name(const Params& params) {  \
+    count(name##_id);                             \
+    switch (isa()) {                              \
+      TZ_AVX512(name)                             \
+      TZ_AVX2(name)                               \
+      default: return portable::name(params);     \
+    }                                             \
   }
 TZ_CPU_KERNELS(TZ_RUN)
 #undef TZ_RUN

@@ -11,9 +11,9 @@
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 
 // Scratch slots: the first three belong to the calling thread for the whole call, the others to one work item.
-enum ConvScratch { kPrefixSlot, kWeightSlot, kPartialSlot, kWindowSlot, kTileSlot, kTile2Slot, kTile3Slot, kCarrySlot };
+enum ConvScratch { kPrefixSlot, kWeightSlot, kPartialSlot, kInputSlot, kGradSlot, kOutputSlot, kCarrySlot };
 
-// Channels of one work item, and channels x positions of a tile where memory isn't channel-last. A multiple of 64.
+// Channels of one work item; channels x positions of a tile in L1. kBlockD and kTileD are whole vectors.
 constexpr int64_t kBlockD = 1024, kTileD = 64, kTileL = 64;
 
 struct ConvChunks {
@@ -48,11 +48,19 @@ template <class F> inline void for_each_part(const CausalConv1dParams& p, const 
   }
 }
 
-// dst[W + 1][ld]: the weights tap by tap, then the bias, for all channels.
-template <class A> inline void load_weights(const CausalConv1dParams& p, A* dst, int64_t ld) {
-  load_tile<A>(p.weight_dtype, p.weight, 0, p.weight_stride_w, p.weight_stride_d, p.W, p.D, dst, ld);
-  if (p.bias) load_tile<A>(p.weight_dtype, p.bias, 0, 0, 1, 1, p.D, dst + p.W * ld, ld);
-  else fill_tile(dst + p.W * ld, ld, 1, p.D, A(0));
+// The strips take two vectors of channels at a time.
+template <class A> constexpr int64_t kPair = 2 * Vec<A>::size;
+// Channels rounded up to whole pairs of any ISA: the row length of buffers that hold all channels.
+inline int64_t padded(int64_t D) { return ceil_div(D, 32) * 32; }
+
+// [W + 1][padded(D)]: the weights tap by tap, then the bias.
+template <class A, class Params> const A* load_weights(const Params& p) {
+  const int64_t ld = padded(p.D);
+  A* weight = scratch<A>(kWeightSlot, (p.W + 1) * ld);
+  load_tile<A>(p.weight_dtype, p.weight, 0, p.weight_stride_w, p.weight_stride_d, p.W, p.D, weight, ld);
+  if (p.bias) load_tile<A>(p.weight_dtype, p.bias, 0, 0, 1, 1, p.D, weight + p.W * ld, ld);
+  else fill_tile(weight + p.W * ld, ld, 1, p.D, A(0));
+  return weight;
 }
 
 // dst[rows][ld]: the inputs of channels d..d+cols at positions l..l+rows of a segment; positions before its begin
@@ -84,13 +92,7 @@ template <class T> inline bool rows_aligned(const void* base, int64_t stride_a, 
          stride_b * static_cast<int64_t>(sizeof(T)) % 64 == 0;
 }
 
-// One vector, streamed or not.
-template <bool kStream, class A, class T> TZ_INLINE void put(Vec<A> v, T* p) {
-  if constexpr (kStream) v.stream(p);
-  else v.store(p);
-}
-
-// f(integral_constant W, bool_constant silu)
+// f(width, silu), both as types with a constant `value`.
 template <int W_> struct ConvWidth { static constexpr int value = W_; };
 template <bool b> struct ConvFlag { static constexpr bool value = b; };
 template <class F> TZ_INLINE void with_conv_variant(int64_t W, bool silu, const F& f) {

@@ -2,188 +2,190 @@
 //   dx[m] = sum_w weight[w] * g[m + (W-1) - w],   dweight[w] = sum_l g[l] * x[l - (W-1) + w],   dbias = sum_l g[l].
 //
 // One pass over x and dy: step l computes g[l] and finishes dx[l - (W-1)], carrying the last W-1 g's from strip to
-// strip. A part of a segment takes W-1 steps before its first dx (those belong to the initial state or to the part
-// before) and W-1 steps after its last g. The sums over positions go to one partial result per chunk of positions,
-// added up in order at the end, so they don't depend on the number of threads.
+// strip. A part of a segment takes W-1 steps before its first dx (those finish the gradient of the initial state, or
+// rows of the part before) and W-1 steps after its last g that counts. As in the forward, strips of kRows steps read
+// channel-last memory as it lies and everything else goes through tiles in L1.
+// The sums over positions go to one partial result per chunk of positions, added up in order at the end, so they
+// don't depend on the number of threads.
 #include "causal_conv1d.h"
 
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 namespace {
 
-constexpr int kRows = 8;
+constexpr int kRows = 4;
+constexpr bool kPrefetch = true;
 
-// Rows of T with channels adjacent.
-template <class T> struct Rows {
-  T* data;
-  int64_t ld;
-  TZ_INLINE T* row(int64_t r) const { return data + r * ld; }
-};
-
-// What one work item keeps of its channels, in the accumulation type, each row kBlockD apart.
+// What is kept of a work item's channels from step to step.
 template <class A> struct Carry {
-  A* g;        // [W-1], g of the last W-1 steps, oldest first
-  A* dweight;  // [W + 1], sums of this part, dbias last
-  int64_t dweight_ld;
+  A* g;                // [W-1][kBlockD], g of the last W-1 steps, oldest first
+  A* sums;             // [W + 1][ld], dweight and dbias of this chunk
+  const A* weight;     // [W + 1][ld]
+  int64_t ld;
+  TZ_INLINE Carry at(int64_t c) const { return {g + c, sums + c, weight + c, ld}; }
 };
 
-// n steps from step l: g[l..l+n) from x and dy, dx for l-(W-1).. into `dx` (null: nobody's), plus `add` where not null.
-// kGrad: g is computed, else it is zero (past the segment's end). kSum: it counts for dweight.
-template <class X, class T, class DX, class A, int W, bool kSilu, bool kGrad, bool kSum, bool kStream, int kCount>
-TZ_INLINE void gradient_strip(const X* x, int64_t x_ld, const T* dy, int64_t dy_ld, DX* dx, int64_t dx_ld, const A* add,
-                              const Carry<A>& carry, const A* weight, int64_t weight_ld, int64_t cols) {
+// kCount steps from step l; row 0 of x and dy is l, row 0 of dx is l - (W-1). kSum: they count for dweight and dbias.
+// cols is a multiple of kPair.
+template <class T, class A, int W, bool kSilu, bool kSum, bool kStream, int kCount>
+__attribute__((noinline)) void gradient_strip(const T* x, int64_t x_ld, const T* dy, int64_t dy_ld, T* dx, int64_t dx_ld,
+                                              const Carry<A>& carry, int64_t cols) {
   using V = Vec<A>;
-  const auto one_vector = [&](int64_t c, int64_t width) TZ_LAMBDA {
-    V taps[W], before[W - 1], g[W], sums[W + 1], bias;
-    for (int w = 0; w < W; w++) taps[w] = load_n<A>(weight + w * weight_ld + c, width);
-    for (int k = 0; k < W - 1; k++) g[k] = V::load(carry.g + k * kBlockD + c);
-    if (kGrad) {
-      bias = load_n<A>(weight + W * weight_ld + c, width);
-      for (int k = 0; k < W - 1; k++) before[k] = load_n<A>(x + (k - (W - 1)) * x_ld + c, width);
-    }
-    if (kSum)
-      for (int w = 0; w <= W; w++) sums[w] = V::load(carry.dweight + w * carry.dweight_ld + c);
+  for (int64_t c = 0; c < cols; c += kPair<A>) {
+    V out[2][kCount];
+    if (kPrefetch && kCount > 1)
+      for (int r = 0; r < kCount; r++) {
+        prefetch(x + (kCount + r) * x_ld + c);
+        prefetch(dy + (kCount + r) * dy_ld + c);
+      }
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; v++) {
+      const int64_t at = c + v * V::size;
+      V in[kCount + W - 1], g[kCount + W - 1];
+#pragma GCC unroll 16
+      for (int r = 0; r < kCount + W - 1; r++) in[r] = V::load(x + (r - (W - 1)) * x_ld + at);
+#pragma GCC unroll 4
+      for (int k = 0; k < W - 1; k++) g[k] = V::load(carry.g + k * kBlockD + at);
+      if (kSilu) {
+        V pre[kCount], s[kCount];
+        const V bias = V::load(carry.weight + W * carry.ld + at);
 #pragma GCC unroll 8
-    for (int r = 0; r < kCount; r++) {
-      g[W - 1] = V::zero();
-      if (kGrad) {
-        const V now = load_n<A>(x + r * x_ld + c, width);
-        g[W - 1] = load_n<A>(dy + r * dy_ld + c, width);
-        if (kSilu) {
-          V pre = fma(now, taps[W - 1], bias);
-          for (int k = W - 2; k >= 0; k--) pre = fma(before[k], taps[k], pre);
-          g[W - 1] = g[W - 1] * silu_slope(pre, fast_sigmoid(pre));
+        for (int r = 0; r < kCount; r++) pre[r] = bias;
+#pragma GCC unroll 4
+        for (int w = 0; w < W; w++) {
+          const V tap = V::load(carry.weight + w * carry.ld + at);
+#pragma GCC unroll 8
+          for (int r = 0; r < kCount; r++) pre[r] = fma(in[r + w], tap, pre[r]);
         }
-        if (kSum) {
-          for (int k = 0; k < W - 1; k++) sums[k] = fma(g[W - 1], before[k], sums[k]);
-          sums[W - 1] = fma(g[W - 1], now, sums[W - 1]);
-          sums[W] = sums[W] + g[W - 1];
+        fast_sigmoid<kCount>(pre, s);
+#pragma GCC unroll 8
+        for (int r = 0; r < kCount; r++) g[W - 1 + r] = V::load(dy + r * dy_ld + at) * silu_slope(pre[r], s[r]);
+      } else {
+#pragma GCC unroll 8
+        for (int r = 0; r < kCount; r++) g[W - 1 + r] = V::load(dy + r * dy_ld + at);
+      }
+      if (kSum) {
+#pragma GCC unroll 4
+        for (int w = 0; w < W; w++) {
+          V sum = V::load(carry.sums + w * carry.ld + at);
+#pragma GCC unroll 8
+          for (int r = 0; r < kCount; r++) sum = fma(g[W - 1 + r], in[r + w], sum);
+          sum.store(carry.sums + w * carry.ld + at);
         }
-        for (int k = 0; k < W - 2; k++) before[k] = before[k + 1];
-        before[W - 2] = now;
+        V sum = V::load(carry.sums + W * carry.ld + at);
+#pragma GCC unroll 8
+        for (int r = 0; r < kCount; r++) sum = sum + g[W - 1 + r];
+        sum.store(carry.sums + W * carry.ld + at);
       }
-      V out = g[0] * taps[W - 1];
-      for (int k = 1; k < W; k++) out = fma(g[k], taps[W - 1 - k], out);
-      for (int k = 0; k < W - 1; k++) g[k] = g[k + 1];
-      if (dx) {
-        if (add) out = out + V::load(add + c);
-        if (kStream && width == V::size) out.stream(dx + r * dx_ld + c);
-        else store_n(out, dx + r * dx_ld + c, width);
+#pragma GCC unroll 4
+      for (int k = 0; k < W; k++) {
+        const V tap = V::load(carry.weight + (W - 1 - k) * carry.ld + at);
+#pragma GCC unroll 8
+        for (int r = 0; r < kCount; r++) out[v][r] = k == 0 ? g[r] * tap : fma(g[r + k], tap, out[v][r]);
       }
+#pragma GCC unroll 4
+      for (int k = 0; k < W - 1; k++) g[kCount + k].store(carry.g + k * kBlockD + at);
     }
-    for (int k = 0; k < W - 1; k++) g[k].store(carry.g + k * kBlockD + c);
-    if (kSum)
-      for (int w = 0; w <= W; w++) sums[w].store(carry.dweight + w * carry.dweight_ld + c);
-  };
-  int64_t c = 0;
-  for (; c + V::size <= cols; c += V::size) one_vector(c, V::size);
-  if (c < cols) one_vector(c, cols - c);
-}
-
-// One part of a segment: `rows` positions, cols channels. x, dy and dx start at its first position; `more` positions of
-// the segment (at most W-1) follow it. window: the inputs of 2(W-1) positions from W-1 before the part. early[W-1]
-// receives the gradients of those before the part; late: the gradients of the final state, added to the W-1 positions
-// that end where the segment ends (null: none).
-template <class T, class A, int W, bool kSilu, bool kStream>
-void gradient_part(Rows<const T> x, Rows<const T> dy, Rows<T> dx, const A* window, A* early, const A* late, int64_t rows,
-                   int64_t more, const Carry<A>& carry, const A* weight, int64_t weight_ld, int64_t cols) {
-  fill_tile(carry.g, kBlockD, W - 1, ceil_div(cols, Vec<A>::size) * Vec<A>::size, A(0));
-  const int64_t steps = rows + W - 1, length = rows + more;  // length: positions with a g
-  // First W-1 steps: inputs from the window, results to `early`.
-  int64_t l = 0;
-  for (; l < W - 1; l++) {
-    const A* in = window + (l + W - 1) * kBlockD;
-    const T* grad = dy.row(l);
-    A* out = early + l * kBlockD;
-    const A* add = late && l - (W - 1) >= length - (W - 1) ? late + (l - length) * kBlockD : nullptr;
-    if (l < rows)
-      gradient_strip<A, T, A, A, W, kSilu, true, true, false, 1>(in, kBlockD, grad, dy.ld, out, kBlockD, add, carry, weight, weight_ld, cols);
-    else if (l < length)
-      gradient_strip<A, T, A, A, W, kSilu, true, false, false, 1>(in, kBlockD, grad, dy.ld, out, kBlockD, add, carry, weight, weight_ld, cols);
-    else
-      gradient_strip<A, T, A, A, W, kSilu, false, false, false, 1>(in, kBlockD, grad, dy.ld, out, kBlockD, add, carry, weight, weight_ld, cols);
-  }
-  for (; l + kRows <= rows; l += kRows)
-    gradient_strip<T, T, T, A, W, kSilu, true, true, kStream, kRows>(x.row(l), x.ld, dy.row(l), dy.ld, dx.row(l - (W - 1)), dx.ld,
-                                                                     nullptr, carry, weight, weight_ld, cols);
-  for (; l < rows; l++)
-    gradient_strip<T, T, T, A, W, kSilu, true, true, kStream, 1>(x.row(l), x.ld, dy.row(l), dy.ld, dx.row(l - (W - 1)), dx.ld,
-                                                                 nullptr, carry, weight, weight_ld, cols);
-  // Last W-1 steps: positions after the part, or past the segment's end.
-  for (; l < steps; l++) {
-    T* out = dx.row(l - (W - 1));
-    const A* add = late && l >= length ? late + (l - length) * kBlockD : nullptr;
-    if (l < length)
-      gradient_strip<T, T, T, A, W, kSilu, true, false, kStream, 1>(x.row(l), x.ld, dy.row(l), dy.ld, out, dx.ld, add, carry, weight, weight_ld, cols);
-    else
-      gradient_strip<T, T, T, A, W, kSilu, false, false, kStream, 1>(nullptr, 0, nullptr, 0, out, dx.ld, add, carry, weight, weight_ld, cols);
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; r++) store_pair<kStream>(out[0][r], out[1][r], dx + r * dx_ld + c);
   }
 }
 
-// dinitial_states of the segment's slot: rows[W-1] of channels d..d+cols.
-template <class A> void store_dinitial(const CausalConv1dParams& p, const Segment& segment, const A* rows, int64_t d, int64_t cols) {
-  store_tile(rows, kBlockD, p.state_dtype, p.dinitial_states, segment.init * p.dinit_stride_s + d * p.dinit_stride_d,
-             p.dinit_stride_w, p.dinit_stride_d, p.W - 1, cols);
-}
-template <class A> void load_dfinal(const CausalConv1dParams& p, const Segment& segment, A* rows, int64_t d, int64_t cols) {
-  load_tile<A>(p.state_dtype, p.dfinal_states, segment.final * p.dfinal_stride_s + d * p.dfinal_stride_d,
-               p.dfinal_stride_w, p.dfinal_stride_d, p.W - 1, cols, rows, kBlockD);
-}
+// Positions begin..end of a segment: steps run from 0 at `begin` to end - begin + W-1.
+struct Part {
+  const Segment& segment;
+  int64_t begin, end;
+};
 
-// Positions begin..end of a segment, channels d..d+cols; dweight: this chunk's sums of these channels.
-template <class T, int W, bool kSilu>
-void backward_part(const CausalConv1dParams& p, const Segment& segment, int64_t begin, int64_t end, int64_t d, int64_t cols,
-                   const acc_t<T>* weight, acc_t<T>* dweight, bool direct, bool stream) {
-  using A = acc_t<T>;
-  A* window = scratch<A>(kWindowSlot, 2 * (W - 1) * kBlockD);
-  A* rows = scratch<A>(kCarrySlot, 3 * (W - 1) * kBlockD);
-  A* early = rows + (W - 1) * kBlockD;
-  A* late_rows = early + (W - 1) * kBlockD;
-  const T* x = static_cast<const T*>(p.x) + segment.batch * p.x_stride_b + d * p.x_stride_d;
-  const T* dy = static_cast<const T*>(p.dy) + segment.batch * p.dy_stride_b + d * p.dy_stride_d;
+// rows[n][kTileD] are finished gradients of the inputs at steps from, from+1, ..: adds what comes from the final
+// state, then stores them to dinitial_states or dx.
+template <class T, class A>
+void store_gradients(const CausalConv1dParams& p, const Part& part, A* rows, int64_t from, int64_t n, int64_t d, int64_t cols) {
+  const Segment& segment = part.segment;
+  const int64_t remaining = segment.end - part.begin;  // the step that finishes the first input of the final state
+  const int64_t late = max_of(0, remaining - from);
+  if (p.dfinal_states && segment.final >= 0 && late < n) {
+    alignas(64) A dfinal[3 * kTileD];
+    load_tile<A>(p.state_dtype, p.dfinal_states,
+                 segment.final * p.dfinal_stride_s + d * p.dfinal_stride_d + (from + late - remaining) * p.dfinal_stride_w,
+                 p.dfinal_stride_w, p.dfinal_stride_d, n - late, cols, dfinal, kTileD);
+    for (int64_t r = late; r < n; r++)
+      for (int64_t c = 0; c < cols; c++) rows[r * kTileD + c] += dfinal[(r - late) * kTileD + c];
+  }
+  const int64_t early = min_of(n, max_of(0, p.W - 1 - from));
+  if (early > 0 && part.begin == segment.begin && p.dinitial_states && segment.init >= 0)
+    store_tile(rows, kTileD, p.state_dtype, p.dinitial_states,
+               segment.init * p.dinit_stride_s + d * p.dinit_stride_d + from * p.dinit_stride_w, p.dinit_stride_w,
+               p.dinit_stride_d, early, cols);
   T* dx = static_cast<T*>(p.dx) + segment.batch * p.dx_stride_b + d * p.dx_stride_d;
-  const bool has_late = p.dfinal_states && segment.final >= 0;
-  const bool has_early = p.dinitial_states && segment.init >= 0;
+  store_tile(rows + early * kTileD, kTileD, dx + (part.begin + from + early - (p.W - 1)) * p.dx_stride_l, p.dx_stride_l,
+             p.dx_stride_d, n - early, cols);
+}
 
-  // One piece of the part: all of it where memory is channel-last, a tile otherwise.
-  const auto piece = [&](int64_t l, int64_t n, int64_t c, int64_t width, auto run) {
-    const int64_t more = min_of(W - 1, segment.end - (l + n));
-    // `late` reaches W-1 positions back from the segment's end: into this piece where it ends fewer positions before.
-    const A* late = nullptr;
-    if (has_late && more < W - 1) {
-      load_dfinal<A>(p, segment, late_rows, d + c, width);
-      late = late_rows;
-    }
-    load_inputs<T>(p, segment, l - (W - 1), 2 * (W - 1), d + c, width, window, kBlockD);
-    const Carry<A> carry{rows, dweight + c, p.D};
-    run(late, more, carry);
-    if (has_early && l == segment.begin) store_dinitial<A>(p, segment, early, d + c, width);
-  };
-
-  if (direct) {
-    piece(begin, end - begin, 0, cols, [&](const A* late, int64_t more, const Carry<A>& carry) {
-      const auto part = stream ? gradient_part<T, A, W, kSilu, true> : gradient_part<T, A, W, kSilu, false>;
-      part({x + begin * p.x_stride_l, p.x_stride_l}, {dy + begin * p.dy_stride_l, p.dy_stride_l},
-           {dx + begin * p.dx_stride_l, p.dx_stride_l}, window, early, late, end - begin, more, carry, weight + d, p.D, cols);
-    });
-    return;
-  }
-  A* x_tile = scratch<A>(kTileSlot, (kTileL + 2 * (W - 1)) * kTileD);
-  A* dy_tile = scratch<A>(kTile2Slot, (kTileL + W - 1) * kTileD);
-  A* dx_tile = scratch<A>(kTile3Slot, kTileL * kTileD);
+// Steps from..to of a part, channels d..d+cols, through tiles. The carry starts at channel d.
+template <class T, int W, bool kSilu>
+void gradient_tiles(const CausalConv1dParams& p, const Part& part, int64_t from, int64_t to, int64_t d, int64_t cols,
+                    const Carry<acc_t<T>>& carry) {
+  using A = acc_t<T>;
+  A* in = scratch<A>(kInputSlot, (kTileL + W - 1) * kTileD);
+  A* grad = scratch<A>(kGradSlot, kTileL * kTileD);
+  A* out = scratch<A>(kOutputSlot, kTileL * kTileD);
+  const int64_t counted = part.end - part.begin, inside = part.segment.end - part.begin;
   for (int64_t c = 0; c < cols; c += kTileD)
-    for (int64_t l = begin; l < end; l += kTileL) {
-      const int64_t width = min_of(kTileD, cols - c), n = min_of(kTileL, end - l);
-      piece(l, n, c, width, [&](const A* late, int64_t more, const Carry<A>& carry) {
-        load_inputs<T>(p, segment, l - (W - 1), n + more + W - 1, d + c, width, x_tile, kTileD);
-        load_tile<A>(dy + c * p.dy_stride_d + l * p.dy_stride_l, p.dy_stride_l, p.dy_stride_d, n + more, width, dy_tile, kTileD);
-        gradient_part<A, A, W, kSilu, false>({x_tile + (W - 1) * kTileD, kTileD}, {dy_tile, kTileD}, {dx_tile, kTileD}, window,
-                                             early, late, n, more, carry, weight + d + c, p.D, width);
-        store_tile(dx_tile, kTileD, dx + c * p.dx_stride_d + l * p.dx_stride_l, p.dx_stride_l, p.dx_stride_d, n, width);
-      });
+    for (int64_t l = from; l < to; l += kTileL) {
+      const int64_t width = min_of(kTileD, cols - c), n = min_of(kTileL, to - l);
+      const int64_t whole = ceil_div(width, kPair<A>) * kPair<A>;
+      load_inputs<T>(p, part.segment, part.begin + l - (W - 1), n + W - 1, d + c, width, in, kTileD);
+      const int64_t has_grad = max_of(0, min_of(n, inside - l));  // no gradient comes from beyond the segment
+      load_tile<A>(static_cast<const T*>(p.dy) + part.segment.batch * p.dy_stride_b + (d + c) * p.dy_stride_d +
+                       (part.begin + l) * p.dy_stride_l,
+                   p.dy_stride_l, p.dy_stride_d, has_grad, width, grad, kTileD);
+      fill_tile(grad + has_grad * kTileD, kTileD, n - has_grad, width, A(0));
+      const A* x = in + (W - 1) * kTileD;
+      const Carry<A> here = carry.at(c);
+      const int64_t sums = max_of(0, min_of(n, counted - l));
+      int64_t r = 0;
+      for (; r + kRows <= sums; r += kRows)
+        gradient_strip<A, A, W, kSilu, true, false, kRows>(x + r * kTileD, kTileD, grad + r * kTileD, kTileD, out + r * kTileD,
+                                                           kTileD, here, whole);
+      for (; r < sums; r++)
+        gradient_strip<A, A, W, kSilu, true, false, 1>(x + r * kTileD, kTileD, grad + r * kTileD, kTileD, out + r * kTileD,
+                                                       kTileD, here, whole);
+      for (; r < n; r++)
+        gradient_strip<A, A, W, kSilu, false, false, 1>(x + r * kTileD, kTileD, grad + r * kTileD, kTileD, out + r * kTileD,
+                                                        kTileD, here, whole);
+      store_gradients<T>(p, part, out, l, n, d + c, width);
     }
 }
 
-// An empty segment hands its final state through to its initial state.
+// All steps of a part, straight from memory where that is channel-last.
+template <class T, int W, bool kSilu>
+void gradient_part(const CausalConv1dParams& p, const Part& part, int64_t d, int64_t cols, const Carry<acc_t<T>>& carry,
+                   bool direct, bool stream) {
+  using A = acc_t<T>;
+  fill_tile(carry.g, kBlockD, W - 1, kBlockD, A(0));
+  const int64_t counted = part.end - part.begin, steps = counted + W - 1;
+  const int64_t whole = direct ? cols / kPair<A> * kPair<A> : 0;
+  if (whole > 0) {
+    const Segment& segment = part.segment;
+    const T* x = static_cast<const T*>(p.x) + segment.batch * p.x_stride_b + d + part.begin * p.x_stride_l;
+    const T* dy = static_cast<const T*>(p.dy) + segment.batch * p.dy_stride_b + d + part.begin * p.dy_stride_l;
+    T* dx = static_cast<T*>(p.dx) + segment.batch * p.dx_stride_b + d + part.begin * p.dx_stride_l;
+    int64_t l = W - 1;
+    gradient_tiles<T, W, kSilu>(p, part, 0, l, d, whole, carry);
+    for (; l + kRows <= counted; l += kRows) {
+      const T *in = x + l * p.x_stride_l, *grad = dy + l * p.dy_stride_l;
+      T* out = dx + (l - (W - 1)) * p.dx_stride_l;
+      if (stream)
+        gradient_strip<T, A, W, kSilu, true, true, kRows>(in, p.x_stride_l, grad, p.dy_stride_l, out, p.dx_stride_l, carry, whole);
+      else
+        gradient_strip<T, A, W, kSilu, true, false, kRows>(in, p.x_stride_l, grad, p.dy_stride_l, out, p.dx_stride_l, carry, whole);
+    }
+    gradient_tiles<T, W, kSilu>(p, part, l, steps, d, whole, carry);
+  }
+  if (whole < cols) gradient_tiles<T, W, kSilu>(p, part, 0, steps, d + whole, cols - whole, carry.at(whole));
+}
+
+// An empty or padding segment: its initial state gets what comes from its final state, or zeros.
 template <class A> void empty_segments(const CausalConv1dParams& p) {
   if (!p.dinitial_states) return;
   A* rows = scratch<A>(kCarrySlot, (p.W - 1) * kBlockD);
@@ -192,16 +194,19 @@ template <class A> void empty_segments(const CausalConv1dParams& p) {
     if (segment.init < 0 || (segment.begin < segment.end && !segment.padding)) continue;
     for (int64_t d = 0; d < p.D; d += kBlockD) {
       const int64_t cols = min_of(kBlockD, p.D - d);
-      if (p.dfinal_states && segment.final >= 0 && !segment.padding) load_dfinal<A>(p, segment, rows, d, cols);
-      else fill_tile(rows, kBlockD, p.W - 1, cols, A(0));
-      store_dinitial<A>(p, segment, rows, d, cols);
+      if (p.dfinal_states && segment.final >= 0 && !segment.padding)
+        load_tile<A>(p.state_dtype, p.dfinal_states, segment.final * p.dfinal_stride_s + d * p.dfinal_stride_d,
+                     p.dfinal_stride_w, p.dfinal_stride_d, p.W - 1, cols, rows, kBlockD);
+      else
+        fill_tile(rows, kBlockD, p.W - 1, cols, A(0));
+      store_tile(rows, kBlockD, p.state_dtype, p.dinitial_states, segment.init * p.dinit_stride_s + d * p.dinit_stride_d,
+                 p.dinit_stride_w, p.dinit_stride_d, p.W - 1, cols);
     }
   }
 }
 
-// dweight[D][W] and dbias[D] from partial[chunks][W + 1][D], chunk by chunk in order.
-template <class A> void reduce_partials(const CausalConv1dParams& p, const A* partial, int64_t chunks) {
-  const int64_t stride = (p.W + 1) * p.D;
+// dweight[D][W] and dbias[D] from partial[chunks][W + 1][ld], chunk by chunk in order.
+template <class A> void reduce_partials(const CausalConv1dParams& p, const A* partial, int64_t ld, int64_t chunks) {
   parallel_for(0, ceil_div(p.D, kTileD), 8, [&](int64_t first, int64_t last) {
     alignas(64) A sums[5 * kTileD];
     for (int64_t block = first; block < last; block++) {
@@ -209,7 +214,7 @@ template <class A> void reduce_partials(const CausalConv1dParams& p, const A* pa
       fill_tile(sums, kTileD, p.W + 1, cols, A(0));
       for (int64_t chunk = 0; chunk < chunks; chunk++)
         for (int64_t w = 0; w <= p.W; w++) {
-          const A* part = partial + chunk * stride + w * p.D + d;
+          const A* part = partial + (chunk * (p.W + 1) + w) * ld + d;
           for (int64_t c = 0; c < cols; c++) sums[w * kTileD + c] += part[c];
         }
       if (p.dweight) store_tile(sums, kTileD, static_cast<A*>(p.dweight) + d * p.W, 1, p.W, p.W, cols);
@@ -229,10 +234,9 @@ template <class T> void zero_part(const CausalConv1dParams& p, const Segment& se
 template <class T> void backward(const CausalConv1dParams& p) {
   using A = acc_t<T>;
   const ConvChunks chunks = make_chunks(p, 128, 64);
-  A* weight = scratch<A>(kWeightSlot, (p.W + 1) * p.D);
-  load_weights(p, weight, p.D);
-  const int64_t partial_size = (p.W + 1) * p.D;
-  A* partial = scratch<A>(kPartialSlot, chunks.count * partial_size);
+  const A* weight = load_weights<A>(p);
+  const int64_t ld = padded(p.D);
+  A* partial = scratch<A>(kPartialSlot, chunks.count * (p.W + 1) * ld);
   const bool direct = p.x_stride_d == 1 && p.dy_stride_d == 1 && p.dx_stride_d == 1;
   const bool stream = direct && chunks.total * p.D * static_cast<int64_t>(sizeof(T)) > kStreamBytes &&
                       rows_aligned<T>(p.dx, p.dx_stride_b, p.dx_stride_l);
@@ -240,21 +244,22 @@ template <class T> void backward(const CausalConv1dParams& p) {
   with_conv_variant(p.W, p.silu, [&](auto width, auto silu) {
     const int64_t grain = max_of(1, 32768 / (chunks.length * min_of(kBlockD, p.D)));
     parallel_for(0, chunks.count * blocks, grain, [&](int64_t first, int64_t last) {
+      A* g = scratch<A>(kCarrySlot, (p.W - 1) * kBlockD);
       for (int64_t item = first; item < last; item++) {
         const int64_t chunk = item / blocks, d = item % blocks * kBlockD, cols = min_of(kBlockD, p.D - d);
-        A* dweight = partial + chunk * partial_size + d;
-        fill_tile(dweight, p.D, p.W + 1, cols, A(0));
+        const Carry<A> carry{g, partial + chunk * (p.W + 1) * ld + d, weight + d, ld};
+        fill_tile(carry.sums, ld, p.W + 1, min_of(kBlockD, ld - d), A(0));
         for_each_part(p, chunks, chunk, [&](const Segment& segment, int64_t begin, int64_t end) {
           if (segment.padding) return zero_part<T>(p, segment, begin, end, d, cols);
-          backward_part<T, decltype(width)::value, decltype(silu)::value>(p, segment, begin, end, d, cols, weight, dweight,
-                                                                           direct, stream);
+          gradient_part<T, decltype(width)::value, decltype(silu)::value>(p, Part{segment, begin, end}, d, cols, carry, direct,
+                                                                           stream);
         });
       }
       if (stream) stream_fence();
     });
   });
   empty_segments<A>(p);
-  reduce_partials(p, partial, chunks.count);
+  reduce_partials(p, partial, ld, chunks.count);
 }
 
 }  // namespace

@@ -124,17 +124,17 @@ template <class A> inline void store_state(const A* panels, int64_t P, int64_t N
   for (int64_t c = 0; c < P; c += NR) transpose(panels + c * N, NR, N, P - c < NR ? P - c : NR, dst + c * N, N);
 }
 
-// state = total * state + sum over l < q of coef[l, n] * values[l, p]: coef rows [q, N], values in panels of kChunk rows.
+// out = total * state + sum over l < q of coef[l, n] * values[l, p]: coef rows [q, N], values in panels of kChunk rows.
 template <class A>
-inline void update_state(A* state, A total, const A* coef, const A* values, int64_t q, int64_t P, int64_t N) {
+inline void update_state(A* out, A total, const A* state, const A* coef, const A* values, int64_t q, int64_t P, int64_t N) {
   constexpr int64_t NR = kTileCols<A>;
   for_row_tiles(N, [&](int64_t n, auto rows) {
     for (int64_t c = 0; c < P; c += NR) {
-      A* out = state + c * N + n * NR;
+      const int64_t at = c * N + n * NR;
       Tile<A, decltype(rows)::value> acc;
-      acc.load_scaled(out, NR, Vec<A>(total));
+      acc.load_scaled(state + at, NR, Vec<A>(total));
       acc.multiply(coef + n, 1, N, values + c * kChunk, q);
-      acc.store(out, NR);
+      acc.store(out + at, NR);
     }
   });
 }

@@ -24,8 +24,9 @@ template <class T> struct ForwardUnit {
   int64_t group, h0, heads;
   bool stream;
   int64_t panel_P = round_up(p.P, NR);  // P padded to whole panels
-  A *states, *B, *C, *Bt, *S, *M, *X, *Xw, *D;
-  ChunkDecay<A>* decays;
+  A *states = nullptr, *B = nullptr, *C = nullptr, *Bt = nullptr, *S = nullptr, *M = nullptr, *X = nullptr, *Xw = nullptr,
+    *D = nullptr;
+  ChunkDecay<A>* decays = nullptr;
 
   void reserve() {
     const int64_t q_n = kChunk * p.N, q_p = kChunk * panel_P, pad = 16;
@@ -62,7 +63,7 @@ template <class T> struct ForwardUnit {
         pack_head(l0, q, i);
         const A* in_state = first && !has_init ? nullptr : state(i);
         output(l0, q, i, in_state);
-        if (!last || wants_final) update_state(state(i), decays[i].total, B, Xw, q, p.P, p.N);
+        if (!last || wants_final) update_state(state(i), decays[i].total, state(i), B, Xw, q, p.P, p.N);
       }
     }
     if (wants_final)

@@ -122,6 +122,31 @@ inline void store_tile(const A* src, int64_t ld, DType dtype, void* base, int64_
   });
 }
 
+// Two adjacent vectors, streamed or not. Two bf16 vectors share one pack, one store and one look for NaNs.
+template <bool kStream, class A, class S> TZ_INLINE void store_pair(Vec<A> a, Vec<A> b, S* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4 && sizeof(S) == 2 && dtype_of<S>::value == DType::bf16) {
+    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a.v, (__m256)b.v, _CMP_UNORD_Q)) == 0, 1)) {
+      const auto rounded = [](__m256i u) TZ_LAMBDA {
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+        return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff)), 16);
+      };
+      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded((__m256i)a.v), rounded((__m256i)b.v)), 0xd8);
+      if (kStream) _mm256_stream_si256((__m256i*)p, packed);
+      else _mm256_storeu_si256((__m256i*)p, packed);
+      return;
+    }
+  }
+#endif
+  if (kStream) {
+    a.stream(p);
+    b.stream(p + Vec<A>::size);
+  } else {
+    a.store(p);
+    b.store(p + Vec<A>::size);
+  }
+}
+
 template <class A> inline void fill_tile(A* dst, int64_t ld, int64_t rows, int64_t cols, A value) {
   for (int64_t r = 0; r < rows; r++)
     for (int64_t c = 0; c < cols; c++) dst[r * ld + c] = value;

@@ -1,0 +1,205 @@
+"""`terrazzo bench …`, also as `python -m terrazzo.bench …`."""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import compare, memory, report, roofline, suite, targets
+from .cases import DTYPES, MODES, PRESETS, select
+from .environment import environment
+
+SECONDS = {"quick": 1.0, "normal": 3.0, "full": 15.0}
+
+
+def parser():
+    top = argparse.ArgumentParser(prog="terrazzo bench", description="How much faster, how exact, how far from this machine's limit.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--match", metavar="WORDS", help="only cases whose name contains every word")
+    speed = common.add_mutually_exclusive_group()
+    speed.add_argument("--quick", dest="speed", action="store_const", const="quick", default="normal", help="1 s a row")
+    speed.add_argument("--full", dest="speed", action="store_const", const="full", help="up to 15 s a row")
+    common.add_argument("--threads", type=int, help="default: torch's choice; targets: 2")
+    common.add_argument("--seed", type=int, default=0)
+    common.add_argument("--out", metavar="FILE", help="append the rows to this JSONL file")
+    common.add_argument("--json", action="store_true", help="rows as JSON lines instead of tables")
+    common.add_argument("--any-machine-state", action="store_true", help="keep rounds measured while something else was computing")
+
+    run = commands.add_parser("run", parents=[common], help="measure ops (the default command)")
+    run.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(suite.OPS)}; all by default")
+    run.add_argument("--provider", help=f"comma-separated, of {', '.join(suite.PROVIDERS)}")
+    run.add_argument("--mode", help=f"comma-separated, of {', '.join(MODES)}; bwd is forward and backward together")
+    run.add_argument("--dtype", default="fp32", help=f"comma-separated, of {', '.join(DTYPES)} (default fp32)")
+    run.add_argument("--preset", default="bamba-9b", help=f"comma-separated, of {', '.join(PRESETS)}")
+    run.add_argument("--baseline", default="hf", help="provider that speed-ups refer to")
+    run.add_argument("--cold", action="store_true", help="rotate over more inputs than the last-level cache holds")
+    run.add_argument("--list", action="store_true", help="only name the cases")
+
+    commands.add_parser("targets", parents=[common], help="measure every speed target and say which are met")
+    calibrate = commands.add_parser("calibrate", help="this machine's peaks")
+    calibrate.add_argument("--threads", type=int)
+    calibrate.add_argument("--json", action="store_true")
+    diff = commands.add_parser("compare", help="two result files: SAME, FAST, SLOW or UNSURE")
+    diff.add_argument("before")
+    diff.add_argument("after")
+    diff.add_argument("--fail-on", metavar="RULE", help="such as slow:5%%: exit 1 when a row is that much slower")
+    diff.add_argument("--force", action="store_true", help="compare results of different machines")
+    diff.add_argument("--json", action="store_true")
+    page = commands.add_parser("report", help="one HTML file from result files")
+    page.add_argument("files", nargs="+")
+    page.add_argument("-o", "--output", default="report.html")
+    return top
+
+
+def _split(text, allowed, what):
+    """A comma-separated option as a tuple; every part must be allowed."""
+    parts = tuple(part for part in (text or "").split(",") if part)
+    for part in parts:
+        if part not in allowed:
+            raise ValueError(f"terrazzo bench: unknown {what} {part!r}; choose from {', '.join(allowed)}")
+    return parts
+
+
+class Session:
+    """What run and targets share: threads, calibration, progress bar, result file."""
+
+    def __init__(self, args, argv):
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        width = None if sys.stdout.isatty() else 120  # a file or a pipe has no width of its own
+        self.args, self.console = args, Console(stderr=args.json, width=width)
+        self.command = "terrazzo bench " + " ".join(argv)
+        self.progress = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+        self.calibration = roofline.calibrate()
+        self.machine_is_free = None if args.any_machine_state else roofline.FreeMachine(self.calibration)
+        self.environment = environment(self.calibration, self.command, args.seed)
+        if args.json:
+            print(json.dumps(self.environment))
+
+    def options(self, **chosen):
+        return suite.Options(budget_s=SECONDS[self.args.speed], seed=self.args.seed, command=self.command, **chosen)
+
+    def describe(self):
+        c = self.calibration
+        self.console.print(
+            f"{self.environment['cpu']}, {c.threads} threads: {c.gflops:.0f} GFLOP/s, read {c.read_gbs:.1f}, copy {c.copy_gbs:.1f}, "
+            f"in place {c.scale_gbs:.1f} GB/s ({c.source})", highlight=False)  # fmt: skip
+
+    def save(self, lines):
+        if self.args.out:
+            path = Path(self.args.out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in [self.environment, *lines])
+
+
+def _run(args, argv):
+    ops = args.ops or list(suite.OPS)
+    _split(",".join(ops), tuple(suite.OPS), "op")
+    presets = _split(args.preset, PRESETS, "preset")
+    modes, dtypes = _split(args.mode, MODES, "mode"), _split(args.dtype, tuple(DTYPES), "dtype")
+    providers = _split(args.provider, suite.PROVIDERS, "provider") or suite.PROVIDERS
+    cases = [case for preset in presets for op in ops for case in select(suite.OPS[op](preset), modes=modes, dtypes=dtypes, match=args.match)]
+    if args.list:
+        print("\n".join(case.key for case in cases))
+        return 0
+    if not cases:
+        raise ValueError("terrazzo bench: no case fits; --list names the cases of the chosen ops and presets")
+    session = Session(args, argv)
+    session.describe()
+    options = session.options(providers=providers, baseline=args.baseline, cold=args.cold)
+    rows = []
+    with session.progress as progress:
+        overall, current = progress.add_task("cases", total=len(cases)), progress.add_task("", total=1.0)
+        for case in cases:
+            found = suite.measure(case, options, session.calibration, machine_is_free=session.machine_is_free,
+                                  on_progress=lambda text, done: progress.update(current, description=text, completed=done))
+            rows += found
+            progress.advance(overall)
+            if args.json:
+                print(*(json.dumps(row) for row in found), sep="\n", flush=True)
+            elif found:
+                session.console.print(report.case_table(found))
+    session.save(rows)
+    return 1 if any(row["status"] in ("wrong", "failed") for row in rows) else 0
+
+
+def _targets(args, argv):
+    if not memory.is_tuned():  # the allocator reads these before main: start over with them set
+        environ = os.environ | memory.MALLOC_TUNING
+        os.execve(sys.executable, [sys.executable, "-m", "terrazzo.bench", *argv], environ)
+    args.threads = args.threads or targets.THREADS
+    session = Session(args, argv)
+    session.describe()
+    with session.progress as progress:
+        overall, current = progress.add_task("cases", total=1), progress.add_task("", total=1.0)
+        rows, results = targets.run(
+            session.options(), session.calibration, args.match, machine_is_free=session.machine_is_free,
+            on_case=lambda number, total, case: progress.update(overall, completed=number, total=total),
+            on_progress=lambda text, done: progress.update(current, description=text, completed=done),
+        )  # fmt: skip
+    session.save([*rows, *results])
+    if args.json:
+        print(*(json.dumps(line) for line in [*rows, *results]), sep="\n")
+    else:
+        for group in report.by_case(rows).values():
+            session.console.print(report.case_table(group))
+        session.console.print(report.target_table(results))
+        session.console.print(f"{sum(r['passed'] for r in results)} of {len(results)} targets met")
+    return 0 if all(result["passed"] for result in results) else 1
+
+
+def _calibrate(args, argv):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    found = roofline.calibrate()
+    if args.json:
+        print(json.dumps(found.as_dict()))
+        return 0
+    print(f"{found.threads} threads, {found.source}, {found.date}")
+    print(f"float32 multiply-add  {found.gflops:8.1f} GFLOP/s")
+    print(f"read                  {found.read_gbs:8.1f} GB/s")
+    print(f"copy (read + write)   {found.copy_gbs:8.1f} GB/s")
+    print(f"in place (both ways)  {found.scale_gbs:8.1f} GB/s")
+    return 0
+
+
+def _compare(args, argv):
+    results = compare.compare(args.before, args.after, force=args.force)
+    if args.json:
+        print(*(json.dumps(r) for r in results), sep="\n")
+    else:
+        for r in results:
+            print(f"{r['verdict']:6} {r['ratio']:6.3f}×  {r['before_ms']:9.4g} → {r['after_ms']:9.4g} ms  {' '.join(r[k] for k in compare.IDENTITY)}")
+    return 1 if args.fail_on and compare.fails(results, args.fail_on) else 0
+
+
+def _report(args, argv):
+    Path(args.output).write_text(report.html(args.files))
+    print(args.output)
+    return 0
+
+
+COMMANDS = {"run": _run, "targets": _targets, "calibrate": _calibrate, "compare": _compare, "report": _report}
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
+        argv.insert(0, "run")
+    args = parser().parse_args(argv)
+    try:
+        return COMMANDS[args.command](args, argv)
+    except (ValueError, compare.Incomparable, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,82 @@
+"""Compares two result files row by row: SAME, FAST, SLOW or UNSURE.
+
+Two conditions make a difference: the raw samples differ (Mann-Whitney, two-sided) and the medians differ by
+more than a minimum effect. SAME needs the medians to be close; anything between is UNSURE.
+"""
+import json
+import math
+from pathlib import Path
+
+from .timer import median
+
+MIN_EFFECT = 0.03
+SIGNIFICANCE = 0.01
+IDENTITY = ("op", "size", "dtype", "mode", "provider")
+
+
+class Incomparable(Exception):
+    """The two files were measured on different machines."""
+
+
+def read(path):
+    """(environment, [rows]) of a JSONL result; the last environment of an append-only file counts."""
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+    environments = [line for line in lines if line.get("kind") == "environment"]
+    return (environments[-1] if environments else {}), [line for line in lines if line.get("kind") == "row"]
+
+
+def mann_whitney(a, b):
+    """Two-sided p-value by the normal approximation with ties corrected."""
+    pooled = sorted([(value, 0) for value in a] + [(value, 1) for value in b])
+    rank_sum, ties, i, n = 0.0, 0.0, 0, len(pooled)
+    while i < n:
+        j = i
+        while j < n and pooled[j][0] == pooled[i][0]:
+            j += 1
+        rank_sum += (i + j + 1) / 2 * sum(1 for k in range(i, j) if pooled[k][1] == 0)
+        ties += (j - i) ** 3 - (j - i)
+        i = j
+    u = rank_sum - len(a) * (len(a) + 1) / 2
+    mean = len(a) * len(b) / 2
+    variance = len(a) * len(b) / 12 * (n + 1 - ties / (n * (n - 1)))
+    if variance <= 0:
+        return 1.0
+    return math.erfc(max(abs(u - mean) - 0.5, 0) / math.sqrt(2 * variance))
+
+
+def verdict(before, after, min_effect=MIN_EFFECT):
+    """(SAME | FAST | SLOW | UNSURE, ratio of medians after / before, p)."""
+    ratio, p = median(after) / median(before), mann_whitney(before, after)
+    if p < SIGNIFICANCE and ratio > 1 + min_effect:
+        return "SLOW", ratio, p
+    if p < SIGNIFICANCE and ratio < 1 / (1 + min_effect):
+        return "FAST", ratio, p
+    if 1 / (1 + min_effect) <= ratio <= 1 + min_effect:
+        return "SAME", ratio, p
+    return "UNSURE", ratio, p
+
+
+def compare(path_before, path_after, min_effect=MIN_EFFECT, force=False):
+    """One dict for each row that both files timed."""
+    (env_a, rows_a), (env_b, rows_b) = read(path_before), read(path_after)
+    for name in ("cpu", "gpu", "threads", "malloc_tuned"):
+        if env_a.get(name) != env_b.get(name) and not force:
+            raise Incomparable(f"{name} differs: {env_a.get(name)!r} in {path_before}, {env_b.get(name)!r} in {path_after}; --force compares anyway")
+    before = {tuple(r[k] for k in IDENTITY): r for r in rows_a if r["status"] == "ok"}
+    results = []
+    for row in rows_b:
+        old = before.get(tuple(row[k] for k in IDENTITY))
+        if row["status"] != "ok" or old is None:
+            continue
+        word, ratio, p = verdict(old["samples_ms"], row["samples_ms"], min_effect)
+        results.append({k: row[k] for k in IDENTITY} | {"verdict": word, "ratio": ratio, "p": p, "before_ms": old["median_ms"], "after_ms": row["median_ms"]})
+    return results
+
+
+def fails(results, rule):
+    """The results that a rule such as "slow:5%" forbids."""
+    word, _, percent = rule.partition(":")
+    if word != "slow" or not percent.removesuffix("%").replace(".", "", 1).isdigit():
+        raise ValueError(f"terrazzo bench compare: --fail-on must look like slow:5%, got {rule!r}")
+    limit = 1 + float(percent.removesuffix("%")) / 100
+    return [r for r in results if r["verdict"] == "SLOW" and r["ratio"] > limit]

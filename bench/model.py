@@ -1,0 +1,114 @@
+"""Model rows: one Bamba block inside Hugging Face's own model, as it is and patched.
+
+Prefill, one decoding step and one training step. The logits (or the loss and a gradient) of the patched model
+must equal those of the untouched one; nothing is faster that computes something else.
+"""
+import torch
+
+import terrazzo
+
+from .cases import Case, Provider, Unavailable, compiled, generator
+from .roofline import Work
+
+VOCAB = 260
+# Made by hand: transformers' own mask code cannot handle a cache without any attention layer.
+NO_MASKS = {"full_attention": None, "linear_attention": None}
+NMSE_LIMIT = 1e-8
+# preset -> (hidden size, length); the MLP is 3.5 x hidden and heads are 64 wide, as in Bamba-9B
+SIZES = {"bamba-9b": (1024, 1024), "tiny": (64, 24)}
+
+
+def _config(hidden):
+    from transformers import BambaConfig
+
+    return BambaConfig(
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=hidden * 7 // 2, num_hidden_layers=1, attn_layer_indices=[],
+        num_attention_heads=max(1, hidden // 64), num_key_value_heads=1, mamba_n_heads=hidden * 2 // 64, mamba_d_head=64,
+        mamba_n_groups=1, mamba_d_state=128, mamba_d_conv=4, mamba_expand=2, mamba_chunk_size=256,
+    )  # fmt: skip
+
+
+def _model(hidden, patched):
+    try:
+        from transformers import BambaForCausalLM
+    except ImportError as error:
+        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+    before = torch.random.get_rng_state()
+    torch.manual_seed(7)
+    model = BambaForCausalLM(_config(hidden)).eval()
+    torch.random.set_rng_state(before)
+    if patched:
+        terrazzo.patch(model)
+    return model
+
+
+def _prefill(hidden, patched):
+    model = _model(hidden, patched)
+    return lambda input_ids: model(input_ids, use_cache=False).logits
+
+
+def _decode(hidden, patched):
+    """One token after another against a cache that the first call fills with a short prompt."""
+    model = _model(hidden, patched)
+    cache, seen = None, 0
+
+    def step(input_ids):
+        nonlocal cache, seen
+        if cache is None:
+            prompt = torch.arange(16)[None] % VOCAB
+            cache, seen = model(prompt, attention_mask=NO_MASKS, use_cache=True).past_key_values, 16
+        position = torch.tensor([[seen]])
+        seen += 1
+        return model(input_ids, attention_mask=NO_MASKS, past_key_values=cache, position_ids=position, use_cache=True).logits
+
+    return step
+
+
+def _train(hidden, patched):
+    """Forward, backward and an AdamW step; the learning rate is 0, so that every step does the same work."""
+    model = _model(hidden, patched).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    watched = next(p for name, p in model.named_parameters() if name.endswith("mamba.in_proj.weight"))
+
+    def step(input_ids):
+        with torch.enable_grad():
+            optimizer.zero_grad(set_to_none=False)
+            loss = model(input_ids, labels=input_ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+        return loss.detach(), watched.grad
+
+    return step
+
+
+def _multiply_adds(hidden):
+    """Of one token in the dense layers: in_proj, out_proj, the MLP and the head."""
+    inner = 2 * hidden
+    return hidden * (2 * inner + 2 * 128 + inner // 64) + inner * hidden + 3 * hidden * (hidden * 7 // 2) + hidden * VOCAB
+
+
+def cases(preset):
+    hidden, L = SIZES[preset]
+    scan = 2 * hidden * 128
+    weights = 4 * _multiply_adds(hidden)
+    jobs = (
+        ("prefill", _prefill, L, Work(2 * L * (_multiply_adds(hidden) + 2 * scan), weights, "read")),
+        ("decode", _decode, 1, Work(2 * (_multiply_adds(hidden) + 2 * scan), weights + 8 * scan, "read")),
+        ("training step", _train, L, Work(L * (6 * _multiply_adds(hidden) + 14 * scan), 10 * weights, "read")),
+    )
+    found = []
+    for job, build, length, work in jobs:
+
+        def inputs(seed, length=length):
+            return {"input_ids": torch.randint(0, VOCAB, (1, length), generator=generator(seed))}
+
+        def provider(patched, build=build):
+            return lambda: build(hidden, patched)
+
+        providers = [Provider("terrazzo", provider(True), ours=True), Provider("hf", provider(False))]
+        if job == "prefill":
+            providers.append(Provider("hf-compiled", compiled(provider(False))))
+        found.append(Case("bamba_block", f"{job} 1x{length} hidden {hidden}", "model", "fp32", work, inputs, tuple(providers),
+                          provider(False), nmse_limit=NMSE_LIMIT))
+    return found
+

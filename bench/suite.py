@@ -1,0 +1,138 @@
+"""Runs cases: accuracy gate, first call, interleaved timing, and one row for each provider."""
+import itertools
+import time
+from dataclasses import dataclass
+
+import torch
+
+from . import accuracy, causal_conv1d, chunk_scan, model, rmsnorm_gated, state_update
+from .cases import PRESETS, Unavailable, clone_inputs, runner
+from .timer import interleave
+
+SCHEMA = 1
+OPS = {
+    "causal_conv1d": causal_conv1d.cases,
+    "chunk_scan": chunk_scan.cases,
+    "state_update": state_update.cases,
+    "rmsnorm_gated": rmsnorm_gated.cases,
+    "model": model.cases,
+}
+PROVIDERS = ("terrazzo", "reference", "reference-compiled", "hf", "hf-compiled")
+CACHE_BYTES = 32 << 20       # a last-level cache; cold runs rotate over three of them
+MAX_COLD_SETS = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    providers: tuple[str, ...] = PROVIDERS
+    budget_s: float = 3.0        # of timing, for each provider of a case
+    baseline: str = "hf"
+    cold: bool = False           # rotate over more inputs than the last-level cache holds
+    seed: int = 0
+    command: str = "terrazzo bench"
+    min_rounds: int = 7
+
+
+def all_cases(preset):
+    if preset not in PRESETS:
+        raise ValueError(f"terrazzo bench: unknown preset {preset!r}; presets are {', '.join(PRESETS)}")
+    return [case for make in OPS.values() for case in make(preset)]
+
+
+def _row(case, provider, status, reason="", **values):
+    return {
+        "schema": SCHEMA, "kind": "row", "op": case.op, "size": case.size, "dtype": case.dtype, "mode": case.mode,
+        "provider": provider, "status": status, "reason": reason, **values,
+    }  # fmt: skip
+
+
+def _one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _rotating(case, fn, input_sets):
+    """One call after the other on different inputs, so that no result can be kept."""
+    runs = itertools.cycle([runner(case, fn, inputs) for inputs in input_sets])
+    return lambda: next(runs)()
+
+
+def _input_sets(case, cold):
+    first = case.inputs(0)
+    size = sum(t.numel() * t.element_size() for t in first.values() if isinstance(t, torch.Tensor))
+    count = min(MAX_COLD_SETS, max(2, -(-3 * CACHE_BYTES // max(size, 1)))) if cold else 2
+    return [first, *(case.inputs(seed) for seed in range(1, count))]
+
+
+def measure(case, options, calibration, *, machine_is_free=None, on_progress=None, clock=time.perf_counter_ns):
+    """Rows of every chosen provider on one case: timed, or with the reason why not.
+
+    `on_progress(text, fraction)` follows the work.
+    """
+    report = on_progress or (lambda text, fraction: None)
+    rows, timed, found = [], {}, {}
+    oracle = None
+    for provider in case.providers:
+        if provider.name not in options.providers:
+            continue
+        report(f"{case.key}: checking {provider.name}", 0.0)
+        try:
+            fn = provider.build()
+        except Unavailable as why:
+            rows.append(_row(case, provider.name, "unavailable", str(why)))
+            continue
+        try:
+            oracle = oracle or accuracy.Oracle(case)
+            checked = accuracy.gate(case, fn, oracle, provider.ours)
+        except Exception as error:  # whatever a provider raises is its row, not the end of the run
+            rows.append(_row(case, provider.name, "failed", _one_line(error)))
+            continue
+        if not checked.ok:
+            errors = {"max_abs": checked.max_abs, "rel": checked.rel, "nmse": checked.nmse}
+            rows.append(_row(case, provider.name, "wrong", checked.why, **errors))
+            continue
+        timed[provider.name], found[provider.name] = fn, checked
+    oracle = None  # its float64 tensors are large
+    if timed:
+        sets = _input_sets(case, options.cold)
+        own = (lambda: [clone_inputs(s) for s in sets]) if case.mutated else (lambda: sets)
+        timings = interleave(
+            {name: _rotating(case, fn, own()) for name, fn in timed.items()},
+            options.budget_s * len(timed),
+            clock=clock,
+            seed=options.seed,
+            min_rounds=options.min_rounds,
+            machine_is_free=machine_is_free,
+            on_round=lambda fraction: report(f"{case.key}: timing", fraction),
+        )
+        rows += [_timed_row(case, name, timing, found[name], calibration, options) for name, timing in timings.items()]
+        _add_speedups(rows, options.baseline)
+    return sorted(rows, key=lambda row: PROVIDERS.index(row["provider"]) if row["provider"] in PROVIDERS else -1)
+
+
+def _timed_row(case, name, timing, checked, calibration, options):
+    timing.first_call_ns = checked.first_call_ns
+    values = timing.summary()
+    seconds = values["median_ms"] / 1e3
+    limit_ms, limit_kind = calibration.limit_ms(case.work)
+    values |= {
+        "gflops": case.work.flops / seconds / 1e9,
+        "gbs": case.work.bytes / seconds / 1e9,
+        "limit_ms": limit_ms,
+        "limit": limit_kind,
+        "times_limit": values["median_ms"] / limit_ms if limit_ms else None,
+        "max_abs": checked.max_abs,
+        "rel": checked.rel,
+        "nmse": checked.nmse,
+        "peak_bytes": checked.peak_bytes,
+        "samples_ms": [round(s / 1e6, 6) for s in timing.samples],
+        "command": options.command,
+    }
+    return _row(case, name, "ok", **values)
+
+
+def _add_speedups(rows, baseline):
+    base = next((r["median_ms"] for r in rows if r["provider"] == baseline and r["status"] == "ok"), None)
+    for row in rows:
+        if row["status"] == "ok":
+            row["speedup"] = base / row["median_ms"] if base else None
+            row["baseline"] = baseline

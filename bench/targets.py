@@ -1,0 +1,110 @@
+"""The speeds this project holds itself to, and `terrazzo bench targets`, which measures all of them in one run.
+
+Ratios are taken between providers of the same interleaved run; "limit" is the time this machine could not beat
+(roofline.py). Both sides run with two threads and the same tuned allocator.
+"""
+from dataclasses import dataclass, replace
+
+from . import memory
+from .cases import select
+from .suite import all_cases, measure
+
+PRESET = "bamba-9b"
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Target:
+    """One bar on one case: at least `bar` times as fast as `against`, or at most `bar` times the limit or memory."""
+
+    op: str
+    size: str
+    mode: str
+    dtype: str
+    against: str  # a provider, "limit" or "memory"
+    bar: float
+
+    @property
+    def key(self):
+        return f"{self.op} {self.size} {self.dtype} {self.mode}"
+
+    @property
+    def text(self):
+        if self.against == "limit":
+            return f"≤ {self.bar:g} × the limit"
+        if self.against == "memory":
+            return f"≤ {self.bar:g} × inputs and outputs"
+        return f"≥ {self.bar:g} × {self.against}"
+
+
+def _targets(op, sizes, mode, dtype, **bars):
+    return [Target(op, size, mode, dtype, against.replace("_", "-"), bar) for size in sizes for against, bar in bars.items()]
+
+
+SCAN, CONV, CONV_UPDATE, UPDATE = "mamba_chunk_scan_combined", "causal_conv1d_fn", "causal_conv1d_update", "selective_state_update"
+TARGETS = (
+    *_targets(SCAN, ("1x512x128x64 N128", "1x2048x128x64 N128"), "fwd", "fp32", hf=15, hf_compiled=15, limit=1.7),
+    *_targets(SCAN, ("1x512x128x64 N256", "1x2048x128x64 N256"), "fwd", "fp32", hf=9.5, hf_compiled=9.5, limit=1.7),
+    *_targets(SCAN, ("1x512x128x64 N128",), "bwd", "fp32", hf=7, limit=2),
+    *_targets(SCAN, ("1x512x128x64 N128", "1x2048x128x64 N128"), "fwd", "fp32", memory=2),
+    *_targets(SCAN, ("1x512x128x64 N128",), "bwd", "fp32", memory=2),
+    *_targets(CONV, ("1x8448x512",), "fwd", "fp32", hf=6, limit=1.8),
+    *_targets(CONV, ("1x8448x2048",), "fwd", "fp32", hf=14, limit=1.8),
+    *_targets(CONV, ("1x8448x512", "1x8448x2048"), "fwd", "bf16", hf=30),
+    *_targets(CONV, ("1x8448x512", "1x8448x2048"), "bwd", "fp32", hf=10, limit=2.2),
+    *_targets(CONV_UPDATE, ("1x8448", "8x8448", "32x8448"), "decode", "fp32", hf=14),
+    *_targets(CONV_UPDATE, ("1x8448", "8x8448", "32x8448"), "decode", "bf16", hf=200),
+    *_targets(UPDATE, ("1x128x64 N128",), "decode", "fp32", hf=40),
+    *_targets(UPDATE, ("8x128x64 N128",), "decode", "fp32", hf=16, limit=1.15),
+    *_targets("bamba_block", ("prefill 1x1024 hidden 1024",), "model", "fp32", hf=1.4),
+    *_targets("bamba_block", ("decode 1x1 hidden 1024",), "model", "fp32", hf=1.25),
+    *_targets("bamba_block", ("training step 1x1024 hidden 1024",), "model", "fp32", hf=1.7),
+)  # fmt: skip
+
+
+def judge(target, rows, peak=None):
+    """(measured ratio or None, passed, reason) of one target from the rows of its case."""
+    if target.against == "memory":
+        if peak is None or peak[0] is None:
+            return None, False, "peak memory cannot be read on this system"
+        ratio = peak[0] / peak[1]
+        return ratio, ratio <= target.bar, ""
+    by_provider = {row["provider"]: row for row in rows}
+    ours, other = by_provider.get("terrazzo"), by_provider.get(target.against)
+    for row in (ours, other):
+        if row is not None and row["status"] != "ok":
+            return None, False, f"{row['provider']} {row['status']}: {row['reason']}"
+    if ours is None:
+        return None, False, "terrazzo has no such case"
+    if target.against == "limit":
+        return ours["times_limit"], ours["times_limit"] <= target.bar, ""
+    if other is None:
+        return None, False, f"{target.against} was not measured"
+    ratio = other["median_ms"] / ours["median_ms"]
+    return ratio, ratio >= target.bar, ""
+
+
+def run(options, calibration, match=None, *, machine_is_free=None, on_case=None, on_progress=None):
+    """Measures the cases of every target (those that `match` selects) -> (rows, results).
+
+    A result is {"target", "case", "measured", "bar", "passed", "reason"}.
+    """
+    cases = {case.key: case for case in all_cases(PRESET)}
+    wanted = [cases[key] for key in dict.fromkeys(t.key for t in TARGETS)]
+    rows, results = [], []
+    chosen = select(wanted, match=match)
+    for number, case in enumerate(chosen):
+        if on_case:
+            on_case(number, len(chosen), case)
+        targets = [t for t in TARGETS if t.key == case.key]
+        providers = ("terrazzo", *(t.against for t in targets if t.against in ("hf", "hf-compiled")))
+        case_rows = measure(case, replace(options, providers=providers), calibration, machine_is_free=machine_is_free, on_progress=on_progress)
+        rows += case_rows
+        for target in targets:
+            peak = memory.peak_in_fresh_process(target.op, target.size, target.mode, target.dtype, THREADS) if target.against == "memory" else None
+            measured, passed, reason = judge(target, case_rows, peak)
+            results.append({
+                "kind": "target", "target": target.text, "case": case.key, "measured": measured, "bar": target.bar,
+                "passed": passed, "reason": reason,
+            })  # fmt: skip
+    return rows, results

@@ -1,0 +1,240 @@
+"""`terrazzo demo`: Hugging Face's Bamba on real text, as it is and patched, side by side.
+
+The model is BambaForCausalLM, 8 layers (one of them attention), hidden 512, bytes as tokens, weights random but
+fixed. The text is the Declaration of Independence (1776), in the public domain. Both sides run the same weights
+on the same bytes, the prefill and the training step in alternating order; the logits and the greedy continuation
+of both are compared.
+"""
+import json
+import time
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import terrazzo
+
+from .bench import memory
+from .bench.timer import median
+from .charts import bars
+
+REPEATS = 2  # of the prefill and of the training step, after a short warm-up
+VOCAB = 259  # 256 bytes, then padding, begin and end of text
+SIDES = ("transformers", "transformers + terrazzo")
+DTYPE = torch.float32
+
+
+def build_model():
+    """The demo's model with its fixed weights."""
+    from transformers import BambaConfig, BambaForCausalLM
+
+    config = BambaConfig(
+        vocab_size=VOCAB, pad_token_id=256, bos_token_id=257, eos_token_id=258, hidden_size=512, intermediate_size=1024,
+        num_hidden_layers=8, attn_layer_indices=[4], num_attention_heads=8, num_key_value_heads=4, mamba_n_heads=16,
+        mamba_d_head=64, mamba_n_groups=1, mamba_d_state=128, mamba_d_conv=4, mamba_expand=2, mamba_chunk_size=256,
+    )  # fmt: skip
+    before = torch.random.get_rng_state()
+    torch.manual_seed(1776)
+    model = BambaForCausalLM(config).to(DTYPE).eval()
+    torch.random.set_rng_state(before)
+    return model
+
+
+@dataclass
+class Side:
+    """What was measured on one side; times in seconds."""
+
+    prefill_s: list[float] = field(default_factory=list)
+    train_s: list[float] = field(default_factory=list)
+    token_s: list[float] = field(default_factory=list)  # between generated tokens
+    prefill_peak: int | None = None
+    train_peak: int | None = None
+    logits: torch.Tensor | None = None
+    continuation: list[int] = field(default_factory=list)
+    loss: float | None = None
+
+
+class _Stopwatch:
+    """A streamer for generate() that notes when each token came."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, tokens):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def _timed(fn, into):
+    start = time.perf_counter()
+    result = fn()
+    into.append(time.perf_counter() - start)
+    return result
+
+
+@torch.no_grad()
+def _prefill(model, ids, side):
+    def run():
+        side.logits = _timed(lambda: model(ids, use_cache=False).logits, side.prefill_s)
+
+    peak = memory.peak_of(run)
+    side.prefill_peak = peak if side.prefill_peak is None else max(side.prefill_peak, peak or 0)
+
+
+@torch.no_grad()
+def _generate(model, ids, new_tokens, side):
+    watch = _Stopwatch()
+    out = model.generate(ids, do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=watch)
+    side.continuation = out[0, ids.shape[1] :].tolist()
+    # The prompt and the first token arrive before any decoding step.
+    side.token_s = [b - a for a, b in zip(watch.times[1:], watch.times[2:])]
+
+
+def _train(model, ids, side):
+    """Forward and backward; the weights stay as they are."""
+
+    def run():
+        model.train()
+        model.zero_grad(set_to_none=True)
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        side.loss = loss.item()
+        model.zero_grad(set_to_none=True)
+        model.eval()
+
+    peak = memory.peak_of(lambda: _timed(run, side.train_s))
+    side.train_peak = peak if side.train_peak is None else max(side.train_peak, peak or 0)
+
+
+def measure(text, new_tokens, train_bytes, on_step=None):
+    """{side name: Side}. The same model serves both: patched and put back between the steps."""
+    on_step = on_step or (lambda name: None)
+    model = build_model()
+    ids = torch.tensor([list(text)])
+    sides = {name: Side() for name in SIDES}
+
+    def each(step, *rest, order=SIDES):
+        for name in order:
+            on_step(f"{step.__name__.strip('_')}: {name}")
+            if name == SIDES[1]:
+                with terrazzo.patch(model):
+                    step(model, *rest, sides[name])
+            else:
+                step(model, *rest, sides[name])
+
+    each(_prefill, ids[:, :256])  # warm-up
+    for side in sides.values():
+        side.prefill_s.clear()
+        side.prefill_peak = None
+    for repeat in range(REPEATS):
+        each(_prefill, ids, order=SIDES[:: 1 if repeat % 2 else -1])
+    each(_generate, ids, new_tokens)
+    for repeat in range(REPEATS):
+        each(_train, ids[:, :train_bytes], order=SIDES[:: 1 if repeat % 2 else -1])
+    return sides
+
+
+STEPS = 2 * (1 + REPEATS + 1 + REPEATS)
+
+
+def summarise(sides, length, train_length):
+    """The numbers people and machines read."""
+    plain, patched = (sides[name] for name in SIDES)
+    difference = (plain.logits - patched.logits).abs().max().item()
+    rows = {
+        name: {
+            "prefill_tokens_per_s": length / median(side.prefill_s),
+            "decode_tokens_per_s": 1 / median(side.token_s),
+            "train_step_s": median(side.train_s),
+            "train_tokens_per_s": train_length / median(side.train_s),
+            "prefill_peak_bytes": side.prefill_peak,
+            "train_peak_bytes": side.train_peak,
+            "loss": side.loss,
+        }
+        for name, side in sides.items()
+    }
+    return {
+        "prompt_bytes": length,
+        "train_bytes": train_length,
+        "new_tokens": len(plain.continuation),
+        "threads": torch.get_num_threads(),
+        "sides": rows,
+        "max_logit_difference": difference,
+        "max_logit": plain.logits.abs().max().item(),
+        "same_greedy_continuation": plain.continuation == patched.continuation,
+        "same_best_token": (plain.logits.argmax(-1) == patched.logits.argmax(-1)).double().mean().item(),
+    }
+
+
+def _ratio(rows, key):
+    """How much better the patched side is; times and bytes are better when smaller."""
+    a, b = rows[SIDES[0]][key], rows[SIDES[1]][key]
+    if not a or not b:
+        return None
+    return b / a if key.endswith("per_s") else a / b
+
+
+LINES = (
+    ("prefill, tokens/s", "prefill_tokens_per_s", "{:.0f}", 1),
+    ("decode, tokens/s", "decode_tokens_per_s", "{:.1f}", 1),
+    ("training step, s", "train_step_s", "{:.2f}", 1),
+    ("peak memory of the prefill, MB", "prefill_peak_bytes", "{:.0f}", 1e6),
+    ("peak memory of the training step, MB", "train_peak_bytes", "{:.0f}", 1e6),
+    ("training loss", "loss", "{:.5f}", 1),
+)
+
+
+def _table(result):
+    table = Table(title=f"Bamba, 8 layers, hidden 512, float32, {result['threads']} threads", title_justify="left", box=SIMPLE)
+    for name in ("", *SIDES, "ratio"):
+        table.add_column(name, justify="left" if not name else "right")
+    for label, key, form, unit in LINES:
+        values = [result["sides"][side][key] for side in SIDES]
+        ratio = None if key == "loss" else _ratio(result["sides"], key)
+        table.add_row(label, *("–" if v is None else form.format(v / unit) for v in values), "" if ratio is None else f"{ratio:.2f}×")
+    return table
+
+
+def _chart(result):
+    groups = [(label, [(side, result["sides"][side][key]) for side in SIDES])
+              for label, key in (("prefill, tokens a second", "prefill_tokens_per_s"), ("decode, tokens a second", "decode_tokens_per_s"),
+                                 ("training, tokens a second", "train_tokens_per_s"))]  # fmt: skip
+    return bars("Hugging Face's Bamba as it is and patched by terrazzo", groups)
+
+
+def main(args):
+    text = Path(args.text).read_bytes() if args.text else files("terrazzo").joinpath("demo_text.txt").read_bytes()
+    if args.bytes < 1 or args.new_tokens < 2 or args.train_bytes < 2:
+        raise ValueError("terrazzo demo: --bytes must be at least 1, --new-tokens and --train-bytes at least 2")
+    if len(text) < max(args.bytes, args.train_bytes):
+        raise ValueError(f"terrazzo demo: the text has {len(text)} bytes, fewer than asked for; lower --bytes or --train-bytes")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # its advice to install other kernels is beside the point here
+    prompt = text[: args.bytes]
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("building the model", total=STEPS + 1)
+        sides = measure(prompt, args.new_tokens, args.train_bytes, lambda name: progress.update(task, advance=1, description=name))
+    result = summarise(sides, len(prompt), min(args.train_bytes, len(prompt)))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / "demo.svg").write_text(_chart(result))
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        source = args.text or "the Declaration of Independence, 1776"
+        console = Console()
+        console.print(f"\n{len(prompt)} bytes of {source}; {result['new_tokens']} new tokens; training on {result['train_bytes']} bytes", highlight=False)
+        console.print(_table(result))
+        console.print(f"largest logit difference {result['max_logit_difference']:.1e} of {result['max_logit']:.2f}; "
+                      f"greedy continuation {'identical' if result['same_greedy_continuation'] else 'DIFFERENT'}", highlight=False)  # fmt: skip
+        console.print(f"chart: {out / 'demo.svg'}   numbers: {out / 'demo.json'}", highlight=False)
+    return 0 if result["same_greedy_continuation"] else 1

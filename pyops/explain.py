@@ -1,0 +1,66 @@
+"""What each backend says to one call of a public function, without running a kernel."""
+from unittest import mock
+
+import torch
+
+import terrazzo
+
+from . import cases, dispatch
+
+# op -> (builder of its arguments, what the sizes of --shape are called there)
+CALLS = {
+    "causal_conv1d_fn": (cases.conv, ("B", "D", "L")),
+    "causal_conv1d_update": (cases.conv_update, ("B", "D", "L")),
+    "mamba_chunk_scan_combined": (cases.scan, ("B", "L", "H", "P")),
+    "selective_state_update": (cases.state_update, ("B", "H", "P")),
+    "rmsnorm_gated": (cases.norm, None),  # any shape
+}
+
+
+class _Reached(Exception):
+    """Ends a call where it would pick a backend."""
+
+
+def tensors_at_choice(op, arguments):
+    """The tensors that the public function hands to pick() for these arguments, checked like any call's."""
+
+    def stop(name, *tensors, backend=None):
+        raise _Reached(tensors)
+
+    with mock.patch.object(dispatch, "pick", stop):
+        try:
+            getattr(terrazzo, op)(**arguments)
+        except _Reached as reached:
+            return reached.args[0]
+    raise ValueError(f"terrazzo.{op} chose no backend for this call")
+
+
+def arguments(op, dtype, shape=None, device="cpu", **sizes):
+    """Arguments of a call of `op` whose first tensor has `shape`."""
+    if op not in CALLS:
+        raise ValueError(f"terrazzo: unknown op {op!r}; ops are {', '.join(CALLS)}")
+    builder, names = CALLS[op]
+    if shape is not None:
+        if names is None:
+            sizes["shape"] = tuple(shape)
+        elif len(shape) != len(names):
+            raise ValueError(f"terrazzo.{op}: the shape must be ({', '.join(names)}), got {tuple(shape)}")
+        else:
+            groups = {"G": 1} if "H" in names else {}  # one group divides any number of heads
+            sizes = groups | dict(zip(names, shape)) | sizes
+    try:
+        made = builder(**sizes)(cases.Random(0), dtype)
+    except TypeError as error:
+        raise ValueError(f"terrazzo.{op}: {error}") from None
+    if torch.device(device).type == "cpu":
+        return made
+    # Under FakeTensorMode this works for devices that are not here.
+    return {
+        name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device) if isinstance(value, torch.Tensor) else value
+        for name, value in made.items()
+    }  # fmt: skip
+
+
+def refusals(op, tensors):
+    """{backend: None, or why it cannot run}."""
+    return {backend: dispatch.can_run(op, backend, *tensors) for backend in dispatch.BACKENDS}

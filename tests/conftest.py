@@ -1,0 +1,31 @@
+"""Shared fixtures: uninitialised memory is NaN in every test, so an output that was never written shows."""
+import pytest
+import torch
+from terrazzo import native
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request):
+    if request.node.get_closest_marker("unpoisoned"):
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    yield
+    torch._dynamo.reset()
+
+
+def pytest_report_header(config):
+    return f"terrazzo: cpu kernels {native.isa() if native.available else 'not built: ' + native.why_not}"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "unpoisoned: leave uninitialised memory as it is")
+    if not native.available:
+        pytest.exit(f"the tests need the compiled extension: {native.why_not}", returncode=3)

@@ -1,0 +1,156 @@
+"""One test per rule: bad input gets a clear error that names function and argument, before any memory is touched."""
+import pytest
+import terrazzo
+import torch
+
+i32 = torch.int32
+
+
+def conv(**kw):
+    args = dict(x=torch.randn(2, 8, 10), weight=torch.randn(8, 4)) | kw
+    return terrazzo.causal_conv1d_fn(**args)
+
+
+def varlen(**kw):
+    args = dict(x=torch.randn(10, 8), weight=torch.randn(8, 4), bias=None, cu_seqlens=torch.tensor([0, 4, 10], dtype=i32)) | kw
+    return terrazzo.causal_conv1d_varlen_fn(**args)
+
+
+def update(**kw):
+    args = dict(x=torch.randn(2, 8), conv_state=torch.randn(2, 8, 4), weight=torch.randn(8, 4)) | kw
+    return terrazzo.causal_conv1d_update(**args)
+
+
+def scan(**kw):
+    args = dict(x=torch.randn(1, 6, 4, 8), dt=torch.rand(1, 6, 4), A=-torch.rand(4), B=torch.randn(1, 6, 2, 5), C=torch.randn(1, 6, 2, 5), chunk_size=4) | kw
+    return terrazzo.mamba_chunk_scan_combined(**args)
+
+
+def step(**kw):
+    args = dict(state=torch.randn(2, 4, 8, 5), x=torch.randn(2, 4, 8), dt=torch.rand(2, 4, 8), A=-torch.rand(4, 8, 5), B=torch.randn(2, 2, 5),
+                C=torch.randn(2, 2, 5)) | kw
+    return terrazzo.selective_state_update(**args)
+
+
+def norm(**kw):
+    return terrazzo.rmsnorm_gated(**(dict(x=torch.randn(3, 8), weight=torch.randn(8)) | kw))
+
+
+def split(**kw):
+    args = dict(zxbcdt=torch.randn(1, 6, 2 * 32 + 20 + 4), conv1d_weight=torch.randn(52, 4), conv1d_bias=None, dt_bias=torch.rand(4), A=-torch.rand(4),
+                D=torch.rand(4), chunk_size=4, ngroups=2) | kw
+    return terrazzo.mamba_split_conv1d_scan_combined(**args)
+
+
+def states(**kw):
+    return terrazzo.causal_conv1d_varlen_states(**(dict(x=torch.randn(10, 8), cu_seqlens=torch.tensor([0, 4, 10], dtype=i32), state_len=3) | kw))
+
+
+BAD = [
+    (conv, dict(x=torch.randn(8, 10)), ValueError, r"x must be \(B, D, L\), got \(8, 10\)"),
+    (conv, dict(x=[1.0]), TypeError, "x must be a tensor"),
+    (conv, dict(x=torch.ones(2, 8, 10, dtype=torch.int64)), TypeError, "x must be float32, bfloat16, float16, float64, got int64"),
+    (conv, dict(x=torch.randn(2, 8, 0)), ValueError, "L must be positive"),
+    (conv, dict(x=torch.randn(2, 0, 5), weight=torch.randn(0, 4)), ValueError, "D must be positive"),
+    (conv, dict(weight=torch.randn(7, 4)), ValueError, r"weight must be \(D, W\) = \(8, 2 or more\), got \(7, 4\)"),
+    (conv, dict(weight=torch.randn(8, 1)), ValueError, "weight must be"),
+    (conv, dict(weight=torch.randn(8, 1, 4)), ValueError, "weight must be"),
+    (conv, dict(weight=torch.randn(8, 4, device="meta")), ValueError, "weight must be on cpu"),
+    (conv, dict(bias=torch.randn(7)), ValueError, r"bias must be \(D,\) = \(8\), got \(7,\)"),
+    (conv, dict(seq_idx=torch.zeros(2, 10, dtype=torch.int64)), TypeError, "seq_idx must be int32, got int64"),
+    (conv, dict(seq_idx=torch.zeros(2, 9, dtype=i32)), ValueError, "seq_idx must be"),
+    (conv, dict(initial_states=torch.randn(2, 8, 4)), ValueError, "initial_states must be"),
+    (conv, dict(final_states_out=torch.randn(2, 8, 3)), ValueError, "final_states_out needs return_final_states"),
+    (conv, dict(final_states_out=torch.randn(2, 8, 2), return_final_states=True), ValueError, "final_states_out must be"),
+    (conv, dict(activation="gelu"), ValueError, "activation must be None, 'silu' or 'swish', got 'gelu'"),
+    (conv, dict(backend="tpu"), ValueError, "backend must be one of"),
+    (conv, dict(backend="cuda"), terrazzo.BackendError, "cannot run"),
+    (conv, dict(weight=torch.randn(8, 7), backend="cpu"), terrazzo.BackendError, "widths 2 to 4, got 7"),
+    (varlen, dict(x=torch.randn(2, 10, 8)), ValueError, r"x must be \(T, D\)"),
+    (varlen, dict(x=torch.randn(0, 8)), ValueError, "T must be positive"),
+    (varlen, dict(cu_seqlens=None), TypeError, "cu_seqlens is missing"),
+    (varlen, dict(cu_seqlens=torch.tensor([0], dtype=i32)), ValueError, "at least one sequence"),
+    (varlen, dict(cu_seqlens=torch.tensor([0, 4, 10])), TypeError, "cu_seqlens must be int32"),
+    (varlen, dict(cu_seqlens=torch.tensor([0, 6, 4, 10], dtype=i32)), ValueError, "must not decrease, got 6 then 4 at index 2"),
+    (varlen, dict(cu_seqlens=torch.tensor([0, -4, 10], dtype=i32)), ValueError, "must not decrease"),
+    (varlen, dict(cu_seqlens=torch.tensor([-1, 4, 10], dtype=i32)), ValueError, "must start at 0"),
+    (varlen, dict(cu_seqlens=torch.tensor([0, 4, 11], dtype=i32)), ValueError, "end at 10"),
+    (varlen, dict(initial_states=torch.randn(1, 8, 3)), ValueError, "initial_states must be"),
+    (update, dict(x=torch.randn(2)), ValueError, "x must be"),
+    (update, dict(x=torch.randn(2, 8, 0)), ValueError, "L must be positive"),
+    (update, dict(conv_state=torch.randn(2, 8, 2)), ValueError, "conv_state must be"),
+    (update, dict(conv_state=torch.randn(2, 7, 4)), ValueError, "conv_state must be"),
+    (update, dict(conv_state=torch.randn(1, 8, 4)), ValueError, "one slot for each of the 2 rows, got 1"),
+    (update, dict(conv_state=torch.randn(3, 8, 4)), ValueError, "pass conv_state_indices"),
+    (update, dict(conv_state_indices=torch.tensor([0, 2], dtype=i32)), ValueError, "-1 or below 2, the number of slots, got 2 at row 1"),
+    (update, dict(conv_state_indices=torch.tensor([-2, 0], dtype=i32)), ValueError, "conv_state_indices must be -1"),
+    (update, dict(conv_state_indices=torch.tensor([0, 1])), TypeError, "conv_state_indices must be int32"),
+    (update, dict(cache_seqlens=torch.tensor([0, -1], dtype=i32)), ValueError, "cache_seqlens must not be negative"),
+    (update, dict(cache_seqlens=torch.tensor([0], dtype=i32)), ValueError, "cache_seqlens must be"),
+    (update, dict(activation="relu"), ValueError, "activation must be"),
+    (scan, dict(x=torch.randn(6, 4, 8)), ValueError, r"x must be \(B, L, H, P\)"),
+    (scan, dict(x=torch.randn(1, 0, 4, 8)), ValueError, "L must be positive"),
+    (scan, dict(x=torch.ones(1, 6, 4, 8, dtype=torch.int32)), TypeError, "x must be float32"),
+    (scan, dict(B=torch.randn(1, 5, 2, 5)), ValueError, "B must be"),
+    (scan, dict(B=torch.randn(1, 6, 3, 5), C=torch.randn(1, 6, 3, 5)), ValueError, "groups of B must divide the 4 heads of x, got 3"),
+    (scan, dict(C=torch.randn(1, 6, 2, 4)), ValueError, "C must be"),
+    (scan, dict(C=None), TypeError, "C is missing"),
+    (scan, dict(dt=torch.rand(1, 6, 5)), ValueError, "dt must be"),
+    (scan, dict(A=-torch.rand(4, 2)), ValueError, "A must be"),
+    (scan, dict(D=torch.rand(4, 7)), ValueError, "D must be"),
+    (scan, dict(z=torch.randn(1, 6, 4, 7)), ValueError, "z must be"),
+    (scan, dict(dt_bias=torch.rand(3)), ValueError, "dt_bias must be"),
+    (scan, dict(initial_states=torch.randn(1, 4, 8, 4)), ValueError, "initial_states must be"),
+    (scan, dict(seq_idx=torch.zeros(1, 6, dtype=torch.int64)), TypeError, "seq_idx must be int32"),
+    (scan, dict(seq_idx=torch.zeros(1, 5, dtype=i32)), ValueError, "seq_idx must be"),
+    (scan, dict(cu_seqlens=torch.tensor([0, 3, 2, 6], dtype=i32)), ValueError, "must not decrease"),
+    (scan, dict(x=torch.randn(2, 6, 4, 8), dt=torch.rand(2, 6, 4), B=torch.randn(2, 6, 2, 5), C=torch.randn(2, 6, 2, 5),
+                cu_seqlens=torch.tensor([0, 6], dtype=i32)), ValueError, "batch of 1"),
+    (scan, dict(return_varlen_states=True), ValueError, "needs cu_seqlens"),
+    (scan, dict(chunk_size=0), ValueError, "chunk_size must be a positive integer"),
+    (scan, dict(dt_limit=(1.0, 0.0)), ValueError, "dt_limit must be"),
+    (scan, dict(B=torch.randn(1, 6, 2, 0), C=torch.randn(1, 6, 2, 0)), ValueError, "N must be positive"),
+    (step, dict(state=torch.randn(2, 4)), ValueError, "state must be"),
+    (step, dict(x=torch.randn(2, 4, 7)), ValueError, "x must be"),
+    (step, dict(B=torch.randn(2, 3, 5), C=torch.randn(2, 3, 5)), ValueError, "divide the 4 heads"),
+    (step, dict(A=-torch.rand(4, 8, 4)), ValueError, "A must be"),
+    (step, dict(dt=torch.rand(2, 4)), ValueError, "dt must be"),
+    (step, dict(state=torch.randn(3, 4, 8, 5)), ValueError, "one slot for each of the 2 rows, got 3"),
+    (step, dict(state_batch_indices=torch.tensor([0, 5], dtype=i32)), ValueError, "below 2, the number of slots, got 5"),
+    (step, dict(state=torch.randn(2, 4, 8, 5).double(), backend="cpu"), terrazzo.BackendError, "float64"),
+    (norm, dict(x=torch.tensor(1.0)), ValueError, "x must be"),
+    (norm, dict(weight=torch.randn(7)), ValueError, "weight must be"),
+    (norm, dict(z=torch.randn(3, 7)), ValueError, "z must be"),
+    (norm, dict(group_size=3), ValueError, "group_size must divide D = 8, got 3"),
+    (norm, dict(x=torch.randn(3, 0), weight=torch.randn(0)), ValueError, "D must be positive"),
+    (split, dict(zxbcdt=torch.randn(1, 6, 30)), ValueError, "last dimension of zxbcdt"),
+    (split, dict(headdim=7), ValueError, "headdim must be 8"),
+    (states, dict(state_len=0), ValueError, "state_len must be a positive integer"),
+    (states, dict(x=torch.randn(10)), ValueError, "x must be"),
+]
+
+
+@pytest.mark.parametrize("call, kwargs, error, message", BAD, ids=[f"{c.__name__}-{m}" for c, _, _, m in BAD])
+def test_bad_input(call, kwargs, error, message):
+    call()  # the good call works
+    before = {k: v.clone() for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
+    with pytest.raises(error, match=message) as caught:
+        call(**kwargs)
+    assert str(caught.value).startswith("terrazzo.")
+    for name, value in before.items():
+        assert torch.equal(kwargs[name], value)
+
+
+def test_kernels_check_for_themselves():
+    """torch.ops callers and compiled graphs skip the Python checks: the native layer refuses what would touch foreign memory."""
+    ops = torch.ops.terrazzo
+    x, w = torch.randn(1, 8, 10), torch.randn(8, 4)
+    for cu in ([0, 12], [0, 8, 4, 10], [-1, 10]):
+        with pytest.raises(RuntimeError, match="terrazzo.causal_conv1d_fn: cu_seqlens"):
+            ops.causal_conv1d_fwd(x, w, None, None, torch.tensor(cu, dtype=i32), None, False, True)
+    with pytest.raises(RuntimeError, match="conv_state_indices must be -1 or below 2, got 9"):
+        ops.causal_conv1d_update(x, torch.randn(2, 8, 4), w, None, True, None, torch.tensor([9], dtype=i32))
+    with pytest.raises(RuntimeError, match="bias must have shape"):
+        ops.causal_conv1d_fwd(x, w, torch.randn(3), None, None, None, False, True)
+    with pytest.raises(RuntimeError, match="weight must have shape"):
+        ops.rmsnorm_gated_fwd(torch.randn(3, 8), torch.randn(4), None, 1e-6, 8, True)

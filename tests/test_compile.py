@@ -1,0 +1,118 @@
+"""opcheck, torch.compile(fullgraph=True), autocast, vmap-free functional use: the ops inside torch's own machinery."""
+import pytest
+import terrazzo
+import torch
+from terrazzo import cases
+
+ops = torch.ops.terrazzo
+SMALL = {"causal_conv1d_fn": ("channel_last", "packed_states", "width_3_channel_first"), "causal_conv1d_varlen_fn": ("mixed",),
+         "causal_conv1d_update": ("hf_layout", "circular", "slots"), "causal_conv1d_varlen_states": ("mixed",),
+         "mamba_chunk_scan_combined": ("plain", "gated_states", "varlen"), "selective_state_update": ("mamba2", "slots", "mamba1"),
+         "rmsnorm_gated": ("gate_first", "groups_norm_first", "no_gate")}
+CHOSEN = [c for c in cases.CASES if c.name in SMALL[c.op]]
+INDUCTOR = [c for c in CHOSEN if c.name in ("channel_last", "hf_layout", "plain", "mamba2", "gate_first")]
+compiled_cases = pytest.mark.parametrize("case, compiler", [(c, "aot_eager") for c in CHOSEN] + [(c, "inductor") for c in INDUCTOR],
+                                         ids=lambda v: str(v))
+
+
+def assert_same(found, expected, tol=1e-5):
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=tol, atol=tol, msg=lambda m: f"{name}: {m}")
+
+
+@compiled_cases
+def test_compile_fullgraph(case, compiler):
+    function = torch.compile(getattr(terrazzo, case.op), fullgraph=True, backend=compiler)
+    kwargs = case.make(torch.float32)
+    terrazzo.reset_counters()
+    found = cases.run(case, kwargs, None, gradients=bool(case.grads), function=function)
+    assert set(terrazzo.counters()) and all(set(ran) == {"cpu"} for ran in terrazzo.counters().values()) or case.op.endswith("varlen_states")
+    assert_same(found, cases.run(case, kwargs, "cpu", gradients=bool(case.grads)))
+
+
+@pytest.mark.parametrize("op", ["causal_conv1d_fn", "mamba_chunk_scan_combined", "rmsnorm_gated"])
+def test_compile_dynamic_length(op):
+    """One graph serves several lengths."""
+    case = next(c for c in CHOSEN if c.op == op)
+    function = torch.compile(getattr(terrazzo, op), fullgraph=True, backend="aot_eager", dynamic=True)
+    for seed, dtype in ((0, torch.float32), (1, torch.float32)):
+        kwargs = case.make(dtype, seed)
+        if op != "rmsnorm_gated":
+            cut = {"causal_conv1d_fn": ("x",), "mamba_chunk_scan_combined": ("x", "dt", "B", "C")}[op]
+            for name in cut:
+                kwargs[name] = kwargs[name][:, :, : 30 + seed] if op == "causal_conv1d_fn" else kwargs[name][:, : 60 + seed]
+        assert_same(cases.run(case, kwargs, None, gradients=True, function=function), cases.run(case, kwargs, "cpu", gradients=True))
+
+
+def op_arguments(name):
+    """Arguments for each native op, forward ops with gradients required."""
+    torch.manual_seed(0)
+
+    def leaf(*shape):
+        return torch.randn(*shape).requires_grad_()
+
+    cu = torch.tensor([0, 3, 9], dtype=torch.int32)
+    x, w, b, s = leaf(2, 6, 9), leaf(6, 4), leaf(6), leaf(2, 6, 3)
+    scan = [leaf(2, 9, 4, 3), torch.rand(2, 9, 4).requires_grad_(), (-torch.rand(4)).requires_grad_(), leaf(2, 9, 2, 5), leaf(2, 9, 2, 5), leaf(4)]
+    states = leaf(2, 4, 3, 5)
+    seq_idx = torch.tensor([[0] * 4 + [1] * 5, [2] * 9], dtype=torch.int32)
+    return {
+        "causal_conv1d_fwd": [(x, w, b, seq_idx, None, s, True, True), (x.transpose(1, 2).contiguous().transpose(1, 2), w, None, None, None, None, False, False)],
+        "causal_conv1d_bwd": [tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in (x, x, w, b, seq_idx, None, s, s, True))],
+        "causal_conv1d_update": [(torch.randn(2, 6, 1), torch.randn(2, 6, 4), w.detach(), None, True, None, None)],
+        "causal_conv1d_varlen_states": [(torch.randn(9, 6), cu, 3)],
+        "chunk_scan_fwd": [(*scan, None, leaf(4), states, seq_idx, None, True, 0.0, float("inf"), True)],
+        "chunk_scan_bwd": [tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in (scan[0], states, *scan, leaf(4), states, None, None, True, 0.0, 9.0))],
+        "selective_state_update": [(torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3), torch.rand(2, 4, 3), -torch.rand(4, 3, 5), torch.randn(2, 2, 5),
+                                    torch.randn(2, 2, 5), None, None, None, True, None)],
+        "rmsnorm_gated_fwd": [(leaf(3, 8), leaf(8), leaf(3, 8), 1e-5, 4, False), (leaf(3, 8), leaf(8), None, 1e-5, 8, True)],
+        "rmsnorm_gated_bwd": [(torch.randn(3, 8), torch.randn(3, 8), torch.randn(8), torch.randn(3, 8), 1e-5, 4, True)],
+    }[name]
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("name", ["causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update", "causal_conv1d_varlen_states", "chunk_scan_fwd",
+                                  "chunk_scan_bwd", "selective_state_update", "rmsnorm_gated_fwd", "rmsnorm_gated_bwd"])
+def test_opcheck(name):
+    for args in op_arguments(name):
+        torch.library.opcheck(getattr(ops, name).default, args)
+
+
+@pytest.mark.parametrize("case", [c for c in CHOSEN if c.grads], ids=str)
+def test_autocast(case):
+    """Under autocast the ops take what comes, in mixed dtypes, and gradients return in each input's dtype."""
+    kwargs = case.make(torch.float32)
+    kwargs["x"] = kwargs["x"].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cases.run(case, kwargs, "cpu", gradients=True)
+    expected = cases.run(case, kwargs, "reference", gradients=True)
+    for name in found:
+        assert found[name].dtype == expected[name].dtype, name
+        torch.testing.assert_close(found[name], expected[name], rtol=0.05, atol=0.2)
+
+
+def test_split_conv1d_scan_combined():
+    """The fused block equals its parts, in values and gradients, and under compile and autocast."""
+    torch.manual_seed(0)
+    H, P, G, N, L = 4, 8, 2, 5, 40
+    inner, conv_dim = H * P, H * P + 2 * G * N
+    z = torch.randn(2, L, inner + conv_dim + H, requires_grad=True)
+    params = [torch.randn(s).requires_grad_() for s in ((conv_dim, 4), (conv_dim,), (H,), (H,), (inner,), (20, inner))]
+    w, b, dt_bias, D, norm, out = params
+    A = -torch.rand(H)
+
+    def call(backend, function=terrazzo.mamba_split_conv1d_scan_combined, **kw):
+        y, states = function(z, w, b, dt_bias, A, D, 16, return_final_states=True, rmsnorm_weight=norm, outproj_weight=out, headdim=P, ngroups=G,
+                             norm_before_gate=False, backend=backend, **kw)
+        return (y, states, *torch.autograd.grad(y.square().sum() + states.sum(), [z, *params]))
+
+    expected = call("reference")
+    for found in (call("cpu"), call(None, torch.compile(terrazzo.mamba_split_conv1d_scan_combined, fullgraph=True, backend="aot_eager"))):
+        for a, e in zip(found, expected):
+            torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = terrazzo.mamba_split_conv1d_scan_combined(z, w, b, dt_bias, A, D, 16, rmsnorm_weight=norm, outproj_weight=out, headdim=P, ngroups=G)
+    assert y.dtype == torch.bfloat16
+    gated = terrazzo.mamba_split_conv1d_scan_combined(z, w, b, dt_bias, A, D, 16, headdim=P, ngroups=G)
+    assert gated.shape == (2, L, inner)

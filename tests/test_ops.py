@@ -1,0 +1,125 @@
+"""Every op x backend x dtype x case, forward and backward, against the float64 reference, by one tolerance rule."""
+import pytest
+import terrazzo
+import torch
+from terrazzo import cases
+from terrazzo.tolerance import check
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+every_case = pytest.mark.parametrize("case", cases.CASES, ids=str)
+training_cases = pytest.mark.parametrize("case", [c for c in cases.CASES if c.grads], ids=str)
+
+
+def assert_matches(case, dtype, kwargs, found, gradients=False):
+    expected = cases.run(case, cases.to_dtype(kwargs, torch.float64), "reference", gradients)
+    same_dtype = cases.run(case, kwargs, "reference", gradients)
+    assert found.keys() == expected.keys()
+    for name, out in found.items():
+        verdict = check(out, expected[name], same_dtype[name])
+        assert verdict.ok, f"{case} {dtype} {name}: {verdict.why}"
+
+
+@every_case
+@dtypes
+def test_forward(case, dtype):
+    kwargs = case.make(dtype)
+    terrazzo.reset_counters()
+    found = cases.run(case, kwargs, "cpu")
+    ran = "causal_conv1d_fn" if case.op == "causal_conv1d_varlen_fn" else case.op
+    assert terrazzo.counters() == {ran: {"cpu": 1}}
+    assert_matches(case, dtype, kwargs, found)
+
+
+@training_cases
+@dtypes
+def test_backward(case, dtype):
+    kwargs = case.make(dtype)
+    terrazzo.reset_counters()
+    found = cases.run(case, kwargs, "cpu", gradients=True)
+    ran = "causal_conv1d_fn" if case.op == "causal_conv1d_varlen_fn" else case.op
+    assert terrazzo.counters() == {ran: {"cpu": 1}, f"{ran}_bwd": {"cpu": 1}}
+    assert_matches(case, dtype, kwargs, found, gradients=True)
+
+
+@every_case
+def test_caller_tensors_unchanged(case):
+    kwargs = case.make(torch.float32)
+    before = {k: cases.clone(v) for k, v in kwargs.items()}
+    function = getattr(terrazzo, case.op)
+    with torch.no_grad():
+        function(**kwargs, backend="cpu")
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and name not in case.updated:
+            assert torch.equal(value, before[name]), name
+
+
+@training_cases
+def test_independent_of_thread_count(case):
+    kwargs = case.make(torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(cases.run(case, kwargs, "cpu", gradients=True))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+BREAKS = {
+    "one percent": lambda y: y * 1.01,
+    "dropped row": lambda y: torch.cat([y[:-1], torch.zeros_like(y[-1:])]) if y.shape[0] > 1 else y * 0,
+    "shifted by one": lambda y: y.roll(1, dims=1),
+    "swapped": lambda y: y.flip(-1),
+    "skipped tile": lambda y: torch.where(torch.arange(y.numel()).view(y.shape) < y.numel() // 8, 0, y),
+}
+PLAIN = {c.op: c for c in reversed(cases.CASES) if c.grads or c.updated}
+
+
+@pytest.mark.parametrize("op", PLAIN)
+@pytest.mark.parametrize("break_it", BREAKS.values(), ids=BREAKS.keys())
+def test_negative_controls_fail(op, break_it):
+    """The tolerance rule must tell a wrong result from a right one."""
+    case = PLAIN[op]
+    for dtype in (torch.float32, torch.bfloat16):
+        kwargs = case.make(dtype)
+        found = cases.run(case, kwargs, "cpu", gradients=bool(case.grads))
+        for name, value in found.items():
+            if name == "y" or name == "dx" or name.startswith("updated"):
+                with pytest.raises(AssertionError):
+                    assert_matches(case, dtype, kwargs, found | {name: break_it(value)}, gradients=bool(case.grads))
+
+
+GRADCHECK = [c for c in cases.CASES if c.grads and c.name in (
+    "states", "packed_states", "packed_states_channel_first", "width_3_channel_first", "mixed", "odd_sizes", "gated_states", "varlen",
+    "dt_limit", "D_per_channel", "gate_first", "groups_norm_first", "no_gate", "padding_first")]
+
+
+@pytest.mark.parametrize("case", GRADCHECK, ids=str)
+def test_gradcheck(case):
+    kwargs = case.make(torch.float64)
+    names = [n for n in case.grads if kwargs.get(n) is not None]
+    function = getattr(terrazzo, case.op)
+
+    def call(*values):
+        return function(**(kwargs | dict(zip(names, values))), backend="cpu")
+
+    leaves = [kwargs[n].detach().clone(memory_format=torch.preserve_format).requires_grad_() for n in names]
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+@training_cases
+def test_expanded_gradient(case):
+    """sum().backward() hands the kernel a stride-0 gradient."""
+    kwargs = case.make(torch.float32)
+    grads = []
+    for backend in ("cpu", "reference"):
+        leaf = kwargs["x"].detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        result = getattr(terrazzo, case.op)(**(kwargs | {"x": leaf}), backend=backend)
+        (result[0] if isinstance(result, tuple) else result).sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads, rtol=2e-4, atol=2e-4)
