@@ -110,5 +110,5 @@ class FreeMachine:
         self.buffer = torch.rand(1 << 21, dtype=torch.float32)
 
     def __call__(self):
-        rate = self.flops / _elapsed(lambda: self.loop(self.buffer, "fma", 1))
+        rate = 4 * self.flops / _elapsed(lambda: self.loop(self.buffer, "fma", 4))
         return rate >= BUSY_BELOW * self.calibration.gflops

@@ -3,6 +3,7 @@
 // A tile is rows x cols; the memory side has a stride for each (in elements), the scratch side has unit-stride
 // columns. Unit-stride columns move as rows, unit-stride rows as in-register transposes, anything else by element.
 #pragma once
+#include <utility>
 #include "vec.h"
 
 #define TZ_LAMBDA __attribute__((always_inline))
@@ -33,26 +34,22 @@ template <class A, class S> TZ_INLINE void store1(A v, S* p) {
   else from_acc(v, p);
 }
 
-// Rows become columns: m[i][j] <-> m[j][i], log2(size) rounds of block swaps.
-template <class A> TZ_INLINE void transpose(Vec<A>* m) {
+// Rows become columns: m[i][j] <-> m[j][i], log2(size) rounds of swapping blocks of `bit` elements between rows.
+template <int bit, class A, int... k> TZ_INLINE void swap_blocks(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, k...>) {
   constexpr int size = Vec<A>::size;
-  typedef typename Vec<A>::native native;
-#pragma GCC unroll 4
-  for (int bit = size / 2; bit > 0; bit /= 2) {
+  const auto low = a.v, high = b.v;
+  a.v = __builtin_shufflevector(low, high, ((k & bit) ? size + k - bit : k)...);
+  b.v = __builtin_shufflevector(low, high, ((k & bit) ? size + k : k + bit)...);
+}
+template <int bit, class A> TZ_INLINE void transpose_rounds(Vec<A>* m) {
+  if constexpr (bit > 0) {
 #pragma GCC unroll 16
-    for (int i = 0; i < size; i++) {
-      if (i & bit) continue;
-      const native a = m[i].v, b = m[i + bit].v;
-      native lo, hi;
-      for (int k = 0; k < size; k++) {
-        lo[k] = (k & bit) ? b[k - bit] : a[k];
-        hi[k] = (k & bit) ? b[k] : a[k + bit];
-      }
-      m[i].v = lo;
-      m[i + bit].v = hi;
-    }
+    for (int i = 0; i < Vec<A>::size; i++)
+      if (!(i & bit)) swap_blocks<bit>(m[i], m[i + bit], std::make_integer_sequence<int, Vec<A>::size>());
+    transpose_rounds<bit / 2>(m);
   }
 }
+template <class A> TZ_INLINE void transpose(Vec<A>* m) { transpose_rounds<Vec<A>::size / 2>(m); }
 
 template <class A, class S>
 inline void load_tile(const S* src, int64_t stride_row, int64_t stride_col, int64_t rows, int64_t cols, A* dst, int64_t ld) {
@@ -65,19 +62,27 @@ inline void load_tile(const S* src, int64_t stride_row, int64_t stride_col, int6
     }
     return;
   }
-  int64_t done = 0;  // columns done by transposes, for the first rows / size * size rows
-  if (stride_row == 1 && rows >= size) {
-    for (; done + size <= cols; done += size)
-      for (int64_t r = 0; r + size <= rows; r += size) {
+  // Blocks of size x size by transposes. Rows beyond the last whole block are read with what lies behind them, as long
+  // as that is inside the tile's own memory; the block at the tile's far end goes by element.
+  int64_t done = 0;
+  if (stride_row == 1) {
+    const int64_t reach = (cols - 1) * stride_col + rows, all_rows = ceil_div(rows, size) * size;
+    for (; done + size <= cols && (done + size - 1) * stride_col + all_rows <= reach; done += size)
+      for (int64_t r = 0; r < rows; r += size) {
         Vec<A> m[size];
+#pragma GCC unroll 16
         for (int64_t i = 0; i < size; i++) m[i] = Vec<A>::load(src + (done + i) * stride_col + r);
         transpose(m);
-        for (int64_t i = 0; i < size; i++) m[i].store(dst + (r + i) * ld + done);
+        if (r + size <= rows) {
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < size; i++) m[i].store(dst + (r + i) * ld + done);
+        } else {
+          for (int64_t i = 0; i < rows - r; i++) m[i].store(dst + (r + i) * ld + done);
+        }
       }
   }
   for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = r < rows / size * size ? done : 0; c < cols; c++)
-      dst[r * ld + c] = load1<A>(src + r * stride_row + c * stride_col);
+    for (int64_t c = done; c < cols; c++) dst[r * ld + c] = load1<A>(src + r * stride_row + c * stride_col);
 }
 
 template <class A, class S>
@@ -96,8 +101,10 @@ inline void store_tile(const A* src, int64_t ld, S* dst, int64_t stride_row, int
     for (; done + size <= cols; done += size)
       for (int64_t r = 0; r + size <= rows; r += size) {
         Vec<A> m[size];
+#pragma GCC unroll 16
         for (int64_t i = 0; i < size; i++) m[i] = Vec<A>::load(src + (r + i) * ld + done);
         transpose(m);
+#pragma GCC unroll 16
         for (int64_t i = 0; i < size; i++) m[i].store(dst + (done + i) * stride_col + r);
       }
   }

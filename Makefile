@@ -1,0 +1,55 @@
+# make run       venv, install, build, then the demo: Hugging Face's Bamba as it is and patched
+# make test      every test: native AVX2 (or better) build, portable build, sanitizers, install without a compiler
+# make sanitize  the op tests under address and undefined-behaviour sanitizers only
+# make bench     the quick benchmark suite;  make targets  the speed targets
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+OP_TESTS := tests/test_ops.py tests/test_bad_input.py
+
+.PHONY: run test sanitize test-install bench targets build clean
+
+$(BIN)/.ready: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+# The Python files are used in place; the extension is rebuilt by ninja where sources changed.
+build: $(BIN)/.ready
+	TERRAZZO_WITH_CPU=1 $(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/pip show -q terrazzo 2>/dev/null || TERRAZZO_WITH_CPU=0 $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+
+run: build
+	$(BIN)/terrazzo demo
+
+# The last line is pytest's own, over everything but what the other targets cover.
+test: build sanitize test-install
+	TERRAZZO_CPU_ISA=portable $(BIN)/python -m pytest -q -n 2 $(OP_TESTS)
+	$(BIN)/python -m pytest -q -n 2 tests
+
+# The whole package again in build/sanitize, its kernels instrumented. Leaks are Python's own at exit: not looked for.
+sanitize: $(BIN)/.ready
+	TERRAZZO_WITH_CPU=1 TERRAZZO_SANITIZE=1 TERRAZZO_BUILD_ISAS=portable,avx2 $(BIN)/python setup.py -q build \
+	    --build-base build/sanitize --build-lib build/sanitize/lib
+	cd build/sanitize && PYTHONPATH=$(CURDIR)/build/sanitize/lib:$(CURDIR)/tests LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so) \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
+	    -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(OP_TESTS)) -k "not gradcheck and not thread_count and not negative"
+
+# Wheel and install with no compiler at hand: the reference backend serves every op.
+test-install: $(BIN)/.ready
+	rm -rf build/no-compiler && mkdir -p build/no-compiler
+	CXX=no-such-compiler $(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/no-compiler .
+	cd build/no-compiler && $(abspath $(BIN))/python -m zipfile -e terrazzo-*.whl lib && \
+	    PYTHONPATH=lib $(abspath $(BIN))/python $(CURDIR)/tests/without_extension.py
+
+bench: build
+	$(BIN)/terrazzo bench --quick
+targets: build
+	$(BIN)/terrazzo bench targets
+
+clean:
+	rm -rf build $(VENV) pyops/*.so *.egg-info

@@ -1,0 +1,384 @@
+"""The benchmark suite itself: protocol, accuracy gate, comparison, targets."""
+import json
+import re
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from terrazzo.bench import accuracy, compare, memory, report, roofline, suite, targets, timer
+from terrazzo.bench.__main__ import main
+from terrazzo.bench.cases import DTYPES, PRESETS, Provider, Unavailable, clone_inputs, runner, select
+
+CALIBRATION = roofline.Calibration(100.0, 20.0, 30.0, 40.0, 2, "test", "2026-01-01")
+TINY = suite.all_cases("tiny")
+
+
+class FakeTime:
+    """A clock that moves only when a provider says so."""
+
+    def __init__(self):
+        self.now = 0
+
+    def clock(self):
+        return self.now
+
+    def provider(self, ns, jitter=(0.0,)):
+        state = {"calls": 0}
+
+        def run():
+            self.now += int(ns * (1 + jitter[state["calls"] % len(jitter)]))
+            state["calls"] += 1
+
+        return run
+
+
+def tiny(op, mode="fwd"):
+    return next(c for c in TINY if (c.op, c.mode, c.dtype) == (op, mode, "fp32"))
+
+
+def with_providers(case, **builds):
+    return replace(case, providers=tuple(Provider(name, build, ours=name == "terrazzo") for name, build in builds.items()))
+
+
+def measured(case, **options):
+    chosen = suite.Options(providers=tuple(p.name for p in case.providers), budget_s=0.01, min_rounds=3, **options)
+    return {row["provider"]: row for row in suite.measure(case, chosen, CALIBRATION)}
+
+
+# ---- timer ---------------------------------------------------------------------------------------------------
+
+
+def test_quantiles():
+    values = [5, 1, 4, 2, 3]
+    assert timer.median(values) == 3
+    assert timer.quantile(values, 0.2) == pytest.approx(1.8)
+    assert timer.quantile([7], 0.8) == 7
+
+
+def test_fake_clock_times_exactly_and_stops_when_settled():
+    fake = FakeTime()
+    found = timer.interleave({"a": fake.provider(1_000_000), "b": fake.provider(2_000_000)}, 10.0, clock=fake.clock)
+    assert found["a"].summary()["median_ms"] == 1.0
+    assert found["b"].summary()["median_ms"] == 2.0
+    assert found["a"].summary()["n"] == 7 and not found["a"].summary()["noisy"]
+
+
+def test_short_calls_are_repeated_inside_a_sample():
+    fake = FakeTime()
+    found = timer.interleave({"a": fake.provider(1_000)}, 1.0, clock=fake.clock)
+    assert found["a"].repeats == 500
+    assert found["a"].summary()["median_ms"] == pytest.approx(0.001)
+
+
+def test_unsteady_provider_runs_to_the_budget_and_is_noisy():
+    fake = FakeTime()
+    found = timer.interleave({"a": fake.provider(10_000_000, jitter=(0.0, 0.3, 0.6, 0.1, 0.9))}, 0.5, clock=fake.clock)
+    assert found["a"].summary()["noisy"]
+    assert fake.now >= 0.5e9
+
+
+def test_every_round_runs_every_provider_once_in_changing_order():
+    fake, calls = FakeTime(), []
+
+    def named(name):
+        run = fake.provider(1_000_000)
+        return lambda: (calls.append(name), run())
+
+    timer.interleave({name: named(name) for name in "abc"}, 1.0, clock=fake.clock, min_rounds=9)
+    rounds = ["".join(calls[i : i + 3]) for i in range(6, len(calls), 3)]  # after two warm-up calls each
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_rounds_on_a_busy_machine_are_dropped():
+    fake = FakeTime()
+    answers = iter([True, False, *[True] * 100])
+    found = timer.interleave({"a": fake.provider(1_000_000)}, 1.0, clock=fake.clock, machine_is_free=lambda: next(answers))
+    assert found["a"].dropped == 2  # the one before and the one after
+    assert len(found["a"].samples) == 7
+
+
+# ---- comparison ----------------------------------------------------------------------------------------------
+
+NOISE = (0.0, 0.004, -0.003, 0.002, -0.004, 0.001, 0.003)
+
+
+def result_file(path, slowdown=1.0, cpu="test cpu", offset=0):
+    fake = FakeTime()
+    jitter = NOISE[offset:] + NOISE[:offset]
+    samples = timer.interleave({"ours": fake.provider(int(2_000_000 * slowdown), jitter)}, 0.05, clock=fake.clock, min_rounds=21)["ours"].samples
+    row = {"kind": "row", "op": "op", "size": "1", "dtype": "fp32", "mode": "fwd", "provider": "ours", "status": "ok",
+           "median_ms": timer.median(samples) / 1e6, "samples_ms": [s / 1e6 for s in samples]}  # fmt: skip
+    environment = {"kind": "environment", "cpu": cpu, "gpu": None, "threads": 2, "malloc_tuned": False}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (environment, row)))
+    return path
+
+
+def test_injected_slowdown_is_slow_and_the_reverse_fast(tmp_path):
+    before, after = result_file(tmp_path / "a"), result_file(tmp_path / "b", slowdown=1.1)
+    (found,) = compare.compare(before, after)
+    assert found["verdict"] == "SLOW" and found["ratio"] == pytest.approx(1.1, rel=0.01)
+    assert compare.compare(after, before)[0]["verdict"] == "FAST"
+    assert compare.fails([found], "slow:5%") == [found]
+    assert compare.fails([found], "slow:15%") == []
+    assert main(["compare", str(before), str(after), "--fail-on", "slow:5%"]) == 1
+
+
+def test_identical_runs_are_the_same(tmp_path):
+    before, after = result_file(tmp_path / "a"), result_file(tmp_path / "b", offset=3)
+    assert compare.compare(before, after)[0]["verdict"] == "SAME"
+    assert main(["compare", str(before), str(after), "--fail-on", "slow:5%"]) == 0
+
+
+def test_few_scattered_samples_are_unsure():
+    assert compare.verdict([1.0, 1.2, 0.9], [1.1, 1.3, 1.0])[0] == "UNSURE"
+
+
+def test_another_machine_is_refused(tmp_path, capsys):
+    before, after = result_file(tmp_path / "a"), result_file(tmp_path / "b", cpu="other cpu")
+    assert main(["compare", str(before), str(after)]) == 2
+    assert "cpu differs" in capsys.readouterr().err
+    assert main(["compare", str(before), str(after), "--force"]) == 0
+
+
+def test_mann_whitney_against_known_value():
+    assert compare.mann_whitney([1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14]) == pytest.approx(0.00217, rel=0.02)
+    assert compare.mann_whitney([1, 1, 1], [1, 1, 1]) == 1.0
+
+
+def test_bad_fail_rule():
+    with pytest.raises(ValueError, match="slow:5%"):
+        compare.fails([], "fast")
+
+
+# ---- accuracy gate -------------------------------------------------------------------------------------------
+
+
+def correct(case):
+    return case.reference()
+
+
+def test_right_provider_is_timed():
+    case = tiny("rmsnorm_gated")
+    row = measured(with_providers(case, terrazzo=lambda: correct(case)))["terrazzo"]
+    assert row["status"] == "ok" and row["n"] >= 3 and row["first_call_ms"] > 0
+    assert row["times_limit"] == pytest.approx(row["median_ms"] / row["limit_ms"])
+
+
+@pytest.mark.parametrize("op, mode", [("rmsnorm_gated", "fwd"), ("rmsnorm_gated", "bwd"), ("causal_conv1d_update", "decode"),
+                                      ("mamba_chunk_scan_combined", "fwd"), ("mamba_chunk_scan_combined", "bwd")])  # fmt: skip
+def test_wrong_output_is_not_timed(op, mode):
+    case = tiny(op, mode)
+    row = measured(with_providers(case, terrazzo=lambda: lambda **kw: correct(case)(**kw) * 1.01))["terrazzo"]
+    assert row["status"] == "wrong" and "median_ms" not in row
+    assert row["rel"] > 1e-3
+
+
+def test_provider_that_returns_its_input_is_caught():
+    case = tiny("rmsnorm_gated")
+    row = measured(with_providers(case, terrazzo=lambda: lambda x, weight, z: x))["terrazzo"]
+    assert row["status"] == "wrong"
+
+
+def test_view_of_an_input_is_caught_even_with_right_values():
+    case = tiny("rmsnorm_gated")
+
+    def into_its_input(x, weight, z):
+        return x.copy_(correct(case)(x=x, weight=weight, z=z))
+
+    row = measured(with_providers(case, terrazzo=lambda: into_its_input))["terrazzo"]
+    assert row["status"] == "wrong" and "input x" in row["reason"]
+
+
+@pytest.mark.parametrize("key", [lambda x: 0, lambda x: x.data_ptr()], ids=["always", "by address"])
+def test_kept_output_is_caught(key):
+    case, kept = tiny("rmsnorm_gated"), {}
+
+    def lazy(x, weight, z):
+        if key(x) not in kept:
+            kept[key(x)] = correct(case)(x=x, weight=weight, z=z)
+        return kept[key(x)].clone()
+
+    row = measured(with_providers(case, terrazzo=lambda: lazy))["terrazzo"]
+    assert row["status"] == "wrong" and "second call" in row["reason"]
+
+
+def test_forgotten_state_is_caught():
+    case = tiny("causal_conv1d_update", "decode")
+
+    def without_state(conv_state, **kw):
+        return correct(case)(conv_state=conv_state.clone(), **kw)
+
+    assert measured(with_providers(case, terrazzo=lambda: without_state))["terrazzo"]["status"] == "wrong"
+
+
+def test_nan_output_is_wrong_for_peers_too():
+    case = tiny("rmsnorm_gated")
+    row = measured(with_providers(case, hf=lambda: lambda x, weight, z: x * float("nan")))["hf"]
+    assert row["status"] == "wrong"
+
+
+def test_raising_and_absent_providers_are_rows_with_the_reason():
+    case = tiny("rmsnorm_gated")
+
+    def absent():
+        raise Unavailable("not installed")
+
+    def broken():
+        def run(**kw):
+            raise RuntimeError("no kernel image")
+
+        return run
+
+    rows = measured(with_providers(case, terrazzo=lambda: correct(case), hf=absent, reference=broken))
+    assert (rows["hf"]["status"], rows["hf"]["reason"]) == ("unavailable", "not installed")
+    assert rows["reference"]["status"] == "failed" and "no kernel image" in rows["reference"]["reason"]
+    assert rows["terrazzo"]["status"] == "ok" and rows["terrazzo"]["speedup"] is None
+
+
+def test_speedup_refers_to_the_baseline():
+    rows = [{"provider": name, "status": "ok", "median_ms": ms} for name, ms in (("terrazzo", 2.0), ("hf", 6.0))]
+    suite._add_speedups(rows, "hf")
+    assert [row["speedup"] for row in rows] == [3.0, 1.0]
+
+
+# ---- cases and roofline --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [c for c in TINY if c.dtype in ("fp32", "bf16")], ids=lambda c: c.key)
+def test_every_provider_passes_the_gate_at_tiny_size(case):
+    oracle = accuracy.Oracle(case)
+    for provider in case.providers:
+        if provider.name in ("terrazzo", "reference", "hf"):
+            found = accuracy.gate(case, provider.build(), oracle, provider.ours)
+            assert found.ok, f"{provider.name}: {found.why}"
+
+
+def test_compiled_peer_passes_the_gate():
+    case = tiny("causal_conv1d_fn")
+    provider = next(p for p in case.providers if p.name == "hf-compiled")
+    assert accuracy.gate(case, provider.build(), accuracy.Oracle(case), ours=False).ok
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_case_names_are_unique(preset):
+    keys = [case.key for case in suite.all_cases(preset)]
+    assert len(keys) == len(set(keys))
+
+
+def test_inputs_differ_by_seed_and_are_never_zero():
+    for case in TINY:
+        first, second = case.inputs(1), case.inputs(2)
+        assert any(isinstance(v, torch.Tensor) and not torch.equal(v, second[k]) for k, v in first.items())
+        assert all(v.count_nonzero() for v in first.values() if isinstance(v, torch.Tensor))
+
+
+def test_clone_keeps_expanded_and_sliced_strides():
+    inputs = tiny("selective_state_update", "decode").inputs(1)
+    clones = clone_inputs(inputs)
+    for name, value in inputs.items():
+        assert clones[name].stride() == value.stride() and torch.equal(clones[name], value), name
+        assert clones[name].data_ptr() != value.data_ptr()
+
+
+def test_limit_is_the_larger_of_compute_and_memory():
+    assert CALIBRATION.limit_ms(roofline.Work(flops=1e9, bytes=1e6)) == (pytest.approx(10.0), "compute")
+    assert CALIBRATION.limit_ms(roofline.Work(flops=1e6, bytes=3e8, traffic="copy")) == (pytest.approx(10.0), "memory")
+    assert CALIBRATION.limit_ms(roofline.Work(flops=1e6, bytes=4e8, traffic="scale")) == (pytest.approx(10.0), "memory")
+
+
+@pytest.mark.parametrize("loops", [roofline._native_loop, roofline._torch_loop], ids=["native", "torch"])
+@pytest.mark.parametrize("kind", roofline.KINDS)
+def test_calibration_loops(loops, kind):
+    buffer = torch.rand(1 << 21)
+    before = buffer.clone()
+    loops(buffer, kind, 1)
+    half = buffer.numel() // 2
+    if kind == "copy":
+        assert torch.equal(buffer[:half], before[:half]) and torch.equal(buffer[half:], before[:half])
+    elif kind == "scale":
+        torch.testing.assert_close(buffer, before * 0.9999)
+    else:
+        assert torch.equal(buffer, before)
+
+
+def test_native_read_sums_everything_it_says():
+    buffer = torch.rand(64 * 256 * 3)
+    assert torch.ops.terrazzo.calibrate(buffer, roofline.KINDS.index("read"), 2) == pytest.approx(2 * buffer.double().sum().item(), rel=1e-5)
+
+
+def test_calibrate_measures_positive_rates():
+    found = roofline.calibrate(buffer_bytes=8 << 20, repeats=1)
+    assert min(found.gflops, found.read_gbs, found.copy_gbs, found.scale_gbs) > 0
+    assert found.threads == torch.get_num_threads()
+
+
+def test_peak_memory_sees_a_large_allocation():
+    peak = memory.peak_of(lambda: torch.ones(64 << 18))
+    if peak is None:
+        assert memory.is_tuned() or not memory.CLEAR.exists()
+    else:
+        assert peak > 50 << 20
+
+
+# ---- targets and reports -------------------------------------------------------------------------------------
+
+
+def test_every_target_has_a_case():
+    keys = {case.key for case in suite.all_cases(targets.PRESET)}
+    assert {target.key for target in targets.TARGETS} <= keys
+
+
+def test_judging_targets():
+    rows = [{"provider": "terrazzo", "status": "ok", "median_ms": 2.0, "times_limit": 1.6},
+            {"provider": "hf", "status": "ok", "median_ms": 30.0}]  # fmt: skip
+    target = targets.Target("op", "1", "fwd", "fp32", "hf", 15)
+    assert targets.judge(target, rows) == (15.0, True, "")
+    assert targets.judge(replace(target, bar=15.1), rows)[1] is False
+    assert targets.judge(replace(target, against="limit", bar=1.5), rows) == (1.6, False, "")
+    assert targets.judge(replace(target, against="memory", bar=2), rows, (30, 10)) == (3.0, False, "")
+    wrong = [{"provider": "terrazzo", "status": "wrong", "reason": "row 3"}, rows[1]]
+    assert targets.judge(target, wrong) == (None, False, "terrazzo wrong: row 3")
+
+
+def test_run_writes_rows_and_report(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    command = ["rmsnorm_gated", "--preset", "tiny", "--match", "9x64 fwd", "--provider", "terrazzo,hf", "--quick", "--any-machine-state"]
+    assert main([*command, "--json", "--out", str(out)]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    stored = [json.loads(line) for line in out.read_text().splitlines()]
+    assert printed == stored
+    environment, *rows = stored
+    assert environment["kind"] == "environment" and environment["calibration"]["gflops"] > 0
+    assert [row["provider"] for row in rows] == ["terrazzo", "hf"]
+    assert all(len(row["samples_ms"]) == row["n"] for row in rows)
+    assert rows[0]["command"].startswith("terrazzo bench run rmsnorm_gated")
+
+    page = tmp_path / "report.html"
+    assert main(["report", str(out), "-o", str(page)]) == 0
+    text = page.read_text()
+    assert "rmsnorm_gated" in text and "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    for drawing in re.findall(r"<svg.*?</svg>", text, re.S):
+        ElementTree.fromstring(drawing)
+    assert report.case_table(rows).row_count == 2
+
+
+@pytest.mark.parametrize("command, message", [(["nope"], "unknown op"), (["--preset", "huge"], "unknown preset"), (["--dtype", "fp8"], "unknown dtype"),
+                                              (["--match", "nothing"], "no case fits"), (["--provider", "numpy"], "unknown provider")])  # fmt: skip
+def test_bad_options(command, message, capsys):
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_list_and_select(capsys):
+    assert main(["chunk_scan", "--preset", "tiny", "--list", "--mode", "bwd"]) == 0
+    assert capsys.readouterr().out.splitlines() == [c.key for c in select(TINY, modes=("bwd",), dtypes=("fp32",), match="chunk_scan")]
+    assert {case.dtype for case in TINY if case.op == "rmsnorm_gated"} == set(DTYPES)
+
+
+def test_runner_differentiates_every_input():
+    case = tiny("causal_conv1d_fn", "bwd")
+    inputs = case.inputs(3)
+    y, dx, dweight, dbias = runner(case, correct(case), inputs)()
+    assert (y.shape, dx.shape, dweight.shape, dbias.shape) == tuple(inputs[k].shape for k in ("x", "x", "weight", "bias"))
