@@ -14,7 +14,7 @@ namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 enum ConvScratch { kPrefixSlot, kWeightSlot, kPartialSlot, kInputSlot, kGradSlot, kOutputSlot, kCarrySlot };
 
 // Channels of one work item; channels x positions of a tile in L1. kBlockD and kTileD are whole vectors.
-constexpr int64_t kBlockD = 1024, kTileD = 64, kTileL = 64;
+constexpr int64_t kBlockD = 1024, kTileD = 32, kTileL = 128;
 
 struct ConvChunks {
   const int64_t* start;  // [num_segments + 1], the axis position where each segment starts

@@ -23,9 +23,15 @@ template <class A> const A* weight_row(const RmsnormGatedParams& p) {
   return copy;
 }
 
-template <bool kStream, class A, class T> TZ_INLINE void put(Vec<A> v, T* p, int64_t n) {
-  if (kStream && n >= Vec<A>::size) v.stream(p);
-  else store_n(v, p, n);
+// Vectors worked on side by side.
+constexpr int kLanes = 4;
+
+// step(width tag, c) over n channels: kLanes vectors at a time, then one by one.
+template <int lanes> struct Lanes { static constexpr int value = lanes; };
+template <class A, class F> TZ_INLINE void for_vectors(int64_t n, const F& step) {
+  int64_t c = 0;
+  for (; c + kLanes * Vec<A>::size <= n; c += kLanes * Vec<A>::size) step(Lanes<kLanes>{}, c);
+  for (; c < n; c += Vec<A>::size) step(Lanes<1>{}, c);
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------
@@ -34,32 +40,36 @@ template <class T, bool kBefore, bool kStream>
 void norm_group(const T* x, const T* z, const acc_t<T>* weight, T* y, int64_t n, double eps, acc_t<T>* u) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  V squares[2] = {V::zero(), V::zero()};
-  const auto gated = [&](int64_t c) TZ_LAMBDA {
-    V v = load_n<A>(x + c, n - c);
+  V squares = V::zero();
+  for_vectors<A>(n, [&](auto tag, int64_t c) TZ_LAMBDA {
+    constexpr int lanes = decltype(tag)::value;
+    V v[lanes], gate[lanes];
+    load_some<lanes>(x + c, n - c, v);
     if (!kBefore && z) {
-      v = v * fast_silu(load_n<A>(z + c, n - c));
-      store_n(v, u + c, n - c);
+      load_some<lanes>(z + c, n - c, gate);
+      fast_silu<lanes>(gate);
+      for (int i = 0; i < lanes; i++) v[i] = v[i] * gate[i];
+      store_some<lanes, false>(v, u + c, n - c);
     }
-    return v;
-  };
-  int64_t c = 0;
-  for (; c + 2 * V::size <= n; c += 2 * V::size)
-    for (int k = 0; k < 2; k++) {
-      const V v = gated(c + k * V::size);
-      squares[k] = fma(v, v, squares[k]);
+    V sum = v[0] * v[0];
+    for (int i = 1; i < lanes; i++) sum = fma(v[i], v[i], sum);
+    squares = squares + sum;
+  });
+  const V rms(A(1) / std::sqrt(reduce_add(squares) / static_cast<A>(n) + static_cast<A>(eps)));
+  for_vectors<A>(n, [&](auto tag, int64_t c) TZ_LAMBDA {
+    constexpr int lanes = decltype(tag)::value;
+    V v[lanes], w[lanes], gate[lanes];
+    if (!kBefore && z) load_some<lanes>(u + c, n - c, v);
+    else load_some<lanes>(x + c, n - c, v);
+    load_some<lanes>(weight + c, n - c, w);
+    for (int i = 0; i < lanes; i++) v[i] = v[i] * rms * w[i];
+    if (kBefore && z) {
+      load_some<lanes>(z + c, n - c, gate);
+      fast_silu<lanes>(gate);
+      for (int i = 0; i < lanes; i++) v[i] = v[i] * gate[i];
     }
-  for (; c < n; c += V::size) {
-    const V v = gated(c);
-    squares[0] = fma(v, v, squares[0]);
-  }
-  const V rms(A(1) / std::sqrt(reduce_add(squares[0] + squares[1]) / static_cast<A>(n) + static_cast<A>(eps)));
-  for (c = 0; c < n; c += V::size) {
-    const V v = !kBefore && z ? load_n<A>(u + c, n - c) : load_n<A>(x + c, n - c);
-    V out = v * rms * load_n<A>(weight + c, n - c);
-    if (kBefore && z) out = out * fast_silu(load_n<A>(z + c, n - c));
-    put<kStream>(out, y + c, n - c);
-  }
+    store_some<lanes, kStream>(v, y + c, n - c);
+  });
 }
 
 template <class T> void forward(const RmsnormGatedParams& p) {
@@ -83,54 +93,69 @@ template <class T> void forward(const RmsnormGatedParams& p) {
 
 // ---- backward ----------------------------------------------------------------------------------------------
 // One group of n channels. With v the normalised input, v^ = v rms and e = d loss / d v^:
-// dv = rms (e - v^ mean(e v^)). gate[n]: room for silu(z).
+// dv = rms (e - v^ mean(e v^)). gate[n]: room for sigmoid(z).
 template <class T, bool kBefore, bool kStream>
 void norm_group_backward(const T* x, const T* z, const acc_t<T>* weight, const T* dy, T* dx, T* dz, acc_t<T>* dweight,
                          int64_t n, double eps, acc_t<T>* gate) {
   using A = acc_t<T>;
   using V = Vec<A>;
   V squares = V::zero(), products = V::zero();
-  for (int64_t c = 0; c < n; c += V::size) {
-    const int64_t width = n - c;
-    V v = load_n<A>(x + c, width), e = load_n<A>(dy + c, width) * load_n<A>(weight + c, width);
+  for_vectors<A>(n, [&](auto tag, int64_t c) TZ_LAMBDA {
+    constexpr int lanes = decltype(tag)::value;
+    V v[lanes], e[lanes], w[lanes], zv[lanes], s[lanes];
+    load_some<lanes>(x + c, n - c, v);
+    load_some<lanes>(dy + c, n - c, e);
+    load_some<lanes>(weight + c, n - c, w);
+    for (int i = 0; i < lanes; i++) e[i] = e[i] * w[i];
     if (z) {
-      const V s = fast_sigmoid(load_n<A>(z + c, width));
-      store_n(s, gate + c, width);
-      const V silu = load_n<A>(z + c, width) * s;
-      if (kBefore) e = e * silu;
-      else v = v * silu;
+      load_some<lanes>(z + c, n - c, zv);
+      fast_sigmoid<lanes>(zv, s);
+      store_some<lanes, false>(s, gate + c, n - c);
+      for (int i = 0; i < lanes; i++) {
+        if (kBefore) e[i] = e[i] * zv[i] * s[i];
+        else v[i] = v[i] * zv[i] * s[i];
+      }
     }
-    squares = fma(v, v, squares);
-    products = fma(e, v, products);
-  }
-  const A mean_square = reduce_add(squares) / static_cast<A>(n);
-  const A scale = A(1) / std::sqrt(mean_square + static_cast<A>(eps));
+    V square = v[0] * v[0], product = e[0] * v[0];
+    for (int i = 1; i < lanes; i++) {
+      square = fma(v[i], v[i], square);
+      product = fma(e[i], v[i], product);
+    }
+    squares = squares + square;
+    products = products + product;
+  });
+  const A scale = A(1) / std::sqrt(reduce_add(squares) / static_cast<A>(n) + static_cast<A>(eps));
   const V rms(scale), slope(reduce_add(products) / static_cast<A>(n) * scale);  // mean(e v^)
-  for (int64_t c = 0; c < n; c += V::size) {
-    const int64_t width = n - c;
-    const V input = load_n<A>(x + c, width), w = load_n<A>(weight + c, width), grad = load_n<A>(dy + c, width);
-    V silu(A(1)), silu_grad(A(0));
+  for_vectors<A>(n, [&](auto tag, int64_t c) TZ_LAMBDA {
+    constexpr int lanes = decltype(tag)::value;
+    V input[lanes], w[lanes], grad[lanes], zv[lanes], s[lanes], dw[lanes], dgate[lanes];
+    load_some<lanes>(x + c, n - c, input);
+    load_some<lanes>(weight + c, n - c, w);
+    load_some<lanes>(dy + c, n - c, grad);
+    load_some<lanes>(dweight + c, n - c, dw);
     if (z) {
-      const V zv = load_n<A>(z + c, width), s = load_n<A>(gate + c, width);
-      silu = zv * s;
-      silu_grad = silu_slope(zv, s);
+      load_some<lanes>(z + c, n - c, zv);
+      load_some<lanes>(gate + c, n - c, s);
     }
-    V normed, dv, out, dgate;
-    if (kBefore) {
-      normed = input * rms;
-      dv = rms * (grad * w * silu - normed * slope);
-      out = dv;
-      dgate = grad * w * normed;
-    } else {
-      normed = input * silu * rms;
-      dv = rms * (grad * w - normed * slope);
-      out = dv * silu;
-      dgate = dv * input;
+    for (int i = 0; i < lanes; i++) {
+      const V silu = z ? zv[i] * s[i] : V(A(1));
+      if (kBefore) {
+        const V normed = input[i] * rms, dvalue = grad[i] * normed;
+        dgate[i] = dvalue * w[i];
+        dw[i] = fma(dvalue, silu, dw[i]);
+        input[i] = rms * (grad[i] * w[i] * silu - normed * slope);
+      } else {
+        const V normed = input[i] * silu * rms, dv = rms * (grad[i] * w[i] - normed * slope);
+        dgate[i] = dv * input[i];
+        dw[i] = fma(grad[i], normed, dw[i]);
+        input[i] = dv * silu;
+      }
+      if (z) dgate[i] = dgate[i] * silu_slope(zv[i], s[i]);
     }
-    put<kStream>(out, dx + c, width);
-    if (dz) put<kStream>(dgate * silu_grad, dz + c, width);
-    store_n(load_n<A>(dweight + c, width) + grad * normed * (kBefore ? silu : V(A(1))), dweight + c, width);
-  }
+    store_some<lanes, kStream>(input, dx + c, n - c);
+    if (dz) store_some<lanes, kStream>(dgate, dz + c, n - c);
+    store_some<lanes, false>(dw, dweight + c, n - c);
+  });
 }
 
 template <class T> void backward(const RmsnormGatedParams& p) {

@@ -15,7 +15,7 @@ namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 namespace {
 
 enum UpdateScratch { kHeadSlot };
-constexpr int64_t kAhead = 1024;
+constexpr int64_t kAhead = 4096;
 // State elements that take about 20 us; less is not worth another thread.
 constexpr int64_t kSerialElements = 65536;
 

@@ -154,6 +154,25 @@ template <bool kStream, class A, class S> TZ_INLINE void store_pair(Vec<A> a, Ve
   }
 }
 
+// n adjacent vectors; a single one may be a tail of `left` elements.
+template <int n, class A, class S> TZ_INLINE void load_some(const S* p, int64_t left, Vec<A>* v) {
+  if constexpr (n == 1) {
+    v[0] = load_n<A>(p, left);
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) v[i] = Vec<A>::load(p + i * Vec<A>::size);
+  }
+}
+template <int n, bool kStream, class A, class S> TZ_INLINE void store_some(const Vec<A>* v, S* p, int64_t left) {
+  if constexpr (n == 1) {
+    if (kStream && left >= Vec<A>::size) v[0].stream(p);
+    else store_n(v[0], p, left);
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i += 2) store_pair<kStream>(v[i], v[i + 1], p + i * Vec<A>::size);
+  }
+}
+
 template <class A> inline void fill_tile(A* dst, int64_t ld, int64_t rows, int64_t cols, A value) {
   for (int64_t r = 0; r < rows; r++)
     for (int64_t c = 0; c < cols; c++) dst[r * ld + c] = value;
