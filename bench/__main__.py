@@ -75,12 +75,16 @@ class Session:
         width = None if sys.stdout.isatty() else 120  # a file or a pipe has no width of its own
         self.args, self.console = args, Console(stderr=args.json, width=width)
         self.command = "terrazzo bench " + " ".join(argv)
-        self.progress = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+        # Bar and tables share the terminal; rows for machines or for a file never mix with the bar.
+        shared = self.console if sys.stdout.isatty() and not args.json else Console(stderr=True)
+        self.progress = Progress(*columns, console=shared, transient=True, redirect_stdout=False, redirect_stderr=False)
         self.calibration = roofline.calibrate()
         self.machine_is_free = None if args.any_machine_state else roofline.FreeMachine(self.calibration)
         self.environment = environment(self.calibration, self.command, args.seed)
-        if args.json:
-            print(json.dumps(self.environment))
+        if args.out:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        self.record([self.environment])
 
     def options(self, **chosen):
         return suite.Options(budget_s=SECONDS[self.args.speed], seed=self.args.seed, command=self.command, **chosen)
@@ -91,12 +95,21 @@ class Session:
             f"{self.environment['cpu']}, {c.threads} threads: {c.gflops:.0f} GFLOP/s, read {c.read_gbs:.1f}, copy {c.copy_gbs:.1f}, "
             f"in place {c.scale_gbs:.1f} GB/s ({c.source})", highlight=False)  # fmt: skip
 
-    def save(self, lines):
+    def record(self, lines):
+        """Result lines go out at once: an interrupted run keeps what it measured."""
         if self.args.out:
-            path = Path(self.args.out)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in [self.environment, *lines])
+            with Path(self.args.out).open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        if self.args.json:
+            print(*map(json.dumps, lines), sep="\n", flush=True)
+
+    def show(self, rows):
+        """Records the rows of one case, and prints their table."""
+        if not rows:  # none of the chosen providers has this case
+            return
+        self.record(rows)
+        if not self.args.json:
+            self.console.print(report.case_table(rows))
 
 
 def _run(args, argv):
@@ -122,11 +135,7 @@ def _run(args, argv):
                                   on_progress=lambda text, done: progress.update(current, description=text, completed=done))
             rows += found
             progress.advance(overall)
-            if args.json:
-                print(*(json.dumps(row) for row in found), sep="\n", flush=True)
-            elif found:
-                session.console.print(report.case_table(found))
-    session.save(rows)
+            session.show(found)
     return 1 if any(row["status"] in ("wrong", "failed") for row in rows) else 0
 
 
@@ -139,17 +148,13 @@ def _targets(args, argv):
     session.describe()
     with session.progress as progress:
         overall, current = progress.add_task("cases", total=1), progress.add_task("", total=1.0)
-        rows, results = targets.run(
+        results = targets.run(
             session.options(), session.calibration, args.match, machine_is_free=session.machine_is_free,
-            on_case=lambda number, total, case: progress.update(overall, completed=number, total=total),
+            on_case=lambda number, total: progress.update(overall, completed=number, total=total), on_rows=session.show,
             on_progress=lambda text, done: progress.update(current, description=text, completed=done),
         )  # fmt: skip
-    session.save([*rows, *results])
-    if args.json:
-        print(*(json.dumps(line) for line in [*rows, *results]), sep="\n")
-    else:
-        for group in report.by_case(rows).values():
-            session.console.print(report.case_table(group))
+    session.record(results)
+    if not args.json:
         session.console.print(report.target_table(results))
         session.console.print(f"{sum(r['passed'] for r in results)} of {len(results)} targets met")
     return 0 if all(result["passed"] for result in results) else 1

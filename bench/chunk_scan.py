@@ -7,7 +7,7 @@ import torch
 
 import terrazzo
 
-from .cases import DTYPES, Case, generator, standard_providers, transformers_function
+from .cases import DTYPES, Case, generator, mamba2_parameters, standard_providers, transformers_function
 from .roofline import Work
 
 CHUNK = 256  # what Bamba's config says; a hint for ours, the work itself for Hugging Face's function
@@ -24,14 +24,15 @@ def _inputs(L, H, P, N, dtype, with_grad):
         g = generator(seed)
         rows = torch.randn(1, L, H * P + 2 * N, generator=g).to(dtype)  # x, B and C are slices of the convolution's output
         x, B, C = rows.split([H * P, N, N], dim=-1)
+        A, dt_bias = mamba2_parameters(H, g)
         inputs = {
             "x": x.view(1, L, H, P),
             "dt": torch.randn(1, L, H, generator=g).to(dtype),
-            "A": -torch.empty(H).uniform_(0.5, 8.0, generator=g),
+            "A": A,
             "B": B.view(1, L, 1, N),
             "C": C.view(1, L, 1, N),
             "D": torch.randn(H, generator=g),
-            "dt_bias": torch.empty(H).uniform_(-4.0, -1.0, generator=g),
+            "dt_bias": dt_bias,
         }
         if dtype == torch.float64:
             inputs = {k: v.double() for k, v in inputs.items()}
@@ -78,7 +79,8 @@ def _theirs():
     scan = transformers_function("mamba2_chunk_scan")
 
     def run(x, dt, A, B, C, D, dt_bias):
-        return scan(x, dt, A, B, C, chunk_size=CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True)
+        y = scan(x, dt, A, B, C, chunk_size=CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True)
+        return y.to(x.dtype)  # it returns float32 whatever it was given
 
     return run
 

@@ -1,8 +1,9 @@
 """Peak host memory of one call: the resident high-water mark of the process (Linux).
 
-The mark is reset before the call. It sees scratch memory that torch's own counters miss, but not memory the
-allocator already held: measure in a fresh process with the default allocator where the number matters.
+The mark is reset before the call, after the allocator has handed its free memory back. It sees scratch memory
+that torch's own counters miss; scratch that a kernel keeps from an earlier call does not count again.
 """
+import ctypes
 import gc
 import json
 import os
@@ -25,15 +26,23 @@ def _resident():
     return tuple(int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
 
 
+def _trim():
+    """Hands the allocator's free memory back to the system (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def peak_of(fn):
     """Bytes by which the process grew at its highest during fn(), or None where that cannot be told."""
     gc.collect()
+    _trim()
     try:
         CLEAR.write_text("5")
         before, _ = _resident()
         fn()
-        return None if is_tuned() else max(0, _resident()[1] - before)
-    except OSError:
+        return max(0, _resident()[1] - before)
+    except FileNotFoundError:  # not Linux
         fn()
         return None
 

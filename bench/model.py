@@ -7,7 +7,7 @@ import torch
 
 import terrazzo
 
-from .cases import Case, Provider, Unavailable, compiled, generator
+from .cases import Case, Provider, Unavailable, compiled, generator, mamba2_parameters
 from .roofline import Work
 
 VOCAB = 260
@@ -35,10 +35,21 @@ def _model(hidden, patched):
         raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
     before = torch.random.get_rng_state()
     torch.manual_seed(7)
-    model = BambaForCausalLM(_config(hidden)).eval()
+    model = with_mamba2_parameters(BambaForCausalLM(_config(hidden)).eval())
     torch.random.set_rng_state(before)
     if patched:
         terrazzo.patch(model)
+    return model
+
+
+@torch.no_grad()
+def with_mamba2_parameters(model):
+    """The model with decay rates and steps as Mamba-2 initialises them."""
+    for module in model.modules():
+        if hasattr(module, "A_log"):
+            A, dt_bias = mamba2_parameters(module.num_heads)
+            module.A_log.copy_(torch.log(-A))
+            module.dt_bias.copy_(dt_bias)
     return model
 
 

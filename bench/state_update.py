@@ -3,7 +3,7 @@ import torch
 
 import terrazzo
 
-from .cases import DTYPES, Case, generator, standard_providers, transformers_function
+from .cases import DTYPES, Case, generator, mamba2_parameters, standard_providers, transformers_function
 from .roofline import Work
 
 # preset -> (heads, head dim, [(batch, state size)])
@@ -17,15 +17,16 @@ def _inputs(batch, H, P, N, dtype):
     def make(seed):
         g = generator(seed)
         params = torch.float64 if dtype == torch.float64 else torch.float32
+        A, dt_bias = (values.to(params) for values in mamba2_parameters(H, g))
         return {
             "state": torch.randn(batch, H, P, N, generator=g).to(dtype),
             "x": torch.randn(batch, H, P, generator=g).to(dtype),
             "dt": torch.randn(batch, H, 1, generator=g).to(dtype).expand(-1, -1, P),
-            "A": -torch.empty(H, 1, 1).uniform_(0.5, 8.0, generator=g).to(params).expand(-1, P, N),
+            "A": A[:, None, None].expand(-1, P, N),
             "B": torch.randn(batch, 1, N, generator=g).to(dtype),
             "C": torch.randn(batch, 1, N, generator=g).to(dtype),
             "D": torch.randn(H, 1, generator=g).to(params).expand(-1, P),
-            "dt_bias": torch.empty(H, 1).uniform_(-4.0, -1.0, generator=g).to(params).expand(-1, P),
+            "dt_bias": dt_bias[:, None].expand(-1, P),
         }
 
     return make

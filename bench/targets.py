@@ -84,22 +84,23 @@ def judge(target, rows, peak=None):
     return ratio, ratio >= target.bar, ""
 
 
-def run(options, calibration, match=None, *, machine_is_free=None, on_case=None, on_progress=None):
-    """Measures the cases of every target (those that `match` selects) -> (rows, results).
+def run(options, calibration, match=None, *, machine_is_free=None, on_case=None, on_rows=None, on_progress=None):
+    """Measures the cases of every target (those that `match` selects) -> [{"target", "case", "measured", "bar", "passed", "reason"}].
 
-    A result is {"target", "case", "measured", "bar", "passed", "reason"}.
+    `on_case(number, total)` and `on_rows(rows)` follow the work.
     """
     cases = {case.key: case for case in all_cases(PRESET)}
     wanted = [cases[key] for key in dict.fromkeys(t.key for t in TARGETS)]
-    rows, results = [], []
+    results = []
     chosen = select(wanted, match=match)
     for number, case in enumerate(chosen):
         if on_case:
-            on_case(number, len(chosen), case)
+            on_case(number, len(chosen))
         targets = [t for t in TARGETS if t.key == case.key]
         providers = ("terrazzo", *(t.against for t in targets if t.against in ("hf", "hf-compiled")))
         case_rows = measure(case, replace(options, providers=providers), calibration, machine_is_free=machine_is_free, on_progress=on_progress)
-        rows += case_rows
+        if on_rows:
+            on_rows(case_rows)
         for target in targets:
             peak = memory.peak_in_fresh_process(target.op, target.size, target.mode, target.dtype, THREADS) if target.against == "memory" else None
             measured, passed, reason = judge(target, case_rows, peak)
@@ -107,4 +108,4 @@ def run(options, calibration, match=None, *, machine_is_free=None, on_case=None,
                 "kind": "target", "target": target.text, "case": case.key, "measured": measured, "bar": target.bar,
                 "passed": passed, "reason": reason,
             })  # fmt: skip
-    return rows, results
+    return results

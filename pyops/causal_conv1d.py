@@ -151,6 +151,10 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
         window = torch.cat([conv_state, x], -1); conv_state.copy_(window[..., -state_len:])
         y = F.conv1d(window[..., -(W - 1 + L):], weight[:, None], bias, groups=D)   # then F.silu
     """
+    if not torch.compiler.is_compiling():
+        y = _update_fast(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices, backend)
+        if y is not None:
+            return y
     fn = "causal_conv1d_update"
     if not isinstance(x, torch.Tensor) or x.dim() not in (2, 3):
         checks.check_tensor(fn, "x", x, 3, "(B, D) or (B, D, L)")
@@ -178,6 +182,23 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
         dispatch.count(fn, chosen)
         y = reference.causal_conv1d_update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
     return y.squeeze(-1) if one else y
+
+
+def _update_fast(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices, backend):
+    """A decoding step costs microseconds: straight to the kernel, which checks everything before it touches memory.
+
+    None when it cannot serve the call or refuses it; the full checks then say why.
+    """
+    try:
+        if dispatch.pick("causal_conv1d_update", x, weight, bias, conv_state, backend=backend)[0] != "cpu":
+            return None
+        silu = ACTIVATIONS[activation]
+        if x.dim() == 3:
+            return torch.ops.terrazzo.causal_conv1d_update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
+        y = torch.ops.terrazzo.causal_conv1d_update(x.unsqueeze(-1), conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
+        return y.squeeze(-1)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+        return None
 
 
 def causal_conv1d_varlen_states(x, cu_seqlens, state_len, *, backend=None):

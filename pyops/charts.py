@@ -4,7 +4,8 @@ from html import escape
 COLOURS = ("#1f6f78", "#c9a66b", "#7b8fa1", "#b5654a", "#5b8c5a")
 LABEL, PLOT, VALUE = 190, 420, 110  # widths of the three columns
 BAR, GAP, HEAD = 20, 6, 26
-TEXT = 'font-family="system-ui, sans-serif" font-size="13" fill="#222"'
+FONT = 'font-family="system-ui, sans-serif" fill="#222"'
+TEXT = f'{FONT} font-size="13"'
 
 
 def bars(title, groups, unit=""):
@@ -28,11 +29,11 @@ def bars(title, groups, unit=""):
                 end = max(end, high)
                 middle = y + BAR / 2
                 parts.append(f'<line x1="{LABEL + low:.1f}" y1="{middle}" x2="{LABEL + high:.1f}" y2="{middle}" stroke="#222"/>')
-            parts.append(f'<text x="{LABEL + end + 8:.1f}" y="{y + 15}" {TEXT}>{value:.4g} {escape(unit)}</text>')
+            parts.append(f'<text x="{LABEL + end + 8:.1f}" y="{y + 15}" {TEXT}>{escape(f"{value:.4g} {unit}".rstrip())}</text>')
             y += BAR + GAP
         y += GAP
     width, height = LABEL + PLOT + VALUE, y + 8
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img">'
     ground = f'<title>{escape(title)}</title><rect width="{width}" height="{height}" fill="white"/>'
-    name = f'<text x="12" y="22" {TEXT} font-size="16" font-weight="600">{escape(title)}</text>'
+    name = f'<text x="12" y="22" {FONT} font-size="16" font-weight="600">{escape(title)}</text>'
     return "\n".join([head, ground, name, *parts, "</svg>", ""])

@@ -261,7 +261,7 @@ def parser():
     demo = commands.add_parser("demo", help="a Hugging Face Bamba on real text, as it is and patched, side by side")
     demo.add_argument("--bytes", type=int, default=4096, help="length of the prompt (default 4096)")
     demo.add_argument("--new-tokens", type=int, default=64, help="tokens generated after the prompt (default 64)")
-    demo.add_argument("--train-bytes", type=int, default=1024, help="length of the training step (default 1024)")
+    demo.add_argument("--train-bytes", type=int, default=512, help="length of the training step (default 512)")
     demo.add_argument("--text", metavar="FILE", help="another text (default: the one shipped with terrazzo)")
     demo.add_argument("--out", default="results", help="directory for the chart and the JSON report (default results)")
     demo.add_argument("--json", action="store_true")

@@ -1,11 +1,12 @@
 """`terrazzo demo`: Hugging Face's Bamba on real text, as it is and patched, side by side.
 
 The model is BambaForCausalLM, 8 layers (one of them attention), hidden 512, bytes as tokens, weights random but
-fixed. The text is the Declaration of Independence (1776), in the public domain. Both sides run the same weights
-on the same bytes, the prefill and the training step in alternating order; the logits and the greedy continuation
+fixed, with Mamba-2's decay rates. The text is the Declaration of Independence (1776), in the public domain. Both sides run the same weights
+on the same bytes in alternating order; the logits and the greedy continuation
 of both are compared.
 """
 import json
+import sys
 import time
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -20,13 +21,13 @@ from rich.table import Table
 import terrazzo
 
 from .bench import memory
+from .bench.model import with_mamba2_parameters
 from .bench.timer import median
 from .charts import bars
 
-REPEATS = 2  # of the prefill and of the training step, after a short warm-up
+REPEATS = 2  # of every step, the sides in alternating order, after a short warm-up
 VOCAB = 259  # 256 bytes, then padding, begin and end of text
-SIDES = ("transformers", "transformers + terrazzo")
-DTYPE = torch.float32
+SIDES = ("transformers", "+ terrazzo")
 
 
 def build_model():
@@ -40,7 +41,7 @@ def build_model():
     )  # fmt: skip
     before = torch.random.get_rng_state()
     torch.manual_seed(1776)
-    model = BambaForCausalLM(config).to(DTYPE).eval()
+    model = with_mamba2_parameters(BambaForCausalLM(config)).eval()
     torch.random.set_rng_state(before)
     return model
 
@@ -84,8 +85,7 @@ def _prefill(model, ids, side):
     def run():
         side.logits = _timed(lambda: model(ids, use_cache=False).logits, side.prefill_s)
 
-    peak = memory.peak_of(run)
-    side.prefill_peak = peak if side.prefill_peak is None else max(side.prefill_peak, peak or 0)
+    side.prefill_peak = memory.peak_of(run)
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def _generate(model, ids, new_tokens, side):
     out = model.generate(ids, do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=watch)
     side.continuation = out[0, ids.shape[1] :].tolist()
     # The prompt and the first token arrive before any decoding step.
-    side.token_s = [b - a for a, b in zip(watch.times[1:], watch.times[2:])]
+    side.token_s += [b - a for a, b in zip(watch.times[1:], watch.times[2:])]
 
 
 def _train(model, ids, side):
@@ -109,8 +109,7 @@ def _train(model, ids, side):
         model.zero_grad(set_to_none=True)
         model.eval()
 
-    peak = memory.peak_of(lambda: _timed(run, side.train_s))
-    side.train_peak = peak if side.train_peak is None else max(side.train_peak, peak or 0)
+    side.train_peak = memory.peak_of(lambda: _timed(run, side.train_s))
 
 
 def measure(text, new_tokens, train_bytes, on_step=None):
@@ -120,28 +119,26 @@ def measure(text, new_tokens, train_bytes, on_step=None):
     ids = torch.tensor([list(text)])
     sides = {name: Side() for name in SIDES}
 
-    def each(step, *rest, order=SIDES):
-        for name in order:
-            on_step(f"{step.__name__.strip('_')}: {name}")
-            if name == SIDES[1]:
-                with terrazzo.patch(model):
+    def each(step, *rest, repeats=REPEATS):
+        for repeat in range(repeats):
+            for name in SIDES[:: 1 if repeat % 2 else -1]:
+                on_step(f"{step.__name__.strip('_')}: {name}")
+                if name == SIDES[1]:
+                    with terrazzo.patch(model):
+                        step(model, *rest, sides[name])
+                else:
                     step(model, *rest, sides[name])
-            else:
-                step(model, *rest, sides[name])
 
-    each(_prefill, ids[:, :256])  # warm-up
+    each(_prefill, ids[:, :256], repeats=1)  # warm-up
     for side in sides.values():
         side.prefill_s.clear()
-        side.prefill_peak = None
-    for repeat in range(REPEATS):
-        each(_prefill, ids, order=SIDES[:: 1 if repeat % 2 else -1])
+    each(_prefill, ids)
     each(_generate, ids, new_tokens)
-    for repeat in range(REPEATS):
-        each(_train, ids[:, :train_bytes], order=SIDES[:: 1 if repeat % 2 else -1])
+    each(_train, ids[:, :train_bytes])
     return sides
 
 
-STEPS = 2 * (1 + REPEATS + 1 + REPEATS)
+STEPS = 2 * (1 + 3 * REPEATS)
 
 
 def summarise(sides, length, train_length):
@@ -185,8 +182,8 @@ LINES = (
     ("prefill, tokens/s", "prefill_tokens_per_s", "{:.0f}", 1),
     ("decode, tokens/s", "decode_tokens_per_s", "{:.1f}", 1),
     ("training step, s", "train_step_s", "{:.2f}", 1),
-    ("peak memory of the prefill, MB", "prefill_peak_bytes", "{:.0f}", 1e6),
-    ("peak memory of the training step, MB", "train_peak_bytes", "{:.0f}", 1e6),
+    ("prefill peak memory, MB", "prefill_peak_bytes", "{:.0f}", 1e6),
+    ("training peak memory, MB", "train_peak_bytes", "{:.0f}", 1e6),
     ("training loss", "loss", "{:.5f}", 1),
 )
 
@@ -231,8 +228,8 @@ def main(args):
         print(json.dumps(result, indent=2))
     else:
         source = args.text or "the Declaration of Independence, 1776"
-        console = Console()
-        console.print(f"\n{len(prompt)} bytes of {source}; {result['new_tokens']} new tokens; training on {result['train_bytes']} bytes", highlight=False)
+        console = Console(width=None if sys.stdout.isatty() else 100)
+        console.print(f"{len(prompt)} bytes of {source}; {result['new_tokens']} new tokens; training on {result['train_bytes']} bytes", highlight=False)
         console.print(_table(result))
         console.print(f"largest logit difference {result['max_logit_difference']:.1e} of {result['max_logit']:.2f}; "
                       f"greedy continuation {'identical' if result['same_greedy_continuation'] else 'DIFFERENT'}", highlight=False)  # fmt: skip

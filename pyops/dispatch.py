@@ -16,6 +16,7 @@ from . import native
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # then the reference
+_ENVIRONMENT = os.environb if os.supports_bytes_environ else os.environ  # bytes: a look-up costs a third
 logger = logging.getLogger("terrazzo")
 
 
@@ -31,7 +32,7 @@ class Op:
     family: str
     kernels: tuple[str, ...]  # names in terrazzo._C.kernel_counts(), forward first; () when counted in Python
     limits: dict[str, Callable] = field(default_factory=dict)  # backend -> (*tensors) -> None | reason
-    env: tuple[str, ...] = ()
+    env: tuple[tuple[str, bytes | str], ...] = ()  # variables that may force a backend, and their keys in _ENVIRONMENT
 
 
 OPS: dict[str, Op] = {}
@@ -42,8 +43,8 @@ _python_counts: dict[str, dict[str, int]] = {}
 
 def register(name, family, kernels, **limits):
     """Declares an op; `limits` maps a backend that serves it to (*tensors) -> None | reason."""
-    env = tuple(dict.fromkeys(f"TERRAZZO_BACKEND_{key.upper()}" for key in (name, family)))
-    OPS[name] = Op(name, family, kernels, limits, (*env, "TERRAZZO_BACKEND"))
+    variables = dict.fromkeys((f"TERRAZZO_BACKEND_{name.upper()}", f"TERRAZZO_BACKEND_{family.upper()}", "TERRAZZO_BACKEND"))
+    OPS[name] = Op(name, family, kernels, limits, tuple((v, os.fsencode(v) if os.supports_bytes_environ else v) for v in variables))
 
 
 def _op(name):
@@ -69,7 +70,7 @@ def can_run(op, backend, *tensors):
         if not native.available:
             return native.why_not
         for tensor in tensors:
-            if tensor is not None and tensor.device.type != "cpu":
+            if tensor is not None and not tensor.is_cpu:
                 return f"the tensors are on {tensor.device}, not on the cpu"
     return limit(*tensors)
 
@@ -83,9 +84,10 @@ def _wanted(entry, backend):
         for key in (entry.name, entry.family, ""):
             if key in _forced:
                 return _forced[key], "use_backend"
-    for variable in entry.env:
-        value = os.environ.get(variable)
+    for variable, key in entry.env:
+        value = _ENVIRONMENT.get(key)
         if value:
+            value = os.fsdecode(value)
             _check_backend(value, variable)
             return value, variable
     return None, ""
@@ -156,10 +158,13 @@ def reset_counters():
     native.reset_kernel_counts()
 
 
+CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+
+
 def cpu_dtypes(*tensors):
     """The cpu kernels' own limit: None, or why these dtypes are refused."""
     for tensor in tensors:
-        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if tensor is not None and tensor.dtype not in CPU_DTYPES:
             return f"dtype {tensor.dtype} is not supported"
     return None
 

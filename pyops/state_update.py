@@ -47,6 +47,10 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
         state.copy_(torch.exp(dt[..., None] * A) * state + (dt * x)[..., None] * B[:, :, None])
         out = (state * C[:, :, None]).sum(-1) + D * x
     """
+    if not torch.compiler.is_compiling():
+        out = _fast(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, backend)
+        if out is not None:
+            return out
     if not isinstance(state, torch.Tensor) or state.dim() not in (3, 4):
         checks.check_tensor(OP, "state", state, 4, "(slots, H, P, N) or (slots, D, N)")
     mamba1 = state.dim() == 3
@@ -85,6 +89,19 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
         dispatch.count(OP, chosen)
         out = reference.selective_state_update(*args)
     return out.squeeze(1) if mamba1 else out
+
+
+def _fast(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, backend):
+    """A decoding step costs microseconds: straight to the kernel, which checks everything before it touches memory.
+
+    None when it cannot serve the call or refuses it; the full checks then say why.
+    """
+    try:
+        if dispatch.pick(OP, x, state, dt, A, B, C, D, z, dt_bias, backend=backend)[0] != "cpu" or state.dim() != 4:
+            return None
+        return torch.ops.terrazzo.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        return None
 
 
 @native.register_fake("selective_state_update")

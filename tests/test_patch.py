@@ -196,14 +196,16 @@ def test_gradient_checkpointing(model_type):
     assert not far_gradients(got, want)
 
 
-@every(FAMILIES)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")
+@every(CAUSAL)
 def test_compile(model_type):
-    model, ids = make_model(model_type), tokens(2, 17)
+    model, ids = make_model(model_type), tokens(2, 9)
+    fullgraph = model._can_compile_fullgraph and model_type != "qwen4_exp"  # whose indexer breaks it by itself
     with torch.no_grad():
         want = run(model, ids, use_cache=False)
         terrazzo.patch(model)
         terrazzo.reset_counters()
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=model._can_compile_fullgraph)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
         assert not far(run(compiled, ids, use_cache=False), want, LOGITS)
         assert ops_that_ran() == expected_ops(model_type)
 
@@ -254,12 +256,13 @@ def test_step_limits():
 # ---- negative controls: a wrong op must not pass the comparison ----------------------------------------------
 
 
+NO_NORM = dict(mamba_rms_norm=False)  # a norm right after the scan would divide the fault out again
 FAULTY = {
-    "causal_conv1d_fn": "bamba",
-    "mamba_chunk_scan_combined": "bamba",
-    "rmsnorm_gated": "qwen3_next",
-    "causal_conv1d_update": "lfm2",
-    "selective_state_update": "mamba2",
+    "causal_conv1d_fn": ("bamba", {}),
+    "mamba_chunk_scan_combined": ("falcon_h1", NO_NORM),
+    "rmsnorm_gated": ("qwen3_next", {}),
+    "causal_conv1d_update": ("lfm2", {}),
+    "selective_state_update": ("falcon_h1", NO_NORM),
 }
 
 
@@ -271,7 +274,8 @@ def test_a_wrong_op_is_caught(op, monkeypatch):
 
     true_op = getattr(adapters, op)
     monkeypatch.setattr(adapters, op, scaled)
-    model, ids = make_model(FAULTY[op]), tokens(2, 21)
+    model_type, options = FAULTY[op]
+    model, ids = make_model(model_type, **options), tokens(2, 21)
     with torch.no_grad():
         want = torch.cat([run(model, ids), continued(model, ids, 20)], 1)
         with terrazzo.patch(model):

@@ -102,7 +102,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(const Tensor& dy_in
     p.dbias = mutable_data(dbias);
   }
   if (call.initial) {
-    dinitial = empty(x, {call.initial->size(0), p.D, p.W - 1}, xt);
+    // zeros: a row that starts with padding uses no initial state
+    dinitial = zeros(x, {call.initial->size(0), p.D, p.W - 1}, xt);
     p.dinitial_states = mutable_data(dinitial);
     p.dinit_stride_s = dinitial.stride(0), p.dinit_stride_d = dinitial.stride(1), p.dinit_stride_w = dinitial.stride(2);
   }
@@ -120,6 +121,7 @@ Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Ten
   check_cpu(x, kUpdate, "x");
   check_cpu(conv_state, kUpdate, "conv_state");
   p.B = x.size(0), p.D = x.size(1), p.L = x.size(2), p.W = weight_in.dim() == 2 ? weight_in.size(1) : -1;
+  TZ_CHECK(p.D > 0 && p.L > 0, kUpdate, "x must not be empty along D or L");
   TZ_CHECK(p.W >= 2 && p.W <= 4, kUpdate, "weight must be (D, 2..4) for the cpu backend, got width ", p.W);
   check_shape(weight_in, {p.D, p.W}, kUpdate, "weight");
   check_shape(bias_in, {p.D}, kUpdate, "bias");

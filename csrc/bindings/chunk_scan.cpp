@@ -107,7 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     p.ddt_bias = mutable_data(ddt_bias);
   }
   if (initial_states) {
-    dinitial = empty(x, {call.sequences, p.H, p.P, p.N}, acc);
+    // zeros: a row that starts with padding uses no initial state
+    dinitial = zeros(x, {call.sequences, p.H, p.P, p.N}, acc);
     p.dinitial_states = mutable_data(dinitial);
   }
   cpu::run_chunk_scan_bwd(p);

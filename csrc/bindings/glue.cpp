@@ -81,7 +81,7 @@ std::vector<Segment> make_segments(int64_t B, int64_t L, const OptTensor& seq_id
 }
 
 const int32_t* checked_slots(const OptTensor& indices, int64_t B, int64_t num_slots, const char* op, const char* name) {
-  TZ_CHECK(indices || num_slots >= B, op, "the state has ", num_slots, " slots for ", B, " rows");
+  TZ_CHECK(indices || num_slots == B, op, "the state has ", num_slots, " slots for ", B, " rows");
   if (!indices) return nullptr;
   check_cpu(*indices, op, name);
   check_shape(*indices, {B}, op, name);

@@ -37,6 +37,9 @@ inline ScalarType acc_scalar(ScalarType t) { return t == ScalarType::Double ? t 
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
 }
+inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_zeros(like, shape, dtype);
+}
 // What an op returns in place of a tensor that nobody asked for.
 inline Tensor absent(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
 inline Tensor cast(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }

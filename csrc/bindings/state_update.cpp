@@ -29,6 +29,7 @@ Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor
   check_cpu(x, kOp, "x");
   check_cpu(state, kOp, "state");
   p.B = x.size(0), p.H = x.size(1), p.P = x.size(2), p.G = B_in.size(1), p.N = B_in.size(2);
+  TZ_CHECK(p.H > 0 && p.P > 0 && p.N > 0, kOp, "x and B must not be empty along H, P or N");
   TZ_CHECK(p.G > 0 && p.H % p.G == 0, kOp, "the groups of B must divide the ", p.H, " heads, got ", p.G);
   check_shape(state, {-1, p.H, p.P, p.N}, kOp, "state");
   TZ_CHECK(p.N <= 1 || state.stride(3) == 1, kOp, "state must have unit stride along N");

@@ -32,7 +32,7 @@ TZ_INLINE Vec<float> clamp(Vec<float> x, float bound) {
 }
 
 // s[i] = sigmoid(x[i]) of n vectors in lockstep: one chain of dependent operations is some 70 cycles long, several
-// side by side keep the multipliers busy (four against one: 1.7 times the speed on Zen 3).
+// side by side keep the multipliers busy.
 template <int n> TZ_INLINE void fast_sigmoid(const Vec<float>* x, Vec<float>* s) {
   using V = Vec<float>;
   typedef V::ints ints;

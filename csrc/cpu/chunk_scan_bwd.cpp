@@ -40,6 +40,7 @@ template <class T> struct BackwardUnit {
   bool stream;
   const Segment& seg = p.segments[segment];
   int64_t panel_P = round_up(p.P, NR);  // P padded to whole panels
+  int64_t row_N = padded_row<A>(p.N);   // row stride of B and C
   int64_t state_size = panel_P * p.N;
   int64_t chunks = (seg.end - seg.begin + kChunk - 1) / kChunk;
   int64_t stretch = 1;                  // chunks between checkpoints
@@ -56,7 +57,7 @@ template <class T> struct BackwardUnit {
   ChunkDecay<A>* decays = nullptr;
 
   void reserve() {
-    const int64_t q_n = kChunk * p.N, q_p = kChunk * panel_P, q_q = kChunk * kChunk;
+    const int64_t q_n = kChunk * row_N, q_p = kChunk * panel_P, q_q = kChunk * kChunk;
     const int64_t per_chunk = heads * state_size * static_cast<int64_t>(sizeof(A));
     stretch = kStateBytes / (per_chunk > 0 ? per_chunk : 1);
     while (stretch * stretch < chunks) stretch++;
@@ -167,6 +168,8 @@ template <class T> struct BackwardUnit {
         const ChunkDecay<A>& d = decays[i];
         for (int64_t l = 0; l < q; l++) {
           const Vec<A> scale(d.to_end[l] * d.dt[l]);
+          if (i + 1 < heads)
+            for (int64_t j = 0; j < p.P; j += kLine<T>) prefetch_l2(x_row(l0 + l, h0 + i + 1) + j);
           for_row_vectors<A>(x_row(l0 + l, h0 + i), p.P, kChunk * NR, [&](int64_t at, Vec<A> v) { (v * scale).store(X + l * NR + at); });
         }
         update_state(next + i * state_size, d.total, state + i * state_size, B, X, q, p.P, p.N);
@@ -203,12 +206,12 @@ template <class T> struct BackwardUnit {
     chunk_decays(p, seg.batch, l0, q, h0, heads, decays);
     copy_rows(static_cast<const T*>(p.Bm) + seg.batch * p.B_stride_b + l0 * p.B_stride_l + group * p.B_stride_g, p.B_stride_l, q, p.N, B);
     copy_rows(static_cast<const T*>(p.C) + seg.batch * p.C_stride_b + l0 * p.C_stride_l + group * p.C_stride_g, p.C_stride_l, q, p.N, C);
-    pack_transposed(C, p.N, q, p.N, kChunk, Ct);
+    pack_transposed(C, row_N, q, p.N, kChunk, Ct);
     for_row_tiles(q, [&](int64_t s, auto rows) {
       for (int64_t l = s / NR * NR; l < q; l += NR) {
         Tile<A, decltype(rows)::value> acc;
         acc.zero();
-        acc.multiply(B + s * p.N, p.N, 1, Ct + l * p.N, p.N);
+        acc.multiply(B + s * row_N, row_N, 1, Ct + l * p.N, p.N);
         acc.store(St + s * kChunk + l, kChunk);
       }
     });
@@ -323,7 +326,7 @@ template <class T> struct BackwardUnit {
         Tile<A, R> acc;
         acc.zero();
         if (dH_i) {
-          acc.multiply(B + s * p.N, p.N, 1, dH_i + c * p.N, p.N);
+          acc.multiply(B + s * row_N, row_N, 1, dH_i + c * p.N, p.N);
           acc.scale_rows(d.to_end + s);
           add_row_products(acc, X + s * panel_P + c, enter + s * V);
         }
@@ -419,7 +422,7 @@ template <class T> struct BackwardUnit {
     const ChunkDecay<A>& d = decays[i];
     const A decay = static_cast<const A*>(p.A)[h0 + i], dt_min = static_cast<A>(p.dt_min), dt_max = static_cast<A>(p.dt_max);
     // da first holds what leaves through later l-sides (from the right), then adds what entered before (from the left).
-    A da[kChunk];
+    alignas(64) A da[kChunk], slope[kChunk];
     A later = 0, earlier = passing, dA = 0, dbias = 0;
     for (int64_t l = q - 1; l >= 0; l--) {
       later += through[l];
@@ -429,11 +432,11 @@ template <class T> struct BackwardUnit {
       da[l] += earlier;
       if (grad_in) earlier += d.dt[l] * reduce_add(Vec<A>::load(enter + l * V));
     }
+    for (int64_t l = 0; l < kChunk; l += V) (p.dt_softplus ? sigmoid(Vec<A>::load(d.raw + l)) : Vec<A>(A(1))).store(slope + l);
     for (int64_t l = 0; l < q; l++) {
-      dA = dA + da[l] * d.dt[l];
-      A g = reduce_add(Vec<A>::load(direct + l * V)) + da[l] * decay;
-      if (!(d.soft[l] >= dt_min && d.soft[l] <= dt_max)) g = 0;
-      if (p.dt_softplus) g *= sigmoid1(d.raw[l]);
+      dA += da[l] * d.dt[l];
+      const bool inside = d.soft[l] >= dt_min && d.soft[l] <= dt_max;
+      const A g = inside ? slope[l] * (reduce_add(Vec<A>::load(direct + l * V)) + da[l] * decay) : A(0);
       ddt[i * kChunk + l] = g;
       dbias += g;
     }
@@ -463,7 +466,7 @@ template <class T> struct BackwardUnit {
         Tile<A, decltype(rows)::value> acc;
         A* at = out + l * p.N + n * NR;
         acc.load_scaled(at, NR, Vec<A>(A(1)));
-        acc.multiply(rows_k + begin * p.N + n, 1, p.N, panel, end - begin);
+        acc.multiply(rows_k + begin * row_N + n, 1, row_N, panel, end - begin);
         acc.store(at, NR);
       });
     }

@@ -6,6 +6,8 @@
 
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 
+template <class A> constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));  // elements of a cache line
+
 // Positions per chunk, whatever the caller's chunk_size says; a multiple of the tile width, and for AVX2 of the
 // tile height too. See docs/chunk_scan.md for 32, 48 and 64 measured.
 #if defined(__AVX512F__)
@@ -107,11 +109,14 @@ inline void chunk_decays(const ChunkScanParams& p, int64_t b, int64_t l0, int64_
   for (int64_t h = 0; h < heads; h++) out[h].compute(q, static_cast<const A*>(p.A)[h0 + h], p);
 }
 
-// Rows [q, n] of any storage type -> [q, n] contiguous accumulation type.
+// Row stride of packed B and C. A power of two would put a column of rows into a few cache sets and evict itself.
+template <class A> constexpr int64_t padded_row(int64_t N) { return round_up(N, kLine<A>) + kLine<A>; }
+
+// Rows [q, n] of any storage type -> the accumulation type, rows padded_row(n) apart.
 template <class A, class S> inline void copy_rows(const S* src, int64_t stride, int64_t q, int64_t n, A* dst) {
   constexpr int64_t V = Vec<A>::size;
   for (int64_t l = 0; l < q; l++)
-    for (int64_t j = 0; j < n; j += V) store_n(load_n<A>(src + l * stride + j, n - j), dst + l * n + j, n - j);
+    for (int64_t j = 0; j < n; j += V) store_n(load_n<A>(src + l * stride + j, n - j), dst + l * padded_row<A>(n) + j, n - j);
 }
 
 // A head's state: the caller's [P, N] <-> panels [P / kTileCols][N][kTileCols], P zero padded; null reads as zeros.
@@ -124,7 +129,7 @@ template <class A> inline void store_state(const A* panels, int64_t P, int64_t N
   for (int64_t c = 0; c < P; c += NR) transpose(panels + c * N, NR, N, P - c < NR ? P - c : NR, dst + c * N, N);
 }
 
-// out = total * state + sum over l < q of coef[l, n] * values[l, p]: coef rows [q, N], values in panels of kChunk rows.
+// out = total * state + sum over l < q of coef[l, n] * values[l, p]: coef rows padded, values in panels of kChunk rows.
 template <class A>
 inline void update_state(A* out, A total, const A* state, const A* coef, const A* values, int64_t q, int64_t P, int64_t N) {
   constexpr int64_t NR = kTileCols<A>;
@@ -133,7 +138,7 @@ inline void update_state(A* out, A total, const A* state, const A* coef, const A
       const int64_t at = c * N + n * NR;
       Tile<A, decltype(rows)::value> acc;
       acc.load_scaled(state + at, NR, Vec<A>(total));
-      acc.multiply(coef + n, 1, N, values + c * kChunk, q);
+      acc.multiply(coef + n, 1, padded_row<A>(N), values + c * kChunk, q);
       acc.store(out + at, NR);
     }
   });
@@ -168,7 +173,7 @@ template <class A> struct Carver {
   A* next;
   TZ_INLINE A* take(int64_t count) {
     A* r = next;
-    next += round_up(count, 64 / static_cast<int64_t>(sizeof(A)));
+    next += round_up(count, kLine<A>);
     return r;
   }
 };

@@ -24,12 +24,13 @@ template <class T> struct ForwardUnit {
   int64_t group, h0, heads;
   bool stream;
   int64_t panel_P = round_up(p.P, NR);  // P padded to whole panels
+  int64_t row_N = padded_row<A>(p.N);   // row stride of B and C
   A *states = nullptr, *B = nullptr, *C = nullptr, *Bt = nullptr, *S = nullptr, *M = nullptr, *X = nullptr, *Xw = nullptr,
     *D = nullptr;
   ChunkDecay<A>* decays = nullptr;
 
   void reserve() {
-    const int64_t q_n = kChunk * p.N, q_p = kChunk * panel_P, pad = 16;
+    const int64_t q_n = kChunk * row_N, q_p = kChunk * panel_P, pad = 16;
     states = scratch<A>(0, heads * panel_P * p.N);
     Carver<A> carve{scratch<A>(1, 3 * q_n + 2 * kChunk * kChunk + 2 * q_p + panel_P + 9 * pad)};
     B = carve.take(q_n);
@@ -82,13 +83,13 @@ template <class T> struct ForwardUnit {
     chunk_decays(p, seg.batch, l0, q, h0, heads, decays);
     copy_rows(static_cast<const T*>(p.Bm) + seg.batch * p.B_stride_b + l0 * p.B_stride_l + group * p.B_stride_g, p.B_stride_l, q, p.N, B);
     copy_rows(static_cast<const T*>(p.C) + seg.batch * p.C_stride_b + l0 * p.C_stride_l + group * p.C_stride_g, p.C_stride_l, q, p.N, C);
-    pack_transposed(B, p.N, q, p.N, round_up(q, NR), Bt);
+    pack_transposed(B, row_N, q, p.N, round_up(q, NR), Bt);
     for_row_tiles(q, [&](int64_t l, auto rows) {
       constexpr int R = decltype(rows)::value;
       for (int64_t s = 0; s < l + R; s += NR) {
         Tile<A, R> acc;
         acc.zero();
-        acc.multiply(C + l * p.N, p.N, 1, Bt + s * p.N, p.N);
+        acc.multiply(C + l * row_N, row_N, 1, Bt + s * p.N, p.N);
         acc.store(S + l * kChunk + s, kChunk);
       }
     });
@@ -131,7 +132,7 @@ template <class T> struct ForwardUnit {
         Tile<A, R> acc;
         acc.zero();
         if (in_state) {
-          acc.multiply(C + l * p.N, p.N, 1, in_state + c * p.N, p.N);
+          acc.multiply(C + l * row_N, row_N, 1, in_state + c * p.N, p.N);
           acc.scale_rows(decays[i].from_start + l);
         }
         acc.multiply(M + l * kChunk, kChunk, 1, X + c * kChunk, l);

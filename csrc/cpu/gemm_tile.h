@@ -6,6 +6,7 @@
 // broadcast) and reaches the FMA peak from L1; 4 x 16 reaches two thirds of it. AVX-512 has 32 registers: 8 x 32.
 #pragma once
 #include <type_traits>
+#include <utility>
 #include "vec.h"
 
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
@@ -53,6 +54,7 @@ template <class A, int R> struct Tile {
   }
   // c[i] += sum over k < K of a[i * a_row + k * a_k] * panel[k]
   TZ_INLINE void multiply(const A* a, int64_t a_row, int64_t a_k, const A* panel, int64_t K) {
+#pragma GCC unroll 4
     for (int64_t k = 0; k < K; k++) {
       const Vec<A> b0 = Vec<A>::load(panel), b1 = Vec<A>::load(panel + V);
 #pragma GCC unroll 8
@@ -100,30 +102,41 @@ template <class F> TZ_INLINE void for_row_tiles(int64_t n, const F& fn) {
   }
 }
 
+// Lanes of a and b exchanged in pairs `Step` apart: the low half takes a's kept lanes, the high half b's. The lane
+// numbers are constants, so each call is one or two shuffle instructions.
+template <int Step, bool kHigh, class Native, size_t... I>
+TZ_INLINE Native exchange_lanes(Native a, Native b, std::index_sequence<I...>) {
+  constexpr int V = sizeof...(I);
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, ((I & Step) ? (kHigh ? V + I : V + I - Step) : (kHigh ? I + Step : I))...);
+#else
+  using Int = std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t>;
+  typedef Int Lanes __attribute__((vector_size(sizeof(Native))));
+  constexpr Lanes lanes = {static_cast<Int>((I & Step) ? (kHigh ? V + I : V + I - Step) : (kHigh ? I + Step : I))...};
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+template <int Step, class Native, int V> TZ_INLINE void transpose_steps(Native (&r)[V]) {
+  if constexpr (Step < V) {
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) {
+      if (i & Step) continue;
+      const Native a = r[i], b = r[i + Step];
+      r[i] = exchange_lanes<Step, false>(a, b, std::make_index_sequence<V>());
+      r[i + Step] = exchange_lanes<Step, true>(a, b, std::make_index_sequence<V>());
+    }
+    transpose_steps<2 * Step>(r);
+  }
+}
+
 // dst[j * dst_stride + i] = src[i * src_stride + j] for a square block of one vector's size.
 template <class A> TZ_INLINE void transpose_block(const A* src, int64_t src_stride, A* dst, int64_t dst_stride) {
   constexpr int V = Vec<A>::size;
-  using Int = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-  typedef Int Mask __attribute__((vector_size(kVecBytes)));
   typename Vec<A>::native r[V];
 #pragma GCC unroll 16
   for (int i = 0; i < V; i++) r[i] = Vec<A>::load(src + i * src_stride).v;
-#pragma GCC unroll 4
-  for (int step = 1; step < V; step *= 2) {
-    Mask low, high;
-#pragma GCC unroll 16
-    for (int i = 0; i < V; i++) {
-      low[i] = i & step ? V + i - step : i;
-      high[i] = i & step ? V + i : i + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < V; i++) {
-      if (i & step) continue;
-      const auto a = r[i], b = r[i + step];
-      r[i] = __builtin_shuffle(a, b, low);
-      r[i + step] = __builtin_shuffle(a, b, high);
-    }
-  }
+  transpose_steps<1>(r);
 #pragma GCC unroll 16
   for (int i = 0; i < V; i++) Vec<A>(r[i]).store(dst + i * dst_stride);
 }
