@@ -10,7 +10,7 @@ from terrazzo.bench import accuracy, suite
 from terrazzo.bench.cases import Unavailable, runner, select
 
 CASES = select(suite.all_cases(os.environ.get("TERRAZZO_BENCH_PRESET", "tiny")), dtypes=(os.environ.get("TERRAZZO_BENCH_DTYPE", "fp32"),))
-PROVIDERS = ("terrazzo", "reference", "hf")
+JOBS = [(case, provider) for case in CASES for provider in case.providers if provider.name in ("terrazzo", "reference", "hf")]
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +18,8 @@ def oracles():
     return {}
 
 
-@pytest.mark.parametrize("name", PROVIDERS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
-def test_case(benchmark, oracles, case, name):
-    provider = next((p for p in case.providers if p.name == name), None)
-    if provider is None:
-        pytest.skip(f"{case.op} has no provider {name}")
+@pytest.mark.parametrize("case, provider", JOBS, ids=[f"{case.key} {provider.name}" for case, provider in JOBS])
+def test_case(benchmark, oracles, case, provider):
     try:
         fn = provider.build()
     except Unavailable as why:

@@ -24,6 +24,7 @@ __all__ = [
     "causal_conv1d_update",
     "causal_conv1d_varlen_fn",
     "causal_conv1d_varlen_states",
+    "compat",
     "counters",
     "mamba_chunk_scan_combined",
     "mamba_split_conv1d_scan_combined",
@@ -41,4 +42,8 @@ def __getattr__(name):
         from .patching import patch
 
         return patch
+    if name == "compat":
+        import terrazzo.compat
+
+        return terrazzo.compat
     raise AttributeError(f"module 'terrazzo' has no attribute {name!r}")

@@ -53,9 +53,9 @@ def _op(name):
     return OPS[name]
 
 
-def _check_backend(backend, where):
+def _check_backend(backend, where, op="use_backend"):
     if backend not in BACKENDS:
-        raise ValueError(f"terrazzo: {where} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise ValueError(f"terrazzo.{op}: {where} must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
 def can_run(op, backend, *tensors):
@@ -78,7 +78,7 @@ def can_run(op, backend, *tensors):
 def _wanted(entry, backend):
     """(backend, who asked) or (None, "")."""
     if backend is not None:
-        _check_backend(backend, "backend")
+        _check_backend(backend, "backend", entry.name)
         return backend, "backend argument"
     if _forced:
         for key in (entry.name, entry.family, ""):
@@ -88,7 +88,7 @@ def _wanted(entry, backend):
         value = _ENVIRONMENT.get(key)
         if value:
             value = os.fsdecode(value)
-            _check_backend(value, variable)
+            _check_backend(value, variable, entry.name)
             return value, variable
     return None, ""
 

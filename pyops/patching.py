@@ -9,7 +9,6 @@ How: transformers' mixers call module-level functions (causal_conv1d_fn, mamba2_
                    before or after.
 undo() gives back the very same class and function objects; handles may overlap and be undone in any order.
 """
-import dis
 import functools
 import importlib
 import inspect
@@ -26,7 +25,7 @@ from itertools import count
 import torch
 from torch import nn
 
-from . import adapters, dispatch
+from . import adapters, dispatch, rebinding
 from .recipes import BY_MODULE, RECIPES, modeling_name
 
 
@@ -196,7 +195,7 @@ def _site(path, cls, module=None):
         return None
     key = BY_MODULE[base.__module__]
     recipe = RECIPES[key]
-    called = _globals_called(cls, base.__module__)
+    called = rebinding.globals_called(cls, base.__module__)
     swaps = {name: swap for name, swap in recipe.functions.items() if name in called}
     classes = {owner.__name__ for owner in cls.__mro__}
     swaps |= {name: swap for name, swap in recipe.norms.items() if name in classes}
@@ -259,50 +258,6 @@ def _model_types(config):
         if isinstance(value, dict):
             found += _model_types(value)
     return found
-
-
-@functools.cache
-def _globals_called(cls, module_name):
-    """Names of the module's globals that the methods of `cls` look up."""
-    names = set()
-    for _, method in _methods(cls, module_name):
-        for function in _layers(method):
-            if function.__globals__.get("__name__") == module_name:
-                names.update(_code_names(function.__code__))
-    return frozenset(names)
-
-
-def _methods(cls, module_name):
-    """(name, function) of each method of `cls` that the module's classes, or user classes below them, define."""
-    own = [base.__module__ == module_name for base in cls.__mro__]
-    owners = cls.__mro__[: len(own) - own[::-1].index(True)]
-    for attribute in dict.fromkeys(name for owner in owners for name in vars(owner)):
-        value = inspect.getattr_static(cls, attribute)
-        if isinstance(value, types.FunctionType):
-            yield attribute, value
-
-
-def _layers(function):
-    """A decorated function, outermost layer first: each wrapper closes over the next."""
-    found = [function]
-    for layer in found:
-        inner = [_contents(cell) for cell in layer.__closure__ or ()]
-        found += [value for value in inner if isinstance(value, types.FunctionType) and value not in found]
-    return found
-
-
-def _contents(cell):
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
-def _code_names(code):
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _code_names(constant)
 
 
 @functools.cache
@@ -371,9 +326,7 @@ def _variant(cls, chosen):
         "_terrazzo_plain": cls,
         "_terrazzo_chosen": chosen,
     }
-    for attribute, method in _methods(cls, modeling.__name__):
-        if any(aliases.keys() & set(_code_names(layer.__code__)) for layer in _layers(method)):
-            namespace[attribute] = _rename(method, modeling, aliases)
+    namespace |= rebinding.renamed_methods(cls, modeling, aliases)
     for name, backend in chosen:
         if name in recipe.norms:
             namespace["forward"] = _replacement(key, name, backend, _original(cls.forward))
@@ -386,33 +339,6 @@ def _alias(key, modeling, name, backend):
     if alias not in vars(modeling):
         setattr(modeling, alias, _replacement(key, name, backend, _original(getattr(modeling, name))))
     return alias
-
-
-def _rename(function, modeling, aliases):
-    """A copy of `function` that looks up the aliased names; a decorated one is copied layer by layer."""
-    layers = _layers(function)
-    copies = {}  # id of a layer -> its copy
-    for layer in reversed(layers):  # innermost first
-        inner = [(cell, copies.get(id(_contents(cell)))) for cell in layer.__closure__ or ()]
-        cells = tuple(cell if copy is None else types.CellType(copy) for cell, copy in inner)
-        code = _rename_code(layer.__code__, aliases) if layer.__globals__ is vars(modeling) else layer.__code__
-        copy = types.FunctionType(code, layer.__globals__, layer.__name__, layer.__defaults__, cells or None)
-        for attribute in ("__kwdefaults__", "__qualname__", "__module__", "__doc__"):
-            setattr(copy, attribute, getattr(layer, attribute))
-        copy.__dict__.update(layer.__dict__)
-        copies[id(layer)] = copy
-    return copies[id(function)]
-
-
-def _rename_code(code, aliases):
-    constants = tuple(_rename_code(c, aliases) if isinstance(c, types.CodeType) else c for c in code.co_consts)
-    if not aliases.keys() & set(code.co_names):
-        same = all(new is old for new, old in zip(constants, code.co_consts))
-        return code if same else code.replace(co_consts=constants)
-    for instruction in dis.get_instructions(code):
-        if instruction.opname not in ("LOAD_GLOBAL", "LOAD_CONST") and instruction.argval in aliases:
-            raise PatchError(f"terrazzo.patch: {code.co_name} uses {instruction.argval} otherwise than by calling it")
-    return code.replace(co_names=tuple(aliases.get(name, name) for name in code.co_names), co_consts=constants)
 
 
 def _reduce(self, protocol):

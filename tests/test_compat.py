@@ -107,7 +107,7 @@ def test_real_packages_are_left_alone(monkeypatch, tmp_path):
 def test_a_model_imported_before_is_named():
     pytest.importorskip("transformers")
     importlib.import_module("transformers.models.bamba.modeling_bamba")
-    with pytest.warns(UserWarning, match="modeling_bamba is already imported .* use terrazzo.patch"):
+    with pytest.warns(UserWarning, match="has already imported bamba.* use terrazzo.patch"):
         compat.install().undo()
 
 

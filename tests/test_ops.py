@@ -74,7 +74,7 @@ BREAKS = {
     "one percent": lambda y: y * 1.01,
     "dropped row": lambda y: torch.cat([y[:-1], torch.zeros_like(y[-1:])]) if y.shape[0] > 1 else y * 0,
     "shifted by one": lambda y: y.roll(1, dims=1),
-    "swapped": lambda y: y.flip(-1),
+    "swapped": lambda y: y.flip(1),
     "skipped tile": lambda y: torch.where(torch.arange(y.numel()).view(y.shape) < y.numel() // 8, 0, y),
 }
 PLAIN = {c.op: c for c in reversed(cases.CASES) if c.grads or c.updated}

@@ -197,15 +197,14 @@ def test_gradient_checkpointing(model_type):
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")
-@every(CAUSAL)
+@every([key for key in CAUSAL if key != "qwen4_exp"])  # its indexer's sizes depend on the data: it doesn't compile
 def test_compile(model_type):
     model, ids = make_model(model_type), tokens(2, 9)
-    fullgraph = model._can_compile_fullgraph and model_type != "qwen4_exp"  # whose indexer breaks it by itself
     with torch.no_grad():
         want = run(model, ids, use_cache=False)
         terrazzo.patch(model)
         terrazzo.reset_counters()
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=model._can_compile_fullgraph)
         assert not far(run(compiled, ids, use_cache=False), want, LOGITS)
         assert ops_that_ran() == expected_ops(model_type)
 
@@ -398,7 +397,7 @@ def test_other_activations_stay_with_transformers():
 
 
 def test_a_decoding_step_with_gradients_stays_with_transformers():
-    model, ids = make_model("mamba2"), tokens(1, 9)
+    model, ids = make_model("lfm2"), tokens(1, 9)
 
     def step():
         model.zero_grad()

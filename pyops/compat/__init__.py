@@ -90,10 +90,10 @@ def _load(package):
 def _warn_about_bound_models():
     from ..recipes import BY_MODULE
 
-    bound = [name for name in BY_MODULE if name in sys.modules]
+    bound = [key for module, key in BY_MODULE.items() if module in sys.modules]
     if bound:
         warnings.warn(
-            f"terrazzo.compat.install: {', '.join(bound)} is already imported and keeps transformers' own functions; "
-            "call install() before the import, or use terrazzo.patch(model)",
+            f"terrazzo.compat.install: transformers has already imported {', '.join(bound)}, with functions of its own; "
+            "call install() before that, or use terrazzo.patch(model)",
             stacklevel=3,
         )
