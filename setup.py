@@ -34,7 +34,8 @@ ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
 }
 SANITIZE = os.environ.get("TERRAZZO_SANITIZE") == "1"
-SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"] if SANITIZE else []
+SANITIZE_CHECKS = "address,signed-integer-overflow,bounds,shift,integer-divide-by-zero"
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE_CHECKS}", "-fno-sanitize-recover=all", "-g1"] if SANITIZE else []
 KERNEL_FLAGS = ["-O1" if SANITIZE else "-O3", "-ffp-contract=fast", "-fno-math-errno"]
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *SANITIZE_FLAGS]
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10

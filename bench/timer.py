@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 TARGET_HALF_WIDTH = 0.01  # of the median: the 95 % interval that ends the rounds
 MIN_SAMPLE_NS = 500_000   # shorter calls are repeated inside one sample, so that the clock's own cost vanishes
 MAX_REPEATS = 1000
+LEAD_IN_NS = 20_000_000   # shorter calls run once untimed before a sample: the caches hold this provider's data, not the last one's
 
 
 def quantile(values, q):
@@ -49,6 +50,7 @@ class Timing:
 
     samples: list[float] = field(default_factory=list)
     first_call_ns: float | None = None
+    once_ns: float = 0.0
     repeats: int = 1   # calls inside one sample
     dropped: int = 0   # rounds thrown away because the machine was busy
 
@@ -72,17 +74,18 @@ def time_once(fn, clock=time.perf_counter_ns):
     return clock() - start
 
 
-def interleave(providers, budget_s, *, clock=time.perf_counter_ns, seed=0, min_rounds=7, max_rounds=400, machine_is_free=None, on_round=None):
+def interleave(providers, budget_s, *, clock=time.perf_counter_ns, seed=0, min_rounds=7, max_rounds=400, lead_in=False, machine_is_free=None, on_round=None):
     """Times every provider of {name: fn} round by round, in a new random order each round -> {name: Timing}.
 
     Ends when every median is settled, or when the budget is spent and each provider has `min_rounds` samples
     (3 where one round alone outlasts the budget). `machine_is_free()` is asked around each round; a round next
-    to a "no" is dropped, as long as budget is left. `on_round(spent_fraction)` feeds a progress bar.
+    to a "no" is dropped, as long as budget is left. `lead_in` warms the caches before each sample of a short call. `on_round(spent_fraction)` feeds a progress bar.
     """
     timings = {name: Timing() for name in providers}
     for name, fn in providers.items():
         fn()  # warm-up: the first call was timed apart
         once = max(time_once(fn, clock), 1)
+        timings[name].once_ns = once
         timings[name].repeats = min(MAX_REPEATS, max(1, math.ceil(MIN_SAMPLE_NS / once)))
     order, shuffle = list(providers), random.Random(seed).shuffle
     start = clock()
@@ -92,6 +95,8 @@ def interleave(providers, budget_s, *, clock=time.perf_counter_ns, seed=0, min_r
         round_samples = {}
         for name in order:
             fn, repeats = providers[name], timings[name].repeats
+            if lead_in and timings[name].once_ns < LEAD_IN_NS:
+                fn()
             begin = clock()
             for _ in range(repeats):
                 fn()
