@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 
 NMSE = {torch.bfloat16: 2e-5, torch.float16: 5e-7, torch.float32: 1e-10, torch.float64: 1e-20}
+# The floor, in roundings of the largest value: one of a low-precision result, sums in another order in float32. In
+# float64 E is R itself and says nothing about rounding: room for sums of a few thousand terms.
+ROUNDINGS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 8, torch.float64: 4096}
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,7 @@ def check(out, ref64, ref_same_dtype):
     error = (O - R).abs().max().item()
     power = R.square().mean().item()
     nmse = (O - R).square().mean().item() / power if power else 0.0 if error == 0 else float("inf")
-    # In float64 E is R itself and says nothing about rounding: allow for sums of a few thousand terms.
-    roundings = 4096 if out.dtype == torch.float64 else 4
-    floor = roundings * torch.finfo(out.dtype).eps * scale + torch.finfo(out.dtype).tiny
+    floor = ROUNDINGS[out.dtype] * torch.finfo(out.dtype).eps * scale + torch.finfo(out.dtype).tiny
     limit = 2 * (E - R).abs().max().item() + floor
     why = ""
     if error > limit:
