@@ -116,16 +116,18 @@ class NinjaBuild(build_ext):
             f"cxx = {os.environ.get('CXX', 'g++')}",
             f"common = {' '.join(COMMON_FLAGS)}",
             "rule compile",
+            "  description = $what",
             "  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
+            "  description = $what",
             "  command = $cxx -shared $in -o $out $flags",
         ]
         for out, source, flags in objects:
-            lines += [f"build {quoted(out)}: compile {quoted(source)}", f"  flags = {' '.join(flags)}"]
+            lines += [f"build {quoted(out)}: compile {quoted(source)}", f"  flags = {' '.join(flags)}", f"  what = {out.name}"]
         link_flags = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-ltorch", "-Wl,--exclude-libs,ALL", *SANITIZE_FLAGS]
-        lines += [f"build {quoted(target)}: link {' '.join(quoted(out) for out, _, _ in objects)}", f"  flags = {' '.join(link_flags)}", ""]
+        lines += [f"build {quoted(target)}: link {' '.join(quoted(out) for out, _, _ in objects)}", f"  flags = {' '.join(link_flags)}", f"  what = {target.name}", ""]
         (build / "build.ninja").write_text("\n".join(lines))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([*ninja_command(), "-C", str(build), *jobs], check=True)

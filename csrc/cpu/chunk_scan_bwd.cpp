@@ -61,7 +61,8 @@ template <class T> struct BackwardUnit {
     const int64_t per_chunk = heads * state_size * static_cast<int64_t>(sizeof(A));
     stretch = kStateBytes / (per_chunk > 0 ? per_chunk : 1);
     while (stretch * stretch < chunks) stretch++;
-    if (stretch > chunks) stretch = chunks > 0 ? chunks : 1;
+    if (stretch > chunks) stretch = chunks;
+    if (stretch < 1) stretch = 1;
     starts = scratch<A>(0, stretch * heads * state_size);
     checkpoints = scratch<A>(1, (chunks + stretch - 1) / stretch * heads * state_size);
     dH = scratch<A>(2, heads * state_size);

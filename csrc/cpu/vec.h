@@ -74,6 +74,7 @@ template <> struct Vec<float> {
   static constexpr int size = kVecBytes / 4;
   typedef float native __attribute__((vector_size(kVecBytes), may_alias));
   typedef int32_t ints __attribute__((vector_size(kVecBytes), may_alias));
+  typedef uint32_t uints __attribute__((vector_size(kVecBytes), may_alias));
   native v;
   TZ_INLINE Vec() {}
   TZ_INLINE Vec(native n) : v(n) {}
@@ -105,8 +106,8 @@ template <> struct Vec<float> {
   TZ_INLINE void store(bf16* p) const {
 #if defined(__AVX512F__) || defined(__AVX2__)
     const ints u = (ints)v;
-    const ints rounded = (ints)((typename_uints)(u + 0x7fff + (ints)(((typename_uints)u >> 16) & 1u)) >> 16);
-    const ints nan = (ints)(((typename_uints)u >> 16) & 0x8000u) | 0x7fc0;
+    const ints rounded = (ints)((uints)(u + 0x7fff + (ints)(((uints)u >> 16) & 1u)) >> 16);
+    const ints nan = (ints)(((uints)u >> 16) & 0x8000u) | 0x7fc0;
     const ints h = (v == v) ? rounded : nan;
 #if defined(__AVX512F__)
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)h));
@@ -149,7 +150,6 @@ template <> struct Vec<float> {
     std::memcpy(p, tmp, sizeof(tmp));
 #endif
   }
-  typedef uint32_t typename_uints __attribute__((vector_size(kVecBytes), may_alias));
 };
 
 template <> struct Vec<double> {
