@@ -39,12 +39,14 @@ sanitize: $(BIN)/.ready
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
 	    -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(OP_TESTS)) -k "not gradcheck and not thread_count and not negative"
 
-# Wheel and install with no compiler at hand: the reference backend serves every op.
+# A wheel made with no compiler at hand: the reference backend serves every op. Run without site (-S), so that the
+# editable install's import hook does not lend its extension.
 test-install: $(BIN)/.ready
 	rm -rf build/no-compiler && mkdir -p build/no-compiler
 	CXX=no-such-compiler $(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/no-compiler .
 	cd build/no-compiler && $(abspath $(BIN))/python -m zipfile -e terrazzo-*.whl lib && \
-	    PYTHONPATH=lib $(abspath $(BIN))/python $(CURDIR)/tests/without_extension.py
+	    PYTHONPATH=lib:$$($(abspath $(BIN))/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])") \
+	    $(abspath $(BIN))/python -S $(CURDIR)/tests/without_extension.py
 
 bench: build
 	$(BIN)/terrazzo bench --quick
