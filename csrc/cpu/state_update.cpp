@@ -67,7 +67,7 @@ TZ_INLINE A update_row(S* row, int64_t N, A decay, A dt, const A* a, A dtx, cons
 TZ_INLINE float update_row_pairs(bf16* row, int64_t N, float decay, float dtx, const float* Bm, const float* C) {
   using V = Vec<float>;
   typedef V::native native;
-  typedef V::typename_uints uints;
+  typedef V::uints uints;
   const V decay_v(decay), dtx_v(dtx);
   V even_sum = V::zero(), odd_sum = V::zero();
   const auto rounded = [](uints u) TZ_LAMBDA { return u + ((u >> 16) & 1u) + 0x7fffu; };
