@@ -39,7 +39,7 @@ struct ConvCall {
     check_shape(bias, {p.D}, kFn, "bias");
     check_shape(initial, {num_sequences(p.B, cu_seqlens), p.D, p.W - 1}, kFn, "initial_states");
     const ScalarType xt = x.scalar_type();
-    const ScalarType wt = xt == ScalarType::Double || weight.scalar_type() == ScalarType::Double ? acc_scalar(xt) : weight.scalar_type();
+    const ScalarType wt = weight_scalar(xt, weight.scalar_type());
     x = conv_layout(x);
     weight = cast(weight, wt);
     bias = cast_contiguous(bias, wt);
@@ -129,7 +129,7 @@ Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Ten
   p.num_slots = conv_state.size(0), p.state_len = conv_state.size(2);
   TZ_CHECK(p.state_len >= p.W - 1, kUpdate, "conv_state must hold at least ", p.W - 1, " positions, got ", p.state_len);
   const ScalarType xt = x.scalar_type();
-  const ScalarType wt = xt == ScalarType::Double || weight_in.scalar_type() == ScalarType::Double ? acc_scalar(xt) : weight_in.scalar_type();
+  const ScalarType wt = weight_scalar(xt, weight_in.scalar_type());
   TZ_CHECK((conv_state.scalar_type() == ScalarType::Double) == (xt == ScalarType::Double), kUpdate,
            "conv_state must be float64 exactly when x is");
   const Tensor weight = cast(weight_in, wt);

@@ -34,6 +34,11 @@ inline DType dtype_from(ScalarType t, const char* op, const char* name) {
 }
 inline ScalarType acc_scalar(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
 
+// The dtype a weight is read in beside x: its own, but float64 only together with x.
+inline ScalarType weight_scalar(ScalarType x, ScalarType weight) {
+  return x == ScalarType::Double || weight == ScalarType::Double ? acc_scalar(x) : weight;
+}
+
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
 }

@@ -20,7 +20,7 @@ struct NormCall {
     check_shape(weight, {p.D}, kOp, "weight");
     check_shape(z, {p.rows, p.D}, kOp, "z");
     const ScalarType xt = x.scalar_type();
-    const ScalarType wt = xt == ScalarType::Double || weight.scalar_type() == ScalarType::Double ? acc_scalar(xt) : weight.scalar_type();
+    const ScalarType wt = weight_scalar(xt, weight.scalar_type());
     weight = cast_contiguous(weight, wt);
     p.x_dtype = dtype_from(xt, kOp, "x");
     p.weight_dtype = dtype_from(wt, kOp, "weight");
