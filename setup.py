@@ -92,10 +92,13 @@ class NinjaBuild(build_ext):
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
 
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
+        def from_root(path):  # ninja runs in ROOT: a moved or copied checkout keeps its objects
+            return Path(os.path.relpath(path, ROOT))
+
+        build = from_root(self.build_temp)
+        target = from_root(self.get_ext_fullpath(ext.name))
+        for folder in (build, target.parent):
+            (ROOT / folder).mkdir(parents=True, exist_ok=True)
 
         glue_flags = ["-O2", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DPy_LIMITED_API={LIMITED_API}"]
         glue_flags += [f"-I{sysconfig.get_paths()['include']}"] + [f"-isystem{path}" for path in include_paths()]
@@ -104,11 +107,11 @@ class NinjaBuild(build_ext):
         objects = []
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
             for isa, flags in isas().items():
-                objects.append((build / f"{source.stem}.{isa}.o", source, [*KERNEL_FLAGS, *flags, f"-DTZ_ISA={isa}"]))
+                objects.append((build / f"{source.stem}.{isa}.o", from_root(source), [*KERNEL_FLAGS, *flags, f"-DTZ_ISA={isa}"]))
         for source in [*sorted((ROOT / "csrc/bindings").glob("*.cpp")), ROOT / "csrc/library.cpp"]:
-            objects.append((build / f"glue_{source.stem}.o", source, glue_flags))
+            objects.append((build / f"glue_{source.stem}.o", from_root(source), glue_flags))
         for source in sorted((ROOT / "csrc/common").glob("*.cpp")):
-            objects.append((build / f"common_{source.stem}.o", source, ["-O2"]))
+            objects.append((build / f"common_{source.stem}.o", from_root(source), ["-O2"]))
 
         def quoted(path):
             return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -129,9 +132,10 @@ class NinjaBuild(build_ext):
             lines += [f"build {quoted(out)}: compile {quoted(source)}", f"  flags = {' '.join(flags)}", f"  what = {out.name}"]
         link_flags = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-ltorch", "-Wl,--exclude-libs,ALL", *SANITIZE_FLAGS]
         lines += [f"build {quoted(target)}: link {' '.join(quoted(out) for out, _, _ in objects)}", f"  flags = {' '.join(link_flags)}", f"  what = {target.name}", ""]
-        (build / "build.ninja").write_text("\n".join(lines))
+        recipe = build / "build.ninja"
+        (ROOT / recipe).write_text("\n".join(["ninja_required_version = 1.5", f"builddir = {quoted(build)}", *lines]))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([*ninja_command(), "-C", str(build), *jobs], check=True)
+        subprocess.run([*ninja_command(), "-f", str(recipe), *jobs], check=True, cwd=ROOT)
 
 
 reason = why_no_extension()
