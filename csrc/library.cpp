@@ -15,6 +15,10 @@ STABLE_TORCH_LIBRARY(terrazzo, m) {
   m.def("selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices) -> Tensor");
   m.def("rmsnorm_gated_fwd(Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> Tensor");
   m.def("rmsnorm_gated_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> (Tensor, Tensor, Tensor)");
+  // mixture of experts and linear layers: b is (E, K, N) in any strides, offs the row ends of the groups
+  m.def("grouped_gemm_fwd(Tensor a, Tensor b, Tensor offs, Tensor? bias) -> Tensor");
+  m.def("grouped_gemm_wgrad(Tensor a, Tensor dy, Tensor offs, bool k_last, ScalarType dtype) -> Tensor");
+  m.def("linear_fwd(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor");
   // measuring this machine: see bench/roofline.py
   m.def("calibrate(Tensor(a!) buffer, int kind, int iterations) -> float");
 }
@@ -30,6 +34,9 @@ STABLE_TORCH_LIBRARY_IMPL(terrazzo, CPU, m) {
   TZ_IMPL(selective_state_update);
   TZ_IMPL(rmsnorm_gated_fwd);
   TZ_IMPL(rmsnorm_gated_bwd);
+  TZ_IMPL(grouped_gemm_fwd);
+  TZ_IMPL(grouped_gemm_wgrad);
+  TZ_IMPL(linear_fwd);
   TZ_IMPL(calibrate);
 #undef TZ_IMPL
 }

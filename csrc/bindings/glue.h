@@ -144,6 +144,9 @@ Tensor rmsnorm_gated_fwd(const Tensor& x, const Tensor& weight, const OptTensor&
     bool norm_before_gate);
 std::tuple<Tensor, Tensor, Tensor> rmsnorm_gated_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const OptTensor& z,
     double eps, int64_t group_size, bool norm_before_gate);
+Tensor grouped_gemm_fwd(const Tensor& a, const Tensor& b, const Tensor& offs, const OptTensor& bias);
+Tensor grouped_gemm_wgrad(const Tensor& a, const Tensor& dy, const Tensor& offs, bool k_last, ScalarType dtype);
+Tensor linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, int64_t activation);
 double calibrate(const Tensor& buffer, int64_t kind, int64_t iterations);
 
 }  // namespace terrazzo

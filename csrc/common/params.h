@@ -116,6 +116,33 @@ struct RmsnormGatedParams {
   void* dweight;                       // [D] in the accumulation type
 };
 
+// What stands between the two products of an expert, or behind a linear layer. swiglu_oai is gpt-oss's clamped gate.
+enum class Activation : int32_t { none, silu, gelu, gelu_tanh, relu, relu2, swiglu_oai };
+constexpr int64_t kActivations = 7;
+
+// Grouped product: c[r] = act(a[r] b[e] + bias[e]) for the rows r of each group e, [offs[e - 1], offs[e]). A linear layer
+// is one group. Rows behind the last group are zero.
+struct GroupedGemmParams {
+  DType a_dtype, b_dtype, bias_dtype;                                   // a and c | b | bias
+  int64_t T, E, K, N;
+  Activation activation;
+  const void* a;  int64_t a_stride_m, a_stride_k;                       // [T, K]
+  const void* b;  int64_t b_stride_e, b_stride_k, b_stride_n;           // [E, K, N]
+  const void* bias;  int64_t bias_stride_e;                             // [E, N] unit stride n, or null
+  const int32_t* offs;                                                  // [E], not decreasing, at most T
+  void* c;                                                              // [T, N] contiguous
+};
+
+// The weight gradient of a grouped product: db[e] = sum over the rows r of group e of a[r]^T dy[r]; zero for empty groups.
+struct GroupedWgradParams {
+  DType a_dtype, dy_dtype, db_dtype;
+  int64_t T, E, K, N;
+  const void* a;  int64_t a_stride_m, a_stride_k;                       // [T, K]
+  const void* dy;  int64_t dy_stride_m, dy_stride_n;                    // [T, N]
+  const int32_t* offs;                                                  // [E]
+  void* db;  int64_t db_stride_e, db_stride_k;                          // [E, K, N] unit stride n
+};
+
 // Loops that measure the machine's limits, for the benchmarks: see csrc/cpu/calibrate.cpp.
 enum class CalibrateKind : int32_t { fma, read, copy, scale };
 constexpr int64_t kCalibrateFmas = 12 * 16 * 4096;  // multiply-adds of one fma iteration in each of 64 chunks
