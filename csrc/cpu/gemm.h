@@ -16,9 +16,14 @@ namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 constexpr int64_t kPanel = 16;     // columns of a packed panel: one cache line of float, whatever the ISA
 constexpr int64_t kBlockK = 256;   // rows of a packed panel: 16 KB, half of a first-level cache
 constexpr int64_t kBlockM = 96;    // rows of A packed at once: 96 KB
-constexpr int64_t kDotRows = 32;   // at most so many rows by dot products; beyond, packing costs less than the sums
-constexpr int64_t kAxpyRows = 8;   // at most so many rows by axpy
+constexpr int64_t kPackAhead = 16; // rows of B fetched ahead while packing
+constexpr int64_t kDotRows = 96;   // at most so many rows by dot products, half of it where B is converted for every
+                                   // tile of rows; beyond, packing costs less than adding up lanes
+constexpr int64_t kAxpyRows = 24;  // at most so many rows by axpy; beyond, C's passes through the cache cost more
 constexpr int64_t kStreamRows = 4; // at most so many rows read one row of B at a time: one sequential stream a thread
+constexpr int64_t kDotCache = 1 << 15;  // elements of A that stay in a second-level cache beside rows of B
+constexpr int64_t kDotMinK = 1024;      // shorter sums pay too much for adding up their lanes
+constexpr int64_t kStreamAhead = 8192;  // bytes fetched ahead of a stream
 
 // Scratch slots of this file; callers use kGemmSlots and up.
 enum GemmSlot { kSlotA, kSlotB, kGemmSlots };
@@ -30,19 +35,16 @@ struct MatrixA {
   int64_t stride_m, stride_k;
   const int32_t* rows;
 };
-// B[K, N]; row k lies at rows[k] when the rows are gathered (then stride_n is 1).
-struct MatrixB {
+struct MatrixB {  // B[K, N]
   DType dtype;
   const void* data;
   int64_t stride_k, stride_n;
-  const int32_t* rows;
 };
 
 enum class GemmWay { blocked, dot, axpy };
 
 inline GemmWay gemm_way(int64_t M, int64_t K, int64_t N, const MatrixB& b) {
-  if (b.rows || M == 0) return GemmWay::blocked;
-  if (M <= kDotRows && K > 1 && b.stride_k == 1) return GemmWay::dot;
+  if (M <= (size_of(b.dtype) == 2 ? kDotRows / 2 : kDotRows) && K > 1 && b.stride_k == 1) return GemmWay::dot;
   if (M <= kAxpyRows && N > 1 && b.stride_n == 1) return GemmWay::axpy;
   return GemmWay::blocked;
 }
@@ -67,12 +69,16 @@ template <class A> inline void pack_b(const MatrixB& b, int64_t k, int64_t kc, i
     with_type(b.dtype, [&](auto t) {
       using S = decltype(t);
       for (int64_t i = 0; i < kc; i++) {
-        const int64_t row = b.rows ? b.rows[k + i] : k + i;
-        const S* src = static_cast<const S*>(b.data) + row * b.stride_k + n;
-        for (int64_t j = 0; j < columns; j += Vec<A>::size) {
-          const Vec<A> v = nb - j >= Vec<A>::size ? Vec<A>::load(src + j) : nb > j ? load_n<A>(src + j, nb - j) : Vec<A>::zero();
-          v.store(panels + j / kPanel * stride + i * kPanel + j % kPanel);
+        const S* src = static_cast<const S*>(b.data) + (k + i) * b.stride_k + n;
+        A* dst = panels + i * kPanel;
+        int64_t j = 0;
+        for (; j + kPanel <= nb; j += kPanel, dst += stride) {
+          prefetch_l2(src + kPackAhead * b.stride_k + j);
+#pragma GCC unroll 8
+          for (int64_t v = 0; v < kPanel; v += Vec<A>::size) Vec<A>::load(src + j + v).store(dst + v);
         }
+        for (; j < columns; j += kPanel, dst += stride)
+          for (int64_t v = 0; v < kPanel; v++) dst[v] = j + v < nb ? load1<A>(src + j + v) : A(0);
       }
     });
     return;
@@ -80,14 +86,30 @@ template <class A> inline void pack_b(const MatrixB& b, int64_t k, int64_t kc, i
   for (int64_t j = 0; j < columns; j += kPanel, panels += stride) {
     const int64_t valid = min_of(kPanel, max_of(nb - j, 0));
     if (valid < kPanel) std::memset(panels, 0, static_cast<size_t>(kc * kPanel) * sizeof(A));
-    if (valid > 0) load_tile<A>(b.dtype, b.data, k * b.stride_k + (n + j) * b.stride_n, b.stride_k, b.stride_n, kc, valid, panels, kPanel);
+    for (int64_t i = 0; i < kc && valid > 0; i += kPanel) {
+      const int64_t at = (k + i) * b.stride_k + (n + j) * b.stride_n;
+      for (int64_t next = 0; next < kPanel; next++) prefetch_l2(element(b.data, b.dtype, at + (kPanel + next) * b.stride_n));
+      load_tile<A>(b.dtype, b.data, at, b.stride_k, b.stride_n, min_of(kPanel, kc - i), valid, panels + i * kPanel, kPanel);
+    }
   }
 }
 
+// What to fetch while a tile is summed: `step` bytes further with every step of K.
+struct Fetch {
+  const char* at;
+  int64_t step;
+};
+
 // c += the product of R rows of packed A and one register tile's columns of panels.
-template <int R, class A> TZ_INLINE void multiply_panels(Tile<A, R>& c, const A* a, const A* b0, const A* b1, int64_t kc) {
+template <int R, bool kFetch, class A>
+TZ_INLINE void multiply_panels(Tile<A, R>& c, const A* a, const A* b0, const A* b1, int64_t kc, Fetch fetch) {
 #pragma GCC unroll 4
   for (int64_t k = 0; k < kc; k++) {
+    if (kFetch) {
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < kTileCols<A>; line += kPanel) prefetch_l2(fetch.at + line * sizeof(A));
+      fetch.at += fetch.step;
+    }
     const Vec<A> v0 = Vec<A>::load(b0), v1 = Vec<A>::load(b1);
 #pragma GCC unroll 8
     for (int i = 0; i < R; i++) {
@@ -100,31 +122,50 @@ template <int R, class A> TZ_INLINE void multiply_panels(Tile<A, R>& c, const A*
   }
 }
 
+// C[mc rows] (+)= packed A times the packed columns. Meanwhile the rows of B that the next call packs are fetched, each
+// register tile its share of them, so that memory is read while the multipliers work.
+template <class A>
+inline void multiply_block(const A* packed_a, int64_t mc, const A* panels, int64_t kc, int64_t nb, A* c, int64_t ldc, bool first, Fetch fetch,
+                           int64_t column_bytes) {
+  constexpr int64_t NR = kTileCols<A>;
+  const int64_t tiles = ceil_div(mc, kTileRows);
+  const auto column = [&](int64_t at) { return panels + at / kPanel * panel_stride(kc) + at % kPanel; };
+  for (int64_t j = 0; j < nb; j += NR) {
+    const A *b0 = column(j), *b1 = column(j + Vec<A>::size);
+    int64_t t = 0;
+    for_row_tiles(mc, [&](int64_t row, auto height) TZ_LAMBDA {
+      Tile<A, decltype(height)::value> tile;
+      const A* a = packed_a + row * kBlockK;
+      A* at = c + row * ldc + j;
+      if (first) tile.zero();
+      else tile.load(at, ldc);
+      const int64_t begin = fetch.at ? t * kc / tiles : kc, end = fetch.at ? (t + 1) * kc / tiles : kc;
+      const Fetch rows{fetch.at + j * column_bytes + begin * fetch.step, fetch.step};
+      multiply_panels<decltype(height)::value, false>(tile, a, b0, b1, begin, rows);
+      multiply_panels<decltype(height)::value, true>(tile, a + begin, b0 + begin * kPanel, b1 + begin * kPanel, end - begin, rows);
+      multiply_panels<decltype(height)::value, false>(tile, a + end, b0 + end * kPanel, b1 + end * kPanel, kc - end, rows);
+      tile.store(at, ldc);
+      t++;
+    });
+  }
+}
+
 template <class A>
 inline void gemm_blocked(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& b, int64_t n, int64_t nb, int64_t K, A* c,
                          int64_t ldc, bool accumulate) {
-  constexpr int64_t NR = kTileCols<A>;
   A* packed_a = scratch<A>(kSlotA, kBlockM * kBlockK);
-  A* panels = scratch<A>(kSlotB, ceil_div(round_up(nb, max_of(kPanel, NR)), kPanel) * panel_stride(kBlockK));
+  A* panels = scratch<A>(kSlotB, ceil_div(round_up(nb, max_of(kPanel, kTileCols<A>)), kPanel) * panel_stride(kBlockK));
+  const int64_t size = size_of(b.dtype);
   for (int64_t k = 0; k < K; k += kBlockK) {
     const int64_t kc = min_of(kBlockK, K - k);
-    const bool first = k == 0 && !accumulate;
     pack_b(b, k, kc, n, nb, panels);
     for (int64_t i = 0; i < rows; i += kBlockM) {
       const int64_t mc = min_of(kBlockM, rows - i);
       pack_a(a, m + i, mc, k, kc, packed_a, kBlockK);
-      for (int64_t j = 0; j < nb; j += NR) {
-        const auto column = [&](int64_t at) { return panels + at / kPanel * panel_stride(kc) + at % kPanel; };
-        const A *b0 = column(j), *b1 = column(j + Vec<A>::size);
-        for_row_tiles(mc, [&](int64_t row, auto height) TZ_LAMBDA {
-          Tile<A, decltype(height)::value> tile;
-          A* at = c + (i + row) * ldc + j;
-          if (first) tile.zero();
-          else tile.load(at, ldc);
-          multiply_panels(tile, packed_a + row * kBlockK, b0, b1, kc);
-          tile.store(at, ldc);
-        });
-      }
+      Fetch fetch{nullptr, 0};
+      if (i == 0 && b.stride_n == 1 && k + kc < K)
+        fetch = {static_cast<const char*>(element(b.data, b.dtype, (k + kc) * b.stride_k + n)), b.stride_k * size};
+      multiply_block(packed_a, mc, panels, kc, nb, c + i * ldc, ldc, k == 0 && !accumulate, fetch, size);
     }
   }
 }
@@ -157,10 +198,9 @@ constexpr int kDotTileRows = 4, kDotTileCols = 3;
 #endif
 
 // C[R, W] (+)= rows of a times rows of w, both contiguous along K; a is padded with zeros to whole vectors. U vectors
-// of each row are summed apart, where few rows leave too few independent sums. The rows of w behind these W are
-// fetched meanwhile when kFetch.
-template <int R, int W, int U, bool kFetch, class A, class S>
-TZ_INLINE void dot_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64_t K, A* c, int64_t ldc, bool accumulate) {
+// of each row are summed apart, where few rows leave too few independent sums.
+template <int R, int W, int U, class A, class S>
+TZ_INLINE void dot_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64_t K, Fetch fetch, A* c, int64_t ldc, bool accumulate) {
   constexpr int64_t V = Vec<A>::size;
   Vec<A> sum[R][W][U];
 #pragma GCC unroll 8
@@ -179,15 +219,10 @@ TZ_INLINE void dot_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64_
   };
   int64_t k = 0;
   for (; k + U * V <= K; k += U * V) {
-    if (kFetch && k * static_cast<int64_t>(sizeof(S)) % 64 == 0) {
-#pragma GCC unroll 8
-      for (int j = 0; j < W; j++)
-#pragma GCC unroll 8
-        for (int64_t line = 0; line < U * V * static_cast<int64_t>(sizeof(S)); line += 64)
-          prefetch(reinterpret_cast<const char*>(w + (W + j) * ldw + k) + line);
-    }
 #pragma GCC unroll 8
     for (int u = 0; u < U; u++) {
+      prefetch_l2(fetch.at);
+      fetch.at += fetch.step;
       Vec<A> v[W];
 #pragma GCC unroll 8
       for (int j = 0; j < W; j++) v[j] = Vec<A>::load(w + j * ldw + k + u * V);
@@ -217,27 +252,35 @@ TZ_INLINE void dot_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64_
 template <class A, class S>
 inline void dot_rows(const A* a, int64_t lda, int64_t rows, const S* w, int64_t ldw, int64_t nb, int64_t K, A* c, int64_t ldc,
                      bool accumulate) {
+  constexpr int64_t step = Vec<A>::size * static_cast<int64_t>(sizeof(S));
+  const auto address = [&](int64_t j) { return reinterpret_cast<const char*>(w + j * ldw); };
   if (rows <= kStreamRows) {
     call_with_rows<kStreamRows>(rows, 0, [&](int64_t, auto height) TZ_LAMBDA {
       constexpr int R = decltype(height)::value;
-      for (int64_t j = 0; j < nb; j++) dot_tile<R, 1, R == 1 ? 8 : 4, true>(a, lda, w + j * ldw, ldw, K, c + j, ldc, accumulate);
+      for (int64_t j = 0; j < nb; j++) dot_tile<R, 1, R == 1 ? 8 : R == 2 ? 4 : 2>(a, lda, w + j * ldw, ldw, K, {address(j) + kStreamAhead, step}, c + j, ldc, accumulate);
     });
     return;
   }
   constexpr int W = kDotTileCols;
-  for (int64_t j = 0; j < nb; j += W)
-    for_row_tiles<kDotTileRows>(rows, [&](int64_t row, auto height) TZ_LAMBDA {
-      constexpr int R = decltype(height)::value;
-      const A* x = a + row * lda;
-      A* out = c + row * ldc + j;
-      if (nb - j < W) {
-        for (int64_t i = j; i < nb; i++) dot_tile<R, 1, 2, false>(x, lda, w + i * ldw, ldw, K, out + (i - j), ldc, accumulate);
-      } else if (row == 0) {
-        dot_tile<R, W, 1, true>(x, lda, w + j * ldw, ldw, K, out, ldc, accumulate);
-      } else {
-        dot_tile<R, W, 1, false>(x, lda, w + j * ldw, ldw, K, out, ldc, accumulate);
-      }
-    });
+  const int64_t tiles = ceil_div(rows, kDotTileRows), share = W * step / tiles;  // each tile fetches its part of later rows
+  const int64_t block = max_of(kDotMinK, round_up(kDotCache / rows, 64));
+  for (int64_t k = 0; k < K; k += block) {
+    const int64_t kc = min_of(block, K - k);
+    const bool add = accumulate || k > 0;
+    for (int64_t j = 0; j < nb; j += W) {
+      int64_t tile = 0;
+      for_row_tiles<kDotTileRows>(rows, [&](int64_t row, auto height) TZ_LAMBDA {
+        constexpr int R = decltype(height)::value;
+        const int64_t part = tile++ * W * kc / tiles;
+        const Fetch fetch{address(j + 2 * W + part / kc) + (k + part % kc) * static_cast<int64_t>(sizeof(S)), share};
+        const A* x = a + row * lda + k;
+        const S* y = w + j * ldw + k;
+        A* out = c + row * ldc + j;
+        if (nb - j >= W) return dot_tile<R, W, 1>(x, lda, y, ldw, kc, fetch, out, ldc, add);
+        for (int64_t i = 0; i < nb - j; i++) dot_tile<R, 1, 2>(x, lda, y + i * ldw, ldw, kc, fetch, out + i, ldc, add);
+      });
+    }
+  }
 }
 
 template <class A>
@@ -263,9 +306,9 @@ constexpr int kAxpyTileRows = 2;
 #endif
 constexpr int kAxpyTileK = 4;
 
-// c[R, nb] += a[R, F] w[F, nb]; the F rows of w behind these are fetched meanwhile when kFetch.
-template <int R, int F, bool kFetch, class A, class S>
-TZ_INLINE void axpy_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64_t nb, A* c, int64_t ldc) {
+// c[R, nb] += a[R, F] w[F, nb]. Meanwhile kFetch rows of `fetch`, as far apart as w's, are fetched.
+template <int R, int F, int kFetch, class A, class S>
+TZ_INLINE void axpy_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64_t nb, const S* fetch, A* c, int64_t ldc) {
   constexpr int64_t V = Vec<A>::size;
   Vec<A> factor[R][F];
 #pragma GCC unroll 8
@@ -283,12 +326,13 @@ TZ_INLINE void axpy_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64
   };
   int64_t j = 0;
   for (; j + V <= nb; j += V) {
+    if (j * static_cast<int64_t>(sizeof(S)) % 64 == 0) {
+#pragma GCC unroll 8
+      for (int f = 0; f < kFetch; f++) prefetch_l2(fetch + f * ldw + j);
+    }
     Vec<A> v[F];
 #pragma GCC unroll 8
-    for (int f = 0; f < F; f++) {
-      if (kFetch && j * static_cast<int64_t>(sizeof(S)) % 64 == 0) prefetch(w + (F + f) * ldw + j);
-      v[f] = Vec<A>::load(w + f * ldw + j);
-    }
+    for (int f = 0; f < F; f++) v[f] = Vec<A>::load(w + f * ldw + j);
     step(j, v);
   }
   if (j < nb) {  // c has room for a whole vector
@@ -298,12 +342,16 @@ TZ_INLINE void axpy_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64
   }
 }
 
+// F rows of w; the tiles share out the F rows after the next F.
 template <int F, class A, class S>
 TZ_INLINE void axpy_rows(const A* a, int64_t lda, int64_t rows, const S* w, int64_t ldw, int64_t nb, A* c, int64_t ldc) {
+  const int64_t tiles = ceil_div(rows, kAxpyTileRows);
+  int64_t t = 0;
   for_row_tiles<kAxpyTileRows>(rows, [&](int64_t row, auto height) TZ_LAMBDA {
     constexpr int R = decltype(height)::value;
-    if (row == 0) axpy_tile<R, F, true>(a, lda, w, ldw, nb, c, ldc);
-    else axpy_tile<R, F, false>(a + row * lda, lda, w, ldw, nb, c + row * ldc, ldc);
+    const S* fetch = w + (2 * F + t++ * F / tiles) * ldw;
+    if (tiles == 1) axpy_tile<R, F, F>(a + row * lda, lda, w, ldw, nb, fetch, c + row * ldc, ldc);
+    else axpy_tile<R, F, (F + 1) / 2>(a + row * lda, lda, w, ldw, nb, fetch, c + row * ldc, ldc);
   });
 }
 
@@ -376,6 +424,14 @@ struct GroupTasks {
   int64_t group, rows, width, row_blocks, column_blocks, first;
 };
 
+// A block has about kBlockN columns by packing; fewer by dot products, whose rows of B are contiguous each; as many as
+// keep C in a first-level cache by axpy.
+constexpr int64_t kBlockN = 256;
+inline int64_t usual_width(GemmWay way, int64_t rows) {
+  if (way == GemmWay::axpy) return min_of(1024, max_of(8192 / rows, 256));
+  return way == GemmWay::dot ? 96 : kBlockN;
+}
+
 // fn(e, first row, rows, first column, columns, way) over blocks that cover each group's rows x N columns, in parallel,
 // large groups first. `b` (any one of the groups' matrices) decides the way of a group by its number of rows.
 template <class F> inline void for_blocks(const Groups& groups, int64_t N, int64_t K, const MatrixB& b, int slot, const F& fn) {
@@ -391,9 +447,8 @@ template <class F> inline void for_blocks(const Groups& groups, int64_t N, int64
   for (int64_t i = 0; i < active; i++) {
     GroupTasks& g = table[i];
     const GemmWay way = gemm_way(g.rows, K, N, b);
-    const int64_t width = way == GemmWay::blocked ? 256 : way == GemmWay::dot ? 96 : 512;
     g.row_blocks = ceil_div(g.rows, kBlockRows);
-    g.width = block_width(N, width, active * g.row_blocks);
+    g.width = block_width(N, usual_width(way, g.rows), active * g.row_blocks);
     g.column_blocks = ceil_div(N, g.width);
     g.first = tasks;
     tasks += g.row_blocks * g.column_blocks;

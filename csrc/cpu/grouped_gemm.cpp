@@ -5,12 +5,10 @@
 // in scratch in the accumulation type (gemm.h) and leaves through an epilogue that adds the bias, activates and rounds.
 // Source of the interface: torch.nn.functional.grouped_mm.
 #include "gate.h"
-#include "gemm.h"
+#include "wgrad.h"
 
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 namespace {
-
-enum Slot { kSlotC = kGemmSlots, kSlotTasks };
 
 // out[nb] = act(c[nb] + bias[nb]), rounded.
 template <Activation act, class A, class S, class Bias>
@@ -41,7 +39,7 @@ template <class A> void finish_block(const GroupedGemmParams& p, int64_t e, int6
 template <class A> void run(const GroupedGemmParams& p) {
   const Groups groups{p.E, p.offs};
   const MatrixA a{p.a_dtype, p.a, p.a_stride_m, p.a_stride_k, nullptr};
-  const auto matrix = [&](int64_t e) { return MatrixB{p.b_dtype, element(p.b, p.b_dtype, e * p.b_stride_e), p.b_stride_k, p.b_stride_n, nullptr}; };
+  const auto matrix = [&](int64_t e) { return MatrixB{p.b_dtype, element(p.b, p.b_dtype, e * p.b_stride_e), p.b_stride_k, p.b_stride_n}; };
   for_blocks(groups, p.N, p.K, matrix(0), kSlotTasks, [&](int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, GemmWay way) {
     const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
     A* c = scratch<A>(kSlotC, rows * ldc);
@@ -52,26 +50,10 @@ template <class A> void run(const GroupedGemmParams& p) {
   std::memset(element(p.c, p.a_dtype, used * p.N), 0, static_cast<size_t>((p.T - used) * p.N * size_of(p.a_dtype)));
 }
 
-template <class A> void run(const GroupedWgradParams& p) {
-  const Groups groups{p.E, p.offs};
-  const int64_t width = block_width(p.N, 256, p.E), columns = ceil_div(p.N, width), height = min_of(p.K, kBlockRows), heights = ceil_div(p.K, height);
-  run_tasks(p.E * heights * columns, p.E * p.K * p.N + groups.total() * p.K * p.N, [&](int64_t task) {
-    const int64_t e = task / (heights * columns), k = task / columns % heights * height, n = task % columns * width;
-    const int64_t rows = min_of(height, p.K - k), nb = min_of(width, p.N - n), count = groups.rows(e), first = groups.begin(e);
-    const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
-    A* c = scratch<A>(kSlotC, rows * ldc);
-    const MatrixA a{p.a_dtype, element(p.a, p.a_dtype, first * p.a_stride_m), p.a_stride_k, p.a_stride_m, nullptr};
-    const MatrixB dy{p.dy_dtype, element(p.dy, p.dy_dtype, first * p.dy_stride_m), p.dy_stride_m, p.dy_stride_n, nullptr};
-    if (count > 0) gemm_block(GemmWay::blocked, a, k, rows, dy, n, nb, count, c, ldc);
-    else std::memset(c, 0, static_cast<size_t>(rows * ldc) * sizeof(A));
-    store_tile<A>(c, ldc, p.db_dtype, p.db, e * p.db_stride_e + k * p.db_stride_k + n, p.db_stride_k, 1, rows, nb);
-  });
-}
-
 }  // namespace
 
 void grouped_gemm(const GroupedGemmParams& p) { p.a_dtype == DType::f64 ? run<double>(p) : run<float>(p); }
-void grouped_gemm_wgrad(const GroupedWgradParams& p) { p.a_dtype == DType::f64 ? run<double>(p) : run<float>(p); }
+void grouped_gemm_wgrad(const GroupedWgradParams& p) { p.a_dtype == DType::f64 ? grouped_wgrad<double>(p) : grouped_wgrad<float>(p); }
 void linear(const GroupedGemmParams& p) { grouped_gemm(p); }
 
 }}}  // namespace terrazzo::cpu::TZ_ISA

@@ -16,6 +16,8 @@
   X(grouped_gemm, GroupedGemmParams)                   \
   X(grouped_gemm_wgrad, GroupedWgradParams)            \
   X(linear, GroupedGemmParams)                         \
+  X(fused_experts_fwd, FusedExpertsParams)             \
+  X(fused_experts_bwd, FusedExpertsParams)             \
   X(calibrate, CalibrateParams)
 
 namespace terrazzo { namespace cpu {
