@@ -159,6 +159,7 @@ struct FusedExpertsParams {
   const void* w2;  int64_t w2_stride_e, w2_stride_k, w2_stride_n;       // [E, F, D]
   const void* bias1;  const void* bias_up;  const void* bias2;          // [E, N1], [E, F], [E, D] accumulation type, or null
   const void* weights;                                                  // [T, A] accumulation type
+  const int32_t* indices;                                               // [T, A] contiguous
   const int32_t* offs;                                                  // [E] slot ends
   const int32_t* tokens;                                                // [S]
   const int32_t* places;                                                // [T, A] slot of each pair, or -1

@@ -2,7 +2,7 @@
 // left here, see csrc/bindings/fused_experts.cpp):
 //
 //   1. dh = dy[tokens] w2^T, unweighted
-//   2. per slot: dweight = <dh, h>; h becomes weight * h; the products' gradients are weight * dh through the gate
+//   2. per slot: dweight = <dh, h> + <dy, bias2>; h becomes weight * h; the products' gradients are weight * dh through the gate
 //   3. slots = dproducts w1^T (+ w_up^T);  dx[t] = sum over the token's slots
 #include "fused_experts.h"
 
@@ -74,6 +74,14 @@ template <Activation act, bool kGated, class A, class S> A gate_slot(const Fused
   return dweight;
 }
 
+template <class A, class S> A dot_bias(const FusedExpertsParams& p, int64_t e, int64_t token) {
+  const A* bias = static_cast<const A*>(p.bias2) + e * p.D;
+  const S* dy = static_cast<const S*>(p.dy) + token * p.D;
+  A sum = 0;
+  for (int64_t d = 0; d < p.D; d++) sum += bias[d] * load1<A>(dy + d);
+  return sum;
+}
+
 template <class A> void through_gates(const FusedExpertsParams& p) {
   const A* weights = static_cast<const A*>(p.weights);
   A* dweights = static_cast<A*>(p.dweights);
@@ -87,6 +95,7 @@ template <class A> void through_gates(const FusedExpertsParams& p) {
           if (s < 0) dweights[pair] = 0;
           else if (p.gated) dweights[pair] = gate_slot<kAct, true, A, S>(p, s, weights[pair]);
           else dweights[pair] = gate_slot<kAct, false, A, S>(p, s, weights[pair]);
+          if (s >= 0 && p.bias2) dweights[pair] += dot_bias<A, S>(p, p.indices[pair], pair / p.A);
         }
       });
     });

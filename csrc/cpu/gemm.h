@@ -361,7 +361,7 @@ inline void gemm_axpy(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& 
   A* packed = scratch<A>(kSlotA, rows * K);
   pack_a(a, m, rows, 0, K, packed, K);
   if (!accumulate)
-    for (int64_t i = 0; i < rows; i++) std::memset(c + i * ldc, 0, static_cast<size_t>(ldc) * sizeof(A));
+    for (int64_t i = 0; i < rows; i++) std::memset(c + i * ldc, 0, static_cast<size_t>(round_up(nb, Vec<A>::size)) * sizeof(A));
   with_type(b.dtype, [&](auto t) {
     const auto* w = static_cast<const decltype(t)*>(b.data) + n;
     int64_t k = 0;
@@ -372,8 +372,8 @@ inline void gemm_axpy(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& 
 
 // ---- one block, and the blocks of a call ---------------------------------------------------------------------
 
-// C[rows, nb] (+)= A[m, m + rows) B[:, n, n + nb). c has ldc >= round_up(nb, kTileCols<A>) columns;
-// those beyond nb are undefined afterwards.
+// C[rows, nb] (+)= A[m, m + rows) B[:, n, n + nb). c has room for round_up(nb, kTileCols<A>)
+// columns, of which those beyond nb are undefined afterwards.
 template <class A>
 inline void gemm_block(GemmWay way, const MatrixA& a, int64_t m, int64_t rows, const MatrixB& b, int64_t n, int64_t nb, int64_t K, A* c,
                        int64_t ldc, bool accumulate = false) {
