@@ -119,7 +119,7 @@ Tensor grouped_gradient(const ExpertsCall& call, const Rows& a, const Rows& b, S
   p.dy = b.data, p.dy_stride_m = b.stride, p.dy_stride_n = 1;
   Tensor db = empty(call.x, {p.E, p.K, p.N}, dtype);
   p.db = mutable_data(db), p.db_stride_e = p.K * p.N, p.db_stride_k = p.N;
-  cpu::run_grouped_gemm_wgrad(p);
+  cpu::run_experts_wgrad(p);
   return db;
 }
 

@@ -16,38 +16,65 @@ Tensor checked_offs(const Tensor& offs, int64_t E, int64_t T, const char* op) {
   return ends;
 }
 
-GroupedGemmParams product_params(const Tensor& a, const Tensor& b, const OptTensor& bias, const char* op) {
-  check_cpu(a, op, "a");
-  check_cpu(b, op, "b");
-  check_shape(a, {-1, b.size(1)}, op, "a");
-  check_shape(bias, {b.size(0), b.size(2)}, op, "bias");
-  const ScalarType at = a.scalar_type();
+// c[rows of e] = a b[e]; b is [E, K, N] behind three strides.
+GroupedGemmParams product_params(const Tensor& a, const Tensor& b, int64_t E, int64_t K, int64_t N, int64_t stride_e, int64_t stride_k,
+                                 int64_t stride_n, const int32_t* offs, const char* op) {
+  TZ_CHECK((a.scalar_type() == ScalarType::Double) == (b.scalar_type() == ScalarType::Double), op, "float64 goes with float64 only");
   GroupedGemmParams p{};
-  p.T = a.size(0), p.E = b.size(0), p.K = b.size(1), p.N = b.size(2);
-  p.a_dtype = dtype_from(at, op, "a");
-  p.b_dtype = dtype_from(b.scalar_type(), op, "b");
-  TZ_CHECK((at == ScalarType::Double) == (b.scalar_type() == ScalarType::Double), op, "float64 goes with float64 only");
+  p.T = a.size(0), p.E = E, p.K = K, p.N = N, p.offs = offs;
+  p.a_dtype = p.bias_dtype = dtype_from(a.scalar_type(), op, "the first argument");
+  p.b_dtype = dtype_from(b.scalar_type(), op, "the weight");
   p.a = data(a), p.a_stride_m = a.stride(0), p.a_stride_k = a.stride(1);
-  p.b = data(b), p.b_stride_e = b.stride(0), p.b_stride_k = b.stride(1), p.b_stride_n = b.stride(2);
-  p.bias_dtype = p.a_dtype;
+  p.b = data(b), p.b_stride_e = stride_e, p.b_stride_k = stride_k, p.b_stride_n = stride_n;
   return p;
 }
 
 void set_bias(GroupedGemmParams& p, const OptTensor& bias, const char* op) {
   if (!bias) return;
   p.bias_dtype = dtype_from(bias->scalar_type(), op, "bias");
-  p.bias = data(bias), p.bias_stride_e = bias->stride(0);
+  p.bias = data(bias), p.bias_stride_e = bias->dim() == 2 ? bias->stride(0) : 0;
 }
+
+// db[e] = a[rows of e]^T dy[rows of e] into a contiguous [E, K, N].
+GroupedWgradParams wgrad_params(const Tensor& a, const Tensor& dy, int64_t E, const int32_t* offs, Tensor& db, const char* op) {
+  GroupedWgradParams p{};
+  p.T = a.size(0), p.E = E, p.K = a.size(1), p.N = dy.size(1), p.offs = offs;
+  p.a_dtype = dtype_from(a.scalar_type(), op, "a"), p.dy_dtype = dtype_from(dy.scalar_type(), op, "dy");
+  p.db_dtype = dtype_from(db.scalar_type(), op, "the weight");
+  p.a = data(a), p.a_stride_m = a.stride(0), p.a_stride_k = a.stride(1);
+  p.dy = data(dy), p.dy_stride_m = dy.stride(0), p.dy_stride_n = dy.stride(1);
+  p.db = mutable_data(db), p.db_stride_e = p.K * p.N, p.db_stride_k = p.N;
+  return p;
+}
+
+// Column sums of each group's dy, as the weight gradient of rows of ones.
+struct Ones {
+  float f32 = 1;
+  double f64 = 1;
+  GroupedWgradParams sums(const Tensor& dy, int64_t E, const int32_t* offs, Tensor& out, const char* op) const {
+    GroupedWgradParams p = wgrad_params(dy, dy, E, offs, out, op);
+    const bool wide = dy.scalar_type() == ScalarType::Double;
+    p.a_dtype = wide ? DType::f64 : DType::f32, p.a = wide ? static_cast<const void*>(&f64) : &f32;
+    p.K = 1, p.a_stride_m = p.a_stride_k = 0, p.db_stride_e = p.db_stride_k = p.N;
+    return p;
+  }
+};
+
+OptTensor unit_stride_last(const OptTensor& t) { return t ? OptTensor(unit_stride_last(*t)) : std::nullopt; }
 
 }  // namespace
 
 Tensor grouped_gemm_fwd(const Tensor& a, const Tensor& b, const Tensor& offs, const OptTensor& bias_in) {
   constexpr const char* kOp = "grouped_mm";
+  check_cpu(a, kOp, "a");
+  check_cpu(b, kOp, "b");
   check_shape(b, {-1, -1, -1}, kOp, "b");
-  const OptTensor bias = bias_in ? OptTensor(unit_stride_last(*bias_in)) : std::nullopt;
-  GroupedGemmParams p = product_params(a, b, bias, kOp);
-  const Tensor ends = checked_offs(offs, p.E, p.T, kOp);
-  p.offs = static_cast<const int32_t*>(data(ends));
+  check_shape(a, {-1, b.size(1)}, kOp, "a");
+  check_shape(bias_in, {b.size(0), b.size(2)}, kOp, "bias");
+  const OptTensor bias = unit_stride_last(bias_in);
+  const Tensor ends = checked_offs(offs, b.size(0), a.size(0), kOp);
+  GroupedGemmParams p = product_params(a, b, b.size(0), b.size(1), b.size(2), b.stride(0), b.stride(1), b.stride(2),
+                                       static_cast<const int32_t*>(data(ends)), kOp);
   set_bias(p, bias, kOp);
   Tensor c = empty(a, {p.T, p.N}, a.scalar_type());
   p.c = mutable_data(c);
@@ -55,57 +82,102 @@ Tensor grouped_gemm_fwd(const Tensor& a, const Tensor& b, const Tensor& offs, co
   return c;
 }
 
+// da, db and dbias [E, N]; db is [E, N, K] when b is contiguous along K (its gradient then is, too), else [E, K, N].
+std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(const Tensor& dy, const Tensor& a, const Tensor& b, const Tensor& offs, bool need_a,
+    bool need_b, bool need_bias) {
+  constexpr const char* kOp = "grouped_mm backward";
+  check_cpu(dy, kOp, "dy");
+  check_cpu(a, kOp, "a");
+  check_cpu(b, kOp, "b");
+  check_shape(b, {-1, -1, -1}, kOp, "b");
+  const int64_t E = b.size(0), K = b.size(1), N = b.size(2);
+  check_shape(a, {-1, K}, kOp, "a");
+  check_shape(dy, {a.size(0), N}, kOp, "dy");
+  const Tensor ends = checked_offs(offs, E, a.size(0), kOp);
+  const int32_t* end = static_cast<const int32_t*>(data(ends));
+  Tensor da = absent(a), db = absent(b), dbias = absent(a);
+  GroupedGemmBwdParams p{};
+  if (need_a) {
+    da = empty(a, {a.size(0), K}, dy.scalar_type());
+    p.da = product_params(dy, b, E, N, K, b.stride(0), b.stride(2), b.stride(1), end, kOp);
+    p.da.c = mutable_data(da);
+  }
+  if (need_b) {
+    const bool k_last = b.stride(1) == 1 && b.stride(2) != 1;
+    db = k_last ? empty(b, {E, N, K}, b.scalar_type()) : empty(b, {E, K, N}, b.scalar_type());
+    p.db = k_last ? wgrad_params(dy, a, E, end, db, kOp) : wgrad_params(a, dy, E, end, db, kOp);
+  }
+  const Ones ones;
+  if (need_bias) {
+    dbias = empty(a, {E, N}, acc_scalar(a.scalar_type()));
+    p.dbias = ones.sums(dy, E, end, dbias, kOp);
+  }
+  cpu::run_grouped_gemm_bwd(p);
+  return {da, db, dbias};
+}
+
 // db [E, K, N] contiguous, or its transpose [E, N, K] when k_last.
 Tensor grouped_gemm_wgrad(const Tensor& a, const Tensor& dy, const Tensor& offs, bool k_last, ScalarType dtype) {
-  constexpr const char* kOp = "grouped_mm backward";
+  constexpr const char* kOp = "gmm";
   check_cpu(a, kOp, "a");
-  check_cpu(dy, kOp, "dy");
+  check_cpu(dy, kOp, "b");
   check_shape(a, {-1, -1}, kOp, "a");
-  check_shape(dy, {a.size(0), -1}, kOp, "dy");
+  check_shape(dy, {a.size(0), -1}, kOp, "b");
   const Tensor ends = checked_offs(offs, offs.numel(), a.size(0), kOp);
   const Tensor &left = k_last ? dy : a, &right = k_last ? a : dy;  // db^T = dy^T a
-  GroupedWgradParams p{};
-  p.T = a.size(0), p.E = offs.numel(), p.K = left.size(1), p.N = right.size(1);
-  p.a_dtype = dtype_from(left.scalar_type(), kOp, "a");
-  p.dy_dtype = dtype_from(right.scalar_type(), kOp, "dy");
-  p.db_dtype = dtype_from(dtype, kOp, "b");
-  p.a = data(left), p.a_stride_m = left.stride(0), p.a_stride_k = left.stride(1);
-  p.dy = data(right), p.dy_stride_m = right.stride(0), p.dy_stride_n = right.stride(1);
-  p.offs = static_cast<const int32_t*>(data(ends));
-  Tensor db = empty(a, {p.E, p.K, p.N}, dtype);
-  p.db = mutable_data(db), p.db_stride_e = p.K * p.N, p.db_stride_k = p.N;
-  cpu::run_grouped_gemm_wgrad(p);
+  Tensor db = empty(a, {offs.numel(), left.size(1), right.size(1)}, dtype);
+  cpu::run_grouped_gemm_wgrad(wgrad_params(left, right, offs.numel(), static_cast<const int32_t*>(data(ends)), db, kOp));
   return db;
 }
 
 Tensor linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias_in, int64_t activation) {
   constexpr const char* kOp = "linear";
-  check_shape(weight, {-1, -1}, kOp, "weight");
-  TZ_CHECK(activation >= 0 && activation < kActivations - 1, kOp, "unknown activation ", activation);
-  const OptTensor bias = bias_in ? OptTensor(unit_stride_last(*bias_in)) : std::nullopt;
-  check_shape(x, {-1, weight.size(1)}, kOp, "x");
-  check_shape(bias, {weight.size(0)}, kOp, "bias");
   check_cpu(x, kOp, "x");
   check_cpu(weight, kOp, "weight");
-  const ScalarType xt = x.scalar_type();
-  TZ_CHECK((xt == ScalarType::Double) == (weight.scalar_type() == ScalarType::Double), kOp, "float64 goes with float64 only");
-  GroupedGemmParams p{};
-  p.T = x.size(0), p.E = 1, p.K = weight.size(1), p.N = weight.size(0);
-  p.a_dtype = p.bias_dtype = dtype_from(xt, kOp, "x");
-  p.b_dtype = dtype_from(weight.scalar_type(), kOp, "weight");
+  check_shape(weight, {-1, -1}, kOp, "weight");
+  check_shape(x, {-1, weight.size(1)}, kOp, "x");
+  check_shape(bias_in, {weight.size(0)}, kOp, "bias");
+  TZ_CHECK(activation >= 0 && activation < kActivations - 1, kOp, "unknown activation ", activation);
+  TZ_CHECK(x.size(0) <= INT32_MAX, kOp, "x must have fewer than 2^31 rows, got ", x.size(0));
+  const OptTensor bias = unit_stride_last(bias_in);
+  const int32_t end = static_cast<int32_t>(x.size(0));
+  GroupedGemmParams p = product_params(x, weight, 1, weight.size(1), weight.size(0), 0, weight.stride(1), weight.stride(0), &end, kOp);
   p.activation = static_cast<Activation>(activation);
-  p.a = data(x), p.a_stride_m = x.stride(0), p.a_stride_k = x.stride(1);
-  p.b = data(weight), p.b_stride_k = weight.stride(1), p.b_stride_n = weight.stride(0);
-  if (bias) {
-    p.bias_dtype = dtype_from(bias->scalar_type(), kOp, "bias");
-    p.bias = data(bias);
-  }
-  const int32_t end = static_cast<int32_t>(p.T);
-  p.offs = &end;
-  Tensor y = empty(x, {p.T, p.N}, xt);
+  set_bias(p, bias, kOp);
+  Tensor y = empty(x, {p.T, p.N}, x.scalar_type());
   p.c = mutable_data(y);
-  cpu::run_linear(p);
+  cpu::run_linear_fwd(p);
   return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, bool need_x, bool need_weight,
+    bool need_bias) {
+  constexpr const char* kOp = "linear backward";
+  check_cpu(dy, kOp, "dy");
+  check_cpu(x, kOp, "x");
+  check_cpu(weight, kOp, "weight");
+  check_shape(weight, {-1, -1}, kOp, "weight");
+  check_shape(x, {-1, weight.size(1)}, kOp, "x");
+  check_shape(dy, {x.size(0), weight.size(0)}, kOp, "dy");
+  const int32_t end = static_cast<int32_t>(x.size(0));
+  Tensor dx = absent(x), dweight = absent(weight), dbias = absent(x);
+  GroupedGemmBwdParams p{};
+  if (need_x) {
+    dx = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
+    p.da = product_params(dy, weight, 1, weight.size(0), weight.size(1), 0, weight.stride(0), weight.stride(1), &end, kOp);
+    p.da.c = mutable_data(dx);
+  }
+  if (need_weight) {
+    dweight = empty(weight, {weight.size(0), weight.size(1)}, weight.scalar_type());
+    p.db = wgrad_params(dy, x, 1, &end, dweight, kOp);
+  }
+  const Ones ones;
+  if (need_bias) {
+    dbias = empty(x, {weight.size(0)}, acc_scalar(x.scalar_type()));
+    p.dbias = ones.sums(dy, 1, &end, dbias, kOp);
+  }
+  cpu::run_linear_bwd(p);
+  return {dx, dweight, dbias};
 }
 
 }  // namespace terrazzo
