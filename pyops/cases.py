@@ -337,6 +337,7 @@ def _norm_cases():
         "groups": norm(group_size=16),
         "groups_norm_first": norm(group_size=12, norm_before_gate=True),
         "odd_width": norm(shape=(7, 37)),
+        "groups_of_one": norm(group_size=1),
         "one_row": norm(shape=(1, 8)),
         "one_dimension": norm(shape=(40,)),
         "wide": norm(shape=(3, 2049)),

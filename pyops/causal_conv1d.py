@@ -190,7 +190,7 @@ def _update_fast(x, conv_state, weight, bias, activation, cache_seqlens, conv_st
     None when it cannot serve the call or refuses it; the full checks then say why.
     """
     try:
-        if dispatch.pick("causal_conv1d_update", x, weight, bias, conv_state, backend=backend)[0] != "cpu":
+        if not dispatch.cpu_may_serve("causal_conv1d_update", backend) or dispatch.needs_grad(x, weight, bias, conv_state):
             return None
         silu = ACTIVATIONS[activation]
         if x.dim() == 3:

@@ -97,6 +97,18 @@ def _wanted(entry, backend):
     return None, ""
 
 
+def cpu_may_serve(op, backend):
+    """True where the cpu kernel may be tried straight away: asked for by name, or nobody asks for anything.
+
+    For decoding steps, which cost microseconds: the kernel then refuses what it cannot run, and `pick` says why.
+    """
+    if not native.available:
+        return False
+    if backend is None:
+        return not _forced and not any(_ENVIRONMENT.get(key) for _, key in _op(op).env)
+    return backend == "cpu"
+
+
 def pick(op, *tensors, backend=None):
     """(backend, reason) for one call of `op` on `tensors`; raises BackendError when a forced backend cannot run."""
     entry = _op(op)

@@ -97,7 +97,7 @@ def _fast(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
     None when it cannot serve the call or refuses it; the full checks then say why.
     """
     try:
-        if dispatch.pick(OP, x, state, dt, A, B, C, D, z, dt_bias, backend=backend)[0] != "cpu" or state.dim() != 4:
+        if not dispatch.cpu_may_serve(OP, backend) or state.dim() != 4 or _cpu_limit(x, state, dt, A, B, C, D, z, dt_bias):
             return None
         return torch.ops.terrazzo.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):

@@ -34,6 +34,19 @@ template <class A, class F> TZ_INLINE void for_vectors(int64_t n, const F& step)
   for (; c < n; c += Vec<A>::size) step(Lanes<1>{}, c);
 }
 
+// fn(row, first channel) for every group of rows [first, last).
+template <class F> TZ_INLINE void for_groups(const RmsnormGatedParams& p, int64_t first, int64_t last, const F& fn) {
+  for (int64_t r = first; r < last; r++)
+    for (int64_t d = 0; d < p.D; d += p.group_size) fn(r, d);
+}
+// Where group d of row r starts in a matrix with a row stride; null stays null.
+template <class T> TZ_INLINE const T* group_at(const void* base, int64_t stride, int64_t r, int64_t d) {
+  return base ? static_cast<const T*>(base) + r * stride + d : nullptr;
+}
+template <class T> TZ_INLINE T* group_at(void* base, int64_t stride, int64_t r, int64_t d) {
+  return base ? static_cast<T*>(base) + r * stride + d : nullptr;
+}
+
 // ---- forward -----------------------------------------------------------------------------------------------
 // One group of n channels; u[n]: room for the gated input.
 template <class T, bool kBefore, bool kStream>
@@ -82,11 +95,10 @@ template <class T> void forward(const RmsnormGatedParams& p) {
                                         : (stream ? norm_group<T, false, true> : norm_group<T, false, false>);
   parallel_for(0, p.rows, max_of(1, kSerialElements / p.D), [&](int64_t first, int64_t last) {
     A* u = scratch<A>(kRowSlot, p.group_size);
-    for (int64_t r = first; r < last; r++)
-      for (int64_t d = 0; d < p.D; d += p.group_size)
-        group(static_cast<const T*>(p.x) + r * p.x_stride + d,
-              p.z ? static_cast<const T*>(p.z) + r * p.z_stride + d : nullptr, weight + d,
-              static_cast<T*>(p.y) + r * p.D + d, p.group_size, p.eps, u);
+    for_groups(p, first, last, [&](int64_t r, int64_t d) {
+      group(group_at<T>(p.x, p.x_stride, r, d), group_at<T>(p.z, p.z_stride, r, d), weight + d, group_at<T>(p.y, p.D, r, d),
+            p.group_size, p.eps, u);
+    });
     if (stream) stream_fence();
   });
 }
@@ -173,12 +185,11 @@ template <class T> void backward(const RmsnormGatedParams& p) {
     for (int64_t i = first; i < last; i++) {
       A* dweight = partial + i * p.D;
       fill_tile(dweight, p.D, 1, p.D, A(0));
-      for (int64_t r = i * block; r < min_of(p.rows, (i + 1) * block); r++)
-        for (int64_t d = 0; d < p.D; d += p.group_size)
-          group(static_cast<const T*>(p.x) + r * p.x_stride + d,
-                p.z ? static_cast<const T*>(p.z) + r * p.z_stride + d : nullptr, weight + d,
-                static_cast<const T*>(p.dy) + r * p.dy_stride + d, static_cast<T*>(p.dx) + r * p.D + d,
-                p.dz ? static_cast<T*>(p.dz) + r * p.D + d : nullptr, dweight + d, p.group_size, p.eps, gate);
+      for_groups(p, i * block, min_of(p.rows, (i + 1) * block), [&](int64_t r, int64_t d) {
+        group(group_at<T>(p.x, p.x_stride, r, d), group_at<T>(p.z, p.z_stride, r, d), weight + d,
+              group_at<T>(p.dy, p.dy_stride, r, d), group_at<T>(p.dx, p.D, r, d), group_at<T>(p.dz, p.D, r, d), dweight + d,
+              p.group_size, p.eps, gate);
+      });
     }
     if (stream) stream_fence();
   });
