@@ -150,42 +150,6 @@ struct GroupedGemmBwdParams {
   GroupedWgradParams db, dbias;
 };
 
-// The experts of each token and their weights, see csrc/cpu/moe.cpp. norm_order 0: weights are not normalised.
-struct MoeRouteParams {
-  DType dtype;                                                          // logits, weights, dweights, dlogits
-  int64_t T, E, top_k, n_group, topk_group;                             // n_group 0: no groups
-  double norm_order, scale;
-  bool softmax_first, sigmoid;
-  const void* logits;  int64_t logits_stride_t, logits_stride_e;        // [T, E]
-  const void* bias;                                                     // [E] accumulation type, or null
-  void* weights;                                                        // [T, top_k] contiguous
-  int32_t* indices;                                                     // [T, top_k] contiguous
-  void* stats;                                                          // [T, 2] accumulation type: sum of exponentials, norm
-  const void* dweights;                                                 // backward only: [T, top_k] contiguous
-  void* dlogits;                                                        // [T, E] contiguous
-};
-
-// Pairs sorted by expert; indices >= E come last.
-struct MoePermuteParams {
-  int64_t pairs, E;
-  const int32_t* indices;                                               // [pairs]
-  int32_t* order;  int32_t* inverse;                                    // [pairs]
-  int32_t* offs;                                                        // [E]
-};
-
-// y[t] = sum over a of weights[t, a] * rows[inverse[t, a]].
-struct MoeUnpermuteParams {
-  DType dtype;                                                          // rows, y, dy, drows
-  int64_t T, A, D;
-  const void* rows;  int64_t rows_stride;                               // [S, D] unit stride d
-  const int32_t* inverse;                                               // [T, A]
-  const void* weights;                                                  // [T, A] accumulation type
-  void* y;                                                              // [T, D] contiguous
-  const void* dy;                                                       // backward only: [T, D] contiguous
-  void* drows;                                                          // [S, D] contiguous, zeroed
-  void* dweights;                                                       // [T, A] accumulation type
-};
-
 // One layer of experts: y[t] = sum over a of weights[t, a] * (gate(x[t] w1[e] + bias1[e]) w2[e] + bias2[e]), e = expert a of t.
 // Work happens in slots, the pairs (t, a) sorted by expert: slot s belongs to token tokens[s]; pairs whose index is no
 // expert of ours have no slot. The gate reads g and u from columns j and F + j of the first product (2j and 2j + 1 when

@@ -19,11 +19,6 @@
   X(experts_wgrad, GroupedWgradParams)                 \
   X(linear_fwd, GroupedGemmParams)                     \
   X(linear_bwd, GroupedGemmBwdParams)                  \
-  X(moe_route_fwd, MoeRouteParams)                     \
-  X(moe_route_bwd, MoeRouteParams)                     \
-  X(moe_permute, MoePermuteParams)                     \
-  X(moe_unpermute_fwd, MoeUnpermuteParams)             \
-  X(moe_unpermute_bwd, MoeUnpermuteParams)             \
   X(fused_experts_fwd, FusedExpertsParams)             \
   X(fused_experts_bwd, FusedExpertsParams)             \
   X(calibrate, CalibrateParams)
