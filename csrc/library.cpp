@@ -15,6 +15,12 @@ STABLE_TORCH_LIBRARY(terrazzo, m) {
   m.def("selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices) -> Tensor");
   m.def("rmsnorm_gated_fwd(Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> Tensor");
   m.def("rmsnorm_gated_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> (Tensor, Tensor, Tensor)");
+  // mixture of experts and linear layers: b is (E, K, N) in any strides, offs the row ends of the groups
+  m.def("grouped_gemm_fwd(Tensor a, Tensor b, Tensor offs, Tensor? bias) -> Tensor");
+  m.def("grouped_gemm_wgrad(Tensor a, Tensor dy, Tensor offs, bool k_last, ScalarType dtype) -> Tensor");
+  m.def("linear_fwd(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor");
+  m.def("fused_experts_fwd(Tensor x, Tensor w1, Tensor? w_up, Tensor w2, Tensor topk_weights, Tensor topk_indices, Tensor? bias1, Tensor? bias_up, Tensor? bias2, int activation, bool interleaved, float alpha, float limit, bool save) -> (Tensor, Tensor)");
+  m.def("fused_experts_bwd(Tensor dy, Tensor x, Tensor w1, Tensor? w_up, Tensor w2, Tensor topk_weights, Tensor topk_indices, Tensor? bias1, Tensor? bias_up, Tensor? bias2, int activation, bool interleaved, float alpha, float limit, Tensor saved, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // measuring this machine: see bench/roofline.py
   m.def("calibrate(Tensor(a!) buffer, int kind, int iterations) -> float");
 }
@@ -30,6 +36,11 @@ STABLE_TORCH_LIBRARY_IMPL(terrazzo, CPU, m) {
   TZ_IMPL(selective_state_update);
   TZ_IMPL(rmsnorm_gated_fwd);
   TZ_IMPL(rmsnorm_gated_bwd);
+  TZ_IMPL(grouped_gemm_fwd);
+  TZ_IMPL(grouped_gemm_wgrad);
+  TZ_IMPL(linear_fwd);
+  TZ_IMPL(fused_experts_fwd);
+  TZ_IMPL(fused_experts_bwd);
   TZ_IMPL(calibrate);
 #undef TZ_IMPL
 }

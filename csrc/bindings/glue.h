@@ -144,6 +144,16 @@ Tensor rmsnorm_gated_fwd(const Tensor& x, const Tensor& weight, const OptTensor&
     bool norm_before_gate);
 std::tuple<Tensor, Tensor, Tensor> rmsnorm_gated_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const OptTensor& z,
     double eps, int64_t group_size, bool norm_before_gate);
+Tensor grouped_gemm_fwd(const Tensor& a, const Tensor& b, const Tensor& offs, const OptTensor& bias);
+Tensor grouped_gemm_wgrad(const Tensor& a, const Tensor& dy, const Tensor& offs, bool k_last, ScalarType dtype);
+Tensor linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, int64_t activation);
+std::tuple<Tensor, Tensor> fused_experts_fwd(const Tensor& x, const Tensor& w1, const OptTensor& w_up, const Tensor& w2,
+    const Tensor& weights, const Tensor& indices, const OptTensor& bias1, const OptTensor& bias_up, const OptTensor& bias2,
+    int64_t activation, bool interleaved, double alpha, double limit, bool save);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_bwd(const Tensor& dy, const Tensor& x, const Tensor& w1, const OptTensor& w_up, const Tensor& w2,
+    const Tensor& weights, const Tensor& indices, const OptTensor& bias1, const OptTensor& bias_up, const OptTensor& bias2,
+    int64_t activation, bool interleaved, double alpha, double limit,
+    const Tensor& saved, bool need_x, bool need_weights);
 double calibrate(const Tensor& buffer, int64_t kind, int64_t iterations);
 
 }  // namespace terrazzo

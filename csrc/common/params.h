@@ -116,6 +116,65 @@ struct RmsnormGatedParams {
   void* dweight;                       // [D] in the accumulation type
 };
 
+// What stands between the two products of an expert, or behind a linear layer. swiglu_oai is gpt-oss's clamped gate.
+enum class Activation : int32_t { none, silu, gelu, gelu_tanh, relu, relu2, swiglu_oai };
+constexpr int64_t kActivations = 7;
+
+// Grouped product: c[r] = act(a[r] b[e] + bias[e]) for the rows r of each group e, [offs[e - 1], offs[e]). A linear layer
+// is one group. Rows behind the last group are zero.
+struct GroupedGemmParams {
+  DType a_dtype, b_dtype, bias_dtype;                                   // a and c | b | bias
+  int64_t T, E, K, N;
+  Activation activation;
+  const void* a;  int64_t a_stride_m, a_stride_k;                       // [T, K]
+  const void* b;  int64_t b_stride_e, b_stride_k, b_stride_n;           // [E, K, N]
+  const void* bias;  int64_t bias_stride_e;                             // [E, N] unit stride n, or null
+  const int32_t* offs;                                                  // [E], not decreasing, at most T
+  void* c;                                                              // [T, N] contiguous
+};
+
+// The weight gradient of a grouped product: db[e] = sum over the rows r of group e of a[r]^T dy[r]; zero for empty groups.
+struct GroupedWgradParams {
+  DType a_dtype, dy_dtype, db_dtype;
+  int64_t T, E, K, N;
+  const void* a;  int64_t a_stride_m, a_stride_k;                       // [T, K]
+  const void* dy;  int64_t dy_stride_m, dy_stride_n;                    // [T, N]
+  const int32_t* offs;                                                  // [E]
+  void* db;  int64_t db_stride_e, db_stride_k;                          // [E, K, N] unit stride n
+};
+
+// One layer of experts: y[t] = sum over a of weights[t, a] * (gate(x[t] w1[e] + bias1[e]) w2[e] + bias2[e]), e = expert a of t.
+// Work happens in slots, the pairs (t, a) sorted by expert: slot s belongs to token tokens[s]; pairs whose index is no
+// expert of ours have no slot. The gate reads g and u from columns j and F + j of the first product (2j and 2j + 1 when
+// interleaved), u from w_up when there is one; without a gate h = act(g).
+struct FusedExpertsParams {
+  DType x_dtype, w1_dtype, w_up_dtype, w2_dtype;                        // x, y, h, saved, slots | each weight
+  int64_t T, A, S, D, F, E, N1;                                         // N1 columns of w1: F or 2 F; S slots in use
+  Activation activation;
+  bool gated, interleaved;
+  double alpha, limit;                                                  // of swiglu_oai
+  const void* x;  int64_t x_stride_t, x_stride_d;                       // [T, D]
+  const void* w1;  int64_t w1_stride_e, w1_stride_k, w1_stride_n;       // [E, D, N1]
+  const void* w_up;  int64_t w_up_stride_e, w_up_stride_k, w_up_stride_n;  // [E, D, F] or null
+  const void* w2;  int64_t w2_stride_e, w2_stride_k, w2_stride_n;       // [E, F, D]
+  const void* bias1;  const void* bias_up;  const void* bias2;          // [E, N1], [E, F], [E, D] accumulation type, or null
+  const void* weights;                                                  // [T, A] accumulation type
+  const int32_t* indices;                                               // [T, A] contiguous
+  const int32_t* offs;                                                  // [E] slot ends
+  const int32_t* tokens;                                                // [S]
+  const int32_t* places;                                                // [T, A] slot of each pair, or -1
+  void* saved;                                                          // [S, N1 (+ F)] first products, or null
+  void* h;                                                              // [S, F] scratch
+  void* slots;                                                          // [S, D] scratch
+  void* y;                                                              // [T, D] contiguous
+  // backward only: outputs may be null when nobody wants them
+  const void* dy;                                                       // [T, D] contiguous
+  void* dh;                                                             // [S, F] scratch: gradient of h, unweighted
+  void* dproducts;                                                      // [S, N1 (+ F)] scratch
+  void* dx;                                                             // [T, D] contiguous
+  void* dweights;                                                       // [T, A] accumulation type
+};
+
 // Loops that measure the machine's limits, for the benchmarks: see csrc/cpu/calibrate.cpp.
 enum class CalibrateKind : int32_t { fma, read, copy, scale };
 constexpr int64_t kCalibrateFmas = 12 * 16 * 4096;  // multiply-adds of one fma iteration in each of 64 chunks

@@ -28,6 +28,14 @@ template <class A, int R> struct Tile {
 #pragma GCC unroll 8
     for (int i = 0; i < R; i++) c[i][0] = c[i][1] = Vec<A>::zero();
   }
+  // c[i] = rows[i], rows `stride` apart.
+  TZ_INLINE void load(const A* rows, int64_t stride) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+      c[i][0] = Vec<A>::load(rows + i * stride);
+      c[i][1] = Vec<A>::load(rows + i * stride + V);
+    }
+  }
   // c[i] = factor * rows[i], rows `stride` apart.
   TZ_INLINE void load_scaled(const A* rows, int64_t stride, Vec<A> factor) {
 #pragma GCC unroll 8
@@ -90,14 +98,14 @@ template <int R, class F> TZ_INLINE void call_with_rows(int64_t rows, int64_t be
   fn(begin, std::integral_constant<int, R>());
 }
 
-// Splits `n` rows into tiles of nearly equal height, at most kTileRows: fn(begin, integral_constant<height>).
+// Splits `n` rows into tiles of nearly equal height, at most kMax: fn(begin, integral_constant<height>).
 // 128 rows become eighteen sixes and four fives: a tail of two rows would run at a third of the speed.
-template <class F> TZ_INLINE void for_row_tiles(int64_t n, const F& fn) {
+template <int kMax = kTileRows, class F> TZ_INLINE void for_row_tiles(int64_t n, const F& fn) {
   if (n <= 0) return;
-  const int64_t tiles = (n + kTileRows - 1) / kTileRows, height = n / tiles, taller = n % tiles;
+  const int64_t tiles = (n + kMax - 1) / kMax, height = n / tiles, taller = n % tiles;
   for (int64_t t = 0, begin = 0; t < tiles; t++) {
     const int64_t rows = height + (t < taller);
-    call_with_rows<kTileRows>(rows, begin, fn);
+    call_with_rows<kMax>(rows, begin, fn);
     begin += rows;
   }
 }

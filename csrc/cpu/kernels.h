@@ -13,6 +13,11 @@
   X(state_update, StateUpdateParams)                   \
   X(rmsnorm_gated_fwd, RmsnormGatedParams)             \
   X(rmsnorm_gated_bwd, RmsnormGatedParams)             \
+  X(grouped_gemm, GroupedGemmParams)                   \
+  X(grouped_gemm_wgrad, GroupedWgradParams)            \
+  X(linear, GroupedGemmParams)                         \
+  X(fused_experts_fwd, FusedExpertsParams)             \
+  X(fused_experts_bwd, FusedExpertsParams)             \
   X(calibrate, CalibrateParams)
 
 namespace terrazzo { namespace cpu {

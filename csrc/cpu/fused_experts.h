@@ -1,0 +1,46 @@
+// What the two directions of fused_experts share: the expert matrices, the layout of the first product, the combination
+// of slots into tokens.
+#pragma once
+#include "gate.h"
+#include "wgrad.h"
+
+namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
+
+constexpr int64_t kGateBlock = 512;  // columns gated at a time: g, u and h stay in a first-level cache
+
+inline MatrixB expert_w1(const FusedExpertsParams& p, int64_t e) {
+  return {p.w1_dtype, element(p.w1, p.w1_dtype, e * p.w1_stride_e), p.w1_stride_k, p.w1_stride_n};
+}
+inline MatrixB expert_w_up(const FusedExpertsParams& p, int64_t e) {
+  return {p.w_up_dtype, element(p.w_up, p.w_up_dtype, e * p.w_up_stride_e), p.w_up_stride_k, p.w_up_stride_n};
+}
+inline MatrixB expert_w2(const FusedExpertsParams& p, int64_t e) {
+  return {p.w2_dtype, element(p.w2, p.w2_dtype, e * p.w2_stride_e), p.w2_stride_k, p.w2_stride_n};
+}
+inline MatrixB transposed(const MatrixB& b) { return {b.dtype, b.data, b.stride_n, b.stride_k}; }
+
+inline int64_t product_columns(const FusedExpertsParams& p) { return p.N1 + (p.w_up ? p.F : 0); }
+inline Groups slot_groups(const FusedExpertsParams& p) { return {p.E, p.offs}; }
+
+// y[t] = sum over a of weight * slots[place]; weight 1 when `weights` is null.
+template <class A> inline void combine(const FusedExpertsParams& p, const A* weights, void* y) {
+  with_type(p.x_dtype, [&](auto t) {
+    using S = decltype(t);
+    constexpr int64_t V = Vec<A>::size;
+    parallel_for(0, p.T, max_of(1, 65536 / (p.A * p.D)), [&](int64_t begin, int64_t end) {
+      for (int64_t token = begin; token < end; token++) {
+        const int32_t* place = p.places + token * p.A;
+        S* out = static_cast<S*>(y) + token * p.D;
+        for (int64_t d = 0; d < p.D; d += V) {
+          Vec<A> sum = Vec<A>::zero();
+          for (int64_t a = 0; a < p.A; a++)
+            if (place[a] >= 0)
+              sum = fma(Vec<A>(weights ? weights[token * p.A + a] : A(1)), load_n<A>(static_cast<const S*>(p.slots) + place[a] * p.D + d, p.D - d), sum);
+          store_n(sum, out + d, p.D - d);
+        }
+      }
+    });
+  });
+}
+
+}}}  // namespace terrazzo::cpu::TZ_ISA

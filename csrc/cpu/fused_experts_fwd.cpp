@@ -1,0 +1,103 @@
+// A layer of experts, forward. Three phases over slots (pairs of token and expert, sorted by expert):
+//
+//   1. h = gate(x[tokens] w1 [, x[tokens] w_up]): A is gathered while it is packed, the gate is the epilogue
+//   2. slots = h w2 + bias2
+//   3. y[t] = sum over the token's slots of weight * slot
+//
+// Weights are read in the strides they are stored in, once, by the experts that got tokens. Source of the semantics:
+// transformers' DbrxExperts and MixtralExperts.
+#include "fused_experts.h"
+
+namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
+namespace {
+
+// The gate of one row: c holds g at `c` and u at `u`, both nb long; bias added, first products saved, h stored.
+template <Activation act, bool kGated, class A, class S>
+TZ_INLINE void gate_row(const A* g, const A* u, int64_t nb, GateConstants constants, S* h) {
+  constexpr int64_t V = Vec<A>::size;
+  for (int64_t j = 0; j < nb; j += V) {
+    const Vec<A> x = load_n<A>(g + j, nb - j);
+    if constexpr (kGated) store_n(gate<act>(x, load_n<A>(u + j, nb - j), constants).h, h + j, nb - j);
+    else store_n(activate<act>(x), h + j, nb - j);
+  }
+}
+
+template <class A> TZ_INLINE void add_row(A* c, const A* bias, int64_t n) {
+  for (int64_t j = 0; j < n; j++) c[j] += bias[j];
+}
+template <class A, class S> TZ_INLINE void save_row(const A* c, int64_t n, S* out) {
+  for (int64_t j = 0; j < n; j += Vec<A>::size) store_n(load_n<A>(c + j, n - j), out + j, n - j);
+}
+
+// Columns [n, n + nb) of h for `rows` slots from the block of first products: g at c, u at c + up (up = 1 interleaved).
+template <class A>
+void gate_block(const FusedExpertsParams& p, int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, A* c, int64_t ldc, int64_t up) {
+  const A* bias1 = p.bias1 ? static_cast<const A*>(p.bias1) + e * p.N1 : nullptr;
+  const A* bias_up = p.w_up && p.bias_up ? static_cast<const A*>(p.bias_up) + e * p.F + n : p.w_up || !bias1 ? nullptr : bias1 + p.F + n;
+  const int64_t first = p.interleaved ? 2 : 1, columns = product_columns(p);
+  A* split = scratch<A>(kGroupedSlots, 2 * nb);
+  with_type(p.x_dtype, [&](auto s) {
+    using S = decltype(s);
+    with_activation(p.activation, [&](auto act) {
+      constexpr Activation kAct = decltype(act)::value;
+      for (int64_t i = 0; i < rows; i++) {
+        A *g = c + i * ldc, *u = g + up;
+        S* saved = p.saved ? static_cast<S*>(p.saved) + (row + i) * columns : nullptr;
+        S* h = static_cast<S*>(p.h) + (row + i) * p.F + n;
+        if (bias1) add_row(g, bias1 + first * n, first * nb);
+        if (saved) save_row(g, first * nb, saved + first * n);
+        if (!p.gated) {
+          gate_row<kAct, false>(g, u, nb, {p.alpha, p.limit}, h);
+          continue;
+        }
+        if (p.interleaved) {
+          for (int64_t j = 0; j < nb; j++) split[j] = g[2 * j], split[nb + j] = g[2 * j + 1];
+          g = split, u = split + nb;
+        } else {
+          if (bias_up) add_row(u, bias_up, nb);
+          if (saved) save_row(u, nb, saved + p.F + n);
+        }
+        gate_row<kAct, true>(g, u, nb, {p.alpha, p.limit}, h);
+      }
+    });
+  });
+}
+
+template <class A> void first_product(const FusedExpertsParams& p) {
+  const MatrixA x{p.x_dtype, p.x, p.x_stride_t, p.x_stride_d, p.tokens};
+  for_blocks(slot_groups(p), p.F, p.D, expert_w1(p, 0), kSlotTasks,
+             [&](int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, GemmWay way) {
+    const int64_t first = p.interleaved ? 2 : 1, up = round_up(nb, max_of(kPanel, kTileCols<A>));
+    const int64_t ldc = p.gated ? 2 * up : up;
+    A* c = scratch<A>(kSlotC, rows * ldc);
+    gemm_block(way, x, row, rows, expert_w1(p, e), first * n, first * nb, p.D, c, ldc);
+    if (p.w_up) gemm_block(gemm_way(slot_groups(p).rows(e), p.D, p.F, expert_w_up(p, e)), x, row, rows, expert_w_up(p, e), n, nb, p.D, c + up, ldc);
+    else if (p.gated && !p.interleaved) gemm_block(way, x, row, rows, expert_w1(p, e), p.F + n, nb, p.D, c + up, ldc);
+    gate_block(p, e, row, rows, n, nb, c, ldc, up);
+  });
+}
+
+template <class A> void second_product(const FusedExpertsParams& p) {
+  const MatrixA h{p.x_dtype, p.h, p.F, 1, nullptr};
+  for_blocks(slot_groups(p), p.D, p.F, expert_w2(p, 0), kSlotTasks,
+             [&](int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, GemmWay way) {
+    const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
+    A* c = scratch<A>(kSlotC, rows * ldc);
+    gemm_block(way, h, row, rows, expert_w2(p, e), n, nb, p.F, c, ldc);
+    const A* bias = p.bias2 ? static_cast<const A*>(p.bias2) + e * p.D + n : nullptr;
+    for (int64_t i = 0; i < rows && bias; i++) add_row(c + i * ldc, bias, nb);
+    store_tile<A>(c, ldc, p.x_dtype, p.slots, row * p.D + n, p.D, 1, rows, nb);
+  });
+}
+
+template <class A> void run(const FusedExpertsParams& p) {
+  first_product<A>(p);
+  second_product<A>(p);
+  combine<A>(p, static_cast<const A*>(p.weights), p.y);
+}
+
+}  // namespace
+
+void fused_experts_fwd(const FusedExpertsParams& p) { p.x_dtype == DType::f64 ? run<double>(p) : run<float>(p); }
+
+}}}  // namespace terrazzo::cpu::TZ_ISA

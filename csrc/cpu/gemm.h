@@ -1,0 +1,466 @@
+// C[M, N] (+)= A[M, K] B[K, N] for one block of C, in the accumulation type: the heart of the expert and linear kernels.
+//
+// Three ways, chosen by the number of rows and B's layout, so that weights are read as they are stored:
+//   blocked  any strides: kBlockK rows of B at a time go into panels of kPanel columns, A into rows of kBlockK; both
+//            convert to the accumulation type on the way. Register tiles of gemm_tile.h do the rest.
+//   dot      few rows, B contiguous along K (x W^T with W as stored): vectors run along K, nothing is packed.
+//   axpy     very few rows, B contiguous along N: rows of B are scaled and added to C, which stays in cache.
+// The order of the sum of one element depends on K and the way alone, not on how C was cut into blocks or threads.
+#pragma once
+#include "../common/parallel.h"
+#include "gemm_tile.h"
+#include "tile.h"
+
+namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
+
+constexpr int64_t kPanel = 16;     // columns of a packed panel: one cache line of float, whatever the ISA
+constexpr int64_t kBlockK = 256;   // rows of a packed panel: 16 KB, half of a first-level cache
+constexpr int64_t kBlockM = 96;    // rows of A packed at once: 96 KB
+constexpr int64_t kPackAhead = 16; // rows of B fetched ahead while packing
+constexpr int64_t kDotRows = 96;   // at most so many rows by dot products, half of it where B is converted for every
+                                   // tile of rows; beyond, packing costs less than adding up lanes
+constexpr int64_t kAxpyRows = 24;  // at most so many rows by axpy; beyond, C's passes through the cache cost more
+constexpr int64_t kStreamRows = 4; // at most so many rows read one row of B at a time: one sequential stream a thread
+constexpr int64_t kDotCache = 1 << 15;  // elements of A that stay in a second-level cache beside rows of B
+constexpr int64_t kDotMinK = 1024;      // shorter sums pay too much for adding up their lanes
+constexpr int64_t kStreamAhead = 8192;  // bytes fetched ahead of a stream
+
+// Scratch slots of this file; callers use kGemmSlots and up.
+enum GemmSlot { kSlotA, kSlotB, kGemmSlots };
+
+// A[M, K]; row m lies at rows[m] when the rows are gathered.
+struct MatrixA {
+  DType dtype;
+  const void* data;
+  int64_t stride_m, stride_k;
+  const int32_t* rows;
+};
+struct MatrixB {  // B[K, N]
+  DType dtype;
+  const void* data;
+  int64_t stride_k, stride_n;
+};
+
+enum class GemmWay { blocked, dot, axpy };
+
+inline GemmWay gemm_way(int64_t M, int64_t K, int64_t N, const MatrixB& b) {
+  if (M <= (size_of(b.dtype) == 2 ? kDotRows / 2 : kDotRows) && K > 1 && b.stride_k == 1) return GemmWay::dot;
+  if (M <= kAxpyRows && N > 1 && b.stride_n == 1) return GemmWay::axpy;
+  return GemmWay::blocked;
+}
+
+// Rows [m, m + rows) x columns [k, k + cols) of A -> dst with `ld`, converted.
+template <class A>
+inline void pack_a(const MatrixA& a, int64_t m, int64_t rows, int64_t k, int64_t cols, A* dst, int64_t ld) {
+  if (!a.rows) return load_tile<A>(a.dtype, a.data, m * a.stride_m + k * a.stride_k, a.stride_m, a.stride_k, rows, cols, dst, ld);
+  for (int64_t i = 0; i < rows; i++)
+    load_tile<A>(a.dtype, a.data, a.rows[m + i] * a.stride_m + k * a.stride_k, 0, a.stride_k, 1, cols, dst + i * ld, ld);
+}
+
+// ---- blocked -------------------------------------------------------------------------------------------------
+
+// Panels of a block are one line further apart than they are long: a power of two would share cache sets.
+constexpr int64_t panel_stride(int64_t kc) { return (kc + 1) * kPanel; }
+
+// B[k, k + kc) x [n, n + nb) -> panels of kPanel columns, columns beyond nb up to a whole register tile zero.
+template <class A> inline void pack_b(const MatrixB& b, int64_t k, int64_t kc, int64_t n, int64_t nb, A* panels) {
+  const int64_t stride = panel_stride(kc), columns = round_up(nb, max_of(kPanel, kTileCols<A>));
+  if (b.stride_n == 1) {
+    with_type(b.dtype, [&](auto t) {
+      using S = decltype(t);
+      for (int64_t i = 0; i < kc; i++) {
+        const S* src = static_cast<const S*>(b.data) + (k + i) * b.stride_k + n;
+        A* dst = panels + i * kPanel;
+        int64_t j = 0;
+        for (; j + kPanel <= nb; j += kPanel, dst += stride) {
+          prefetch_l2(src + kPackAhead * b.stride_k + j);
+#pragma GCC unroll 8
+          for (int64_t v = 0; v < kPanel; v += Vec<A>::size) Vec<A>::load(src + j + v).store(dst + v);
+        }
+        for (; j < columns; j += kPanel, dst += stride)
+          for (int64_t v = 0; v < kPanel; v++) dst[v] = j + v < nb ? load1<A>(src + j + v) : A(0);
+      }
+    });
+    return;
+  }
+  for (int64_t j = 0; j < columns; j += kPanel, panels += stride) {
+    const int64_t valid = min_of(kPanel, max_of(nb - j, 0));
+    if (valid < kPanel) std::memset(panels, 0, static_cast<size_t>(kc * kPanel) * sizeof(A));
+    for (int64_t i = 0; i < kc && valid > 0; i += kPanel) {
+      const int64_t at = (k + i) * b.stride_k + (n + j) * b.stride_n;
+      for (int64_t next = 0; next < kPanel; next++) prefetch_l2(element(b.data, b.dtype, at + (kPanel + next) * b.stride_n));
+      load_tile<A>(b.dtype, b.data, at, b.stride_k, b.stride_n, min_of(kPanel, kc - i), valid, panels + i * kPanel, kPanel);
+    }
+  }
+}
+
+// What to fetch while a tile is summed: `step` bytes further with every step of K.
+struct Fetch {
+  const char* at;
+  int64_t step;
+};
+
+// c += the product of R rows of packed A and one register tile's columns of panels.
+template <int R, bool kFetch, class A>
+TZ_INLINE void multiply_panels(Tile<A, R>& c, const A* a, const A* b0, const A* b1, int64_t kc, Fetch fetch) {
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < kc; k++) {
+    if (kFetch) {
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < kTileCols<A>; line += kPanel) prefetch_l2(fetch.at + line * sizeof(A));
+      fetch.at += fetch.step;
+    }
+    const Vec<A> v0 = Vec<A>::load(b0), v1 = Vec<A>::load(b1);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+      const Vec<A> s(a[i * kBlockK + k]);
+      c.c[i][0] = fma(s, v0, c.c[i][0]);
+      c.c[i][1] = fma(s, v1, c.c[i][1]);
+    }
+    b0 += kPanel;
+    b1 += kPanel;
+  }
+}
+
+// C[mc rows] (+)= packed A times the packed columns. Meanwhile the rows of B that the next call packs are fetched, each
+// register tile its share of them, so that memory is read while the multipliers work.
+template <class A>
+inline void multiply_block(const A* packed_a, int64_t mc, const A* panels, int64_t kc, int64_t nb, A* c, int64_t ldc, bool first, Fetch fetch,
+                           int64_t column_bytes) {
+  constexpr int64_t NR = kTileCols<A>;
+  const int64_t tiles = ceil_div(mc, kTileRows);
+  const auto column = [&](int64_t at) { return panels + at / kPanel * panel_stride(kc) + at % kPanel; };
+  for (int64_t j = 0; j < nb; j += NR) {
+    const A *b0 = column(j), *b1 = column(j + Vec<A>::size);
+    int64_t t = 0;
+    for_row_tiles(mc, [&](int64_t row, auto height) TZ_LAMBDA {
+      Tile<A, decltype(height)::value> tile;
+      const A* a = packed_a + row * kBlockK;
+      A* at = c + row * ldc + j;
+      if (first) tile.zero();
+      else tile.load(at, ldc);
+      const int64_t begin = fetch.at ? t * kc / tiles : kc, end = fetch.at ? (t + 1) * kc / tiles : kc;
+      const Fetch rows{fetch.at + j * column_bytes + begin * fetch.step, fetch.step};
+      multiply_panels<decltype(height)::value, false>(tile, a, b0, b1, begin, rows);
+      multiply_panels<decltype(height)::value, true>(tile, a + begin, b0 + begin * kPanel, b1 + begin * kPanel, end - begin, rows);
+      multiply_panels<decltype(height)::value, false>(tile, a + end, b0 + end * kPanel, b1 + end * kPanel, kc - end, rows);
+      tile.store(at, ldc);
+      t++;
+    });
+  }
+}
+
+template <class A>
+inline void gemm_blocked(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& b, int64_t n, int64_t nb, int64_t K, A* c,
+                         int64_t ldc, bool accumulate) {
+  A* packed_a = scratch<A>(kSlotA, kBlockM * kBlockK);
+  A* panels = scratch<A>(kSlotB, ceil_div(round_up(nb, max_of(kPanel, kTileCols<A>)), kPanel) * panel_stride(kBlockK));
+  const int64_t size = size_of(b.dtype);
+  for (int64_t k = 0; k < K; k += kBlockK) {
+    const int64_t kc = min_of(kBlockK, K - k);
+    pack_b(b, k, kc, n, nb, panels);
+    for (int64_t i = 0; i < rows; i += kBlockM) {
+      const int64_t mc = min_of(kBlockM, rows - i);
+      pack_a(a, m + i, mc, k, kc, packed_a, kBlockK);
+      Fetch fetch{nullptr, 0};
+      if (i == 0 && b.stride_n == 1 && k + kc < K)
+        fetch = {static_cast<const char*>(element(b.data, b.dtype, (k + kc) * b.stride_k + n)), b.stride_k * size};
+      multiply_block(packed_a, mc, panels, kc, nb, c + i * ldc, ldc, k == 0 && !accumulate, fetch, size);
+    }
+  }
+}
+
+// ---- dot: B contiguous along K -------------------------------------------------------------------------------
+
+// The sums of four vectors.
+TZ_INLINE void reduce_four(const Vec<float>* v, float* out) {
+#if defined(__AVX512F__)
+  __m256 y[4];
+  for (int i = 0; i < 4; i++) y[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[i].v), _mm512_extractf32x8_ps((__m512)v[i].v, 1));
+#elif defined(__AVX2__)
+  const __m256 y[4] = {(__m256)v[0].v, (__m256)v[1].v, (__m256)v[2].v, (__m256)v[3].v};
+#endif
+#if defined(__AVX2__)
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(y[0], y[1]), _mm256_hadd_ps(y[2], y[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+#else
+  for (int i = 0; i < 4; i++) out[i] = reduce_add(v[i]);
+#endif
+}
+TZ_INLINE void reduce_four(const Vec<double>* v, double* out) {
+  for (int i = 0; i < 4; i++) out[i] = reduce_add(v[i]);
+}
+
+#if defined(__AVX512F__)
+constexpr int kDotTileRows = 6, kDotTileCols = 4;
+#else
+constexpr int kDotTileRows = 4, kDotTileCols = 3;
+#endif
+
+// C[R, W] (+)= rows of a times rows of w, both contiguous along K; a is padded with zeros to whole vectors. U vectors
+// of each row are summed apart, where few rows leave too few independent sums.
+template <int R, int W, int U, class A, class S>
+TZ_INLINE void dot_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64_t K, Fetch fetch, A* c, int64_t ldc, bool accumulate) {
+  constexpr int64_t V = Vec<A>::size;
+  Vec<A> sum[R][W][U];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < W; j++)
+#pragma GCC unroll 8
+      for (int u = 0; u < U; u++) sum[i][j][u] = Vec<A>::zero();
+  const auto step = [&](int64_t k, int u, const Vec<A>* v) TZ_LAMBDA {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+      const Vec<A> x = Vec<A>::load(a + i * lda + k);
+#pragma GCC unroll 8
+      for (int j = 0; j < W; j++) sum[i][j][u] = fma(x, v[j], sum[i][j][u]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + U * V <= K; k += U * V) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; u++) {
+      prefetch_l2(fetch.at);
+      fetch.at += fetch.step;
+      Vec<A> v[W];
+#pragma GCC unroll 8
+      for (int j = 0; j < W; j++) v[j] = Vec<A>::load(w + j * ldw + k + u * V);
+      step(k + u * V, u, v);
+    }
+  }
+  for (; k < K; k += V) {
+    Vec<A> v[W];
+    for (int j = 0; j < W; j++) v[j] = load_n<A>(w + j * ldw + k, K - k);
+    step(k, 0, v);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++) {
+    Vec<A> total[4] = {Vec<A>::zero(), Vec<A>::zero(), Vec<A>::zero(), Vec<A>::zero()};
+#pragma GCC unroll 8
+    for (int j = 0; j < W; j++) {
+      total[j] = sum[i][j][0];
+#pragma GCC unroll 8
+      for (int u = 1; u < U; u++) total[j] = total[j] + sum[i][j][u];
+    }
+    A out[4];
+    reduce_four(total, out);
+    for (int j = 0; j < W; j++) c[i * ldc + j] = accumulate ? c[i * ldc + j] + out[j] : out[j];
+  }
+}
+
+template <class A, class S>
+inline void dot_rows(const A* a, int64_t lda, int64_t rows, const S* w, int64_t ldw, int64_t nb, int64_t K, A* c, int64_t ldc,
+                     bool accumulate) {
+  constexpr int64_t step = Vec<A>::size * static_cast<int64_t>(sizeof(S));
+  const auto address = [&](int64_t j) { return reinterpret_cast<const char*>(w + j * ldw); };
+  if (rows <= kStreamRows) {
+    call_with_rows<kStreamRows>(rows, 0, [&](int64_t, auto height) TZ_LAMBDA {
+      constexpr int R = decltype(height)::value;
+      for (int64_t j = 0; j < nb; j++) dot_tile<R, 1, R == 1 ? 8 : R == 2 ? 4 : 2>(a, lda, w + j * ldw, ldw, K, {address(j) + kStreamAhead, step}, c + j, ldc, accumulate);
+    });
+    return;
+  }
+  constexpr int W = kDotTileCols;
+  const int64_t tiles = ceil_div(rows, kDotTileRows), share = W * step / tiles;  // each tile fetches its part of later rows
+  const int64_t block = max_of(kDotMinK, round_up(kDotCache / rows, 64));
+  for (int64_t k = 0; k < K; k += block) {
+    const int64_t kc = min_of(block, K - k);
+    const bool add = accumulate || k > 0;
+    for (int64_t j = 0; j < nb; j += W) {
+      int64_t tile = 0;
+      for_row_tiles<kDotTileRows>(rows, [&](int64_t row, auto height) TZ_LAMBDA {
+        constexpr int R = decltype(height)::value;
+        const int64_t part = tile++ * W * kc / tiles;
+        const Fetch fetch{address(j + 2 * W + part / kc) + (k + part % kc) * static_cast<int64_t>(sizeof(S)), share};
+        const A* x = a + row * lda + k;
+        const S* y = w + j * ldw + k;
+        A* out = c + row * ldc + j;
+        if (nb - j >= W) return dot_tile<R, W, 1>(x, lda, y, ldw, kc, fetch, out, ldc, add);
+        for (int64_t i = 0; i < nb - j; i++) dot_tile<R, 1, 2>(x, lda, y + i * ldw, ldw, kc, fetch, out + i, ldc, add);
+      });
+    }
+  }
+}
+
+template <class A>
+inline void gemm_dot(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& b, int64_t n, int64_t nb, int64_t K, A* c, int64_t ldc,
+                     bool accumulate) {
+  const int64_t padded = round_up(K, Vec<A>::size), lda = padded + kPanel;
+  A* packed = scratch<A>(kSlotA, rows * lda);
+  pack_a(a, m, rows, 0, K, packed, lda);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t k = K; k < padded; k++) packed[i * lda + k] = A(0);
+  with_type(b.dtype, [&](auto t) {
+    const auto* w = static_cast<const decltype(t)*>(b.data) + n * b.stride_n;
+    dot_rows<A>(packed, lda, rows, w, b.stride_n, nb, K, c, ldc, accumulate);
+  });
+}
+
+// ---- axpy: B contiguous along N ------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int kAxpyTileRows = 4;
+#else
+constexpr int kAxpyTileRows = 2;
+#endif
+constexpr int kAxpyTileK = 4;
+
+// c[R, nb] += a[R, F] w[F, nb]. Meanwhile kFetch rows of `fetch`, as far apart as w's, are fetched.
+template <int R, int F, int kFetch, class A, class S>
+TZ_INLINE void axpy_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64_t nb, const S* fetch, A* c, int64_t ldc) {
+  constexpr int64_t V = Vec<A>::size;
+  Vec<A> factor[R][F];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+    for (int f = 0; f < F; f++) factor[i][f] = Vec<A>(a[i * lda + f]);
+  const auto step = [&](int64_t j, const Vec<A>* v) TZ_LAMBDA {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+      Vec<A> sum = Vec<A>::load(c + i * ldc + j);
+#pragma GCC unroll 8
+      for (int f = 0; f < F; f++) sum = fma(factor[i][f], v[f], sum);
+      sum.store(c + i * ldc + j);
+    }
+  };
+  int64_t j = 0;
+  for (; j + V <= nb; j += V) {
+    if (j * static_cast<int64_t>(sizeof(S)) % 64 == 0) {
+#pragma GCC unroll 8
+      for (int f = 0; f < kFetch; f++) prefetch_l2(fetch + f * ldw + j);
+    }
+    Vec<A> v[F];
+#pragma GCC unroll 8
+    for (int f = 0; f < F; f++) v[f] = Vec<A>::load(w + f * ldw + j);
+    step(j, v);
+  }
+  if (j < nb) {  // c has room for a whole vector
+    Vec<A> v[F];
+    for (int f = 0; f < F; f++) v[f] = load_n<A>(w + f * ldw + j, nb - j);
+    step(j, v);
+  }
+}
+
+// F rows of w; the tiles share out the F rows after the next F.
+template <int F, class A, class S>
+TZ_INLINE void axpy_rows(const A* a, int64_t lda, int64_t rows, const S* w, int64_t ldw, int64_t nb, A* c, int64_t ldc) {
+  const int64_t tiles = ceil_div(rows, kAxpyTileRows);
+  int64_t t = 0;
+  for_row_tiles<kAxpyTileRows>(rows, [&](int64_t row, auto height) TZ_LAMBDA {
+    constexpr int R = decltype(height)::value;
+    const S* fetch = w + (2 * F + t++ * F / tiles) * ldw;
+    if (tiles == 1) axpy_tile<R, F, F>(a + row * lda, lda, w, ldw, nb, fetch, c + row * ldc, ldc);
+    else axpy_tile<R, F, (F + 1) / 2>(a + row * lda, lda, w, ldw, nb, fetch, c + row * ldc, ldc);
+  });
+}
+
+template <class A>
+inline void gemm_axpy(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& b, int64_t n, int64_t nb, int64_t K, A* c, int64_t ldc,
+                      bool accumulate) {
+  A* packed = scratch<A>(kSlotA, rows * K);
+  pack_a(a, m, rows, 0, K, packed, K);
+  if (!accumulate)
+    for (int64_t i = 0; i < rows; i++) std::memset(c + i * ldc, 0, static_cast<size_t>(round_up(nb, Vec<A>::size)) * sizeof(A));
+  with_type(b.dtype, [&](auto t) {
+    const auto* w = static_cast<const decltype(t)*>(b.data) + n;
+    int64_t k = 0;
+    for (; k + kAxpyTileK <= K; k += kAxpyTileK) axpy_rows<kAxpyTileK>(packed + k, K, rows, w + k * b.stride_k, b.stride_k, nb, c, ldc);
+    for (; k < K; k++) axpy_rows<1>(packed + k, K, rows, w + k * b.stride_k, b.stride_k, nb, c, ldc);
+  });
+}
+
+// ---- one block, and the blocks of a call ---------------------------------------------------------------------
+
+// C[rows, nb] (+)= A[m, m + rows) B[:, n, n + nb). c has room for round_up(nb, kTileCols<A>)
+// columns, of which those beyond nb are undefined afterwards.
+template <class A>
+inline void gemm_block(GemmWay way, const MatrixA& a, int64_t m, int64_t rows, const MatrixB& b, int64_t n, int64_t nb, int64_t K, A* c,
+                       int64_t ldc, bool accumulate = false) {
+  switch (way) {
+    case GemmWay::blocked: return gemm_blocked(a, m, rows, b, n, nb, K, c, ldc, accumulate);
+    case GemmWay::dot: return gemm_dot(a, m, rows, b, n, nb, K, c, ldc, accumulate);
+    case GemmWay::axpy: return gemm_axpy(a, m, rows, b, n, nb, K, c, ldc, accumulate);
+  }
+}
+
+// About `width` columns a block of C, cut so that few groups still give every thread equal work.
+inline int64_t block_width(int64_t N, int64_t width, int64_t groups) {
+  const int64_t threads = max_threads();
+  int64_t blocks = ceil_div(N, width);
+  if (groups * blocks < 8 * threads) blocks = round_up(blocks, threads);
+  return max_of(2 * kPanel, round_up(ceil_div(N, blocks), 2 * kPanel));
+}
+
+// fn(task) for every task below n, each thread taking the next one: uneven tasks keep every core busy. Work below
+// kSerialWork multiply-adds stays on the calling thread.
+constexpr int64_t kSerialWork = 200000;
+template <class F> inline void run_tasks(int64_t n, int64_t multiply_adds, const F& fn) {
+  if (n <= 1 || multiply_adds < kSerialWork) {
+    for (int64_t t = 0; t < n; t++) fn(t);
+    return;
+  }
+  int64_t next = 0;
+  parallel_for(0, min_of(n, max_threads()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      for (int64_t t; (t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < n;) fn(t);
+  });
+}
+
+// Rows of a block of C: what stays in a second-level cache while kBlockK rows of B pass by.
+constexpr int64_t kBlockRows = 480;
+
+// The rows of consecutive groups: group e has the rows [e ? ends[e - 1] : 0, ends[e]).
+struct Groups {
+  int64_t E;
+  const int32_t* ends;
+  int64_t begin(int64_t e) const { return e ? ends[e - 1] : 0; }
+  int64_t rows(int64_t e) const { return ends[e] - begin(e); }
+  int64_t total() const { return E ? ends[E - 1] : 0; }
+};
+
+// One group's share of the tasks of a call.
+struct GroupTasks {
+  int64_t group, rows, width, row_blocks, column_blocks, first;
+};
+
+// A block has about kBlockN columns by packing; fewer by dot products, whose rows of B are contiguous each; as many as
+// keep C in a first-level cache by axpy.
+constexpr int64_t kBlockN = 256;
+inline int64_t usual_width(GemmWay way, int64_t rows) {
+  if (way == GemmWay::axpy) return min_of(1024, max_of(8192 / rows, 256));
+  return way == GemmWay::dot ? 96 : kBlockN;
+}
+
+// fn(e, first row, rows, first column, columns, way) over blocks that cover each group's rows x N columns, in parallel,
+// large groups first. `b` (any one of the groups' matrices) decides the way of a group by its number of rows.
+template <class F> inline void for_blocks(const Groups& groups, int64_t N, int64_t K, const MatrixB& b, int slot, const F& fn) {
+  GroupTasks* table = scratch<GroupTasks>(slot, groups.E);
+  int64_t active = 0, tasks = 0;
+  for (int64_t e = 0; e < groups.E; e++) {
+    const int64_t rows = groups.rows(e);
+    if (rows == 0) continue;
+    int64_t at = active++;
+    for (; at > 0 && table[at - 1].rows < rows; at--) table[at] = table[at - 1];
+    table[at] = {e, rows, 0, 0, 0, 0};
+  }
+  for (int64_t i = 0; i < active; i++) {
+    GroupTasks& g = table[i];
+    const GemmWay way = gemm_way(g.rows, K, N, b);
+    g.row_blocks = ceil_div(g.rows, kBlockRows);
+    g.width = block_width(N, usual_width(way, g.rows), active * g.row_blocks);
+    g.column_blocks = ceil_div(N, g.width);
+    g.first = tasks;
+    tasks += g.row_blocks * g.column_blocks;
+  }
+  run_tasks(tasks, groups.total() * N * K, [&](int64_t task) {
+    int64_t i = active - 1;
+    while (table[i].first > task) i--;
+    const GroupTasks& g = table[i];
+    const int64_t block = task - g.first, r = block / g.column_blocks, c = block % g.column_blocks;
+    const int64_t height = ceil_div(g.rows, g.row_blocks), row = r * height, column = c * g.width;
+    fn(g.group, groups.begin(g.group) + row, min_of(height, g.rows - row), column, min_of(g.width, N - column), gemm_way(g.rows, K, N, b));
+  });
+}
+
+}}}  // namespace terrazzo::cpu::TZ_ISA

@@ -1,0 +1,27 @@
+// db[e] = a[rows of e]^T dy[rows of e] for every group: the weight gradient of a grouped product.
+#pragma once
+#include "../common/params.h"
+#include "gemm.h"
+
+namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
+
+// Scratch slots of grouped kernels, beside gemm.h's.
+enum GroupedSlot { kSlotC = kGemmSlots, kSlotTasks, kGroupedSlots };
+
+template <class A> inline void grouped_wgrad(const GroupedWgradParams& p) {
+  const Groups groups{p.E, p.offs};
+  const int64_t width = block_width(p.N, 256, p.E), columns = ceil_div(p.N, width), height = min_of(p.K, kBlockRows), heights = ceil_div(p.K, height);
+  run_tasks(p.E * heights * columns, p.E * p.K * p.N + groups.total() * p.K * p.N, [&](int64_t task) {
+    const int64_t e = task / (heights * columns), k = task / columns % heights * height, n = task % columns * width;
+    const int64_t rows = min_of(height, p.K - k), nb = min_of(width, p.N - n), count = groups.rows(e), first = groups.begin(e);
+    const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
+    A* c = scratch<A>(kSlotC, rows * ldc);
+    const MatrixA a{p.a_dtype, element(p.a, p.a_dtype, first * p.a_stride_m), p.a_stride_k, p.a_stride_m, nullptr};
+    const MatrixB dy{p.dy_dtype, element(p.dy, p.dy_dtype, first * p.dy_stride_m), p.dy_stride_m, p.dy_stride_n};
+    if (count > 0) gemm_block(GemmWay::blocked, a, k, rows, dy, n, nb, count, c, ldc);
+    else std::memset(c, 0, static_cast<size_t>(rows * ldc) * sizeof(A));
+    store_tile<A>(c, ldc, p.db_dtype, p.db, e * p.db_stride_e + k * p.db_stride_k + n, p.db_stride_k, 1, rows, nb);
+  });
+}
+
+}}}  // namespace terrazzo::cpu::TZ_ISA
