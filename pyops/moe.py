@@ -1,12 +1,13 @@
 """Choosing experts, sorting tokens by expert, summing them up again, and the losses of routers. Source: DBRX, transformers."""
 import torch
 
-from . import checks, dispatch
+from . import checks, dispatch, native
 from .reference import moe as reference
 
 ROUTE, PERMUTE, UNPERMUTE = "moe_route", "moe_permute", "moe_unpermute"
-for _op in (ROUTE, PERMUTE, UNPERMUTE):
-    dispatch.register(_op, "moe", ())
+dispatch.register(ROUTE, "moe", ("moe_route_fwd", "moe_route_bwd"), cpu=dispatch.cpu_dtypes)
+dispatch.register(PERMUTE, "moe", ("moe_permute",), cpu=lambda indices: None)
+dispatch.register(UNPERMUTE, "moe", ("moe_unpermute_fwd", "moe_unpermute_bwd"), cpu=dispatch.cpu_dtypes)
 
 
 def moe_route(router_logits, top_k, *, norm_order=None, softmax_first=True, sigmoid=False, bias=None, n_group=None, topk_group=None,
@@ -56,9 +57,12 @@ def moe_route(router_logits, top_k, *, norm_order=None, softmax_first=True, sigm
         if top_k > topk_group * (E // n_group):
             checks.fail(ROUTE, f"top_k must be at most the {topk_group * (E // n_group)} experts of the topk_group groups, got {top_k}")
     chosen, _ = dispatch.pick(ROUTE, router_logits, bias, backend=backend)
-    order = None if norm_order is None else float(norm_order)
+    flags = (bool(softmax_first), bool(sigmoid))
+    if chosen == "cpu":
+        order = 0.0 if norm_order is None else float(norm_order)
+        return torch.ops.terrazzo.moe_route_fwd(router_logits, bias, top_k, order, *flags, n_group or 0, topk_group or 0, float(scale))
     dispatch.count(ROUTE, chosen)
-    return reference.moe_route(router_logits, bias, top_k, order, bool(softmax_first), bool(sigmoid), n_group, topk_group, float(scale))
+    return reference.moe_route(router_logits, bias, top_k, norm_order, *flags, n_group, topk_group, float(scale))
 
 
 def moe_permute(indices, num_experts, *, backend=None):
@@ -80,8 +84,10 @@ def moe_permute(indices, num_experts, *, backend=None):
     """
     checks.check_tensor(PERMUTE, "indices", indices, 2, "(T, A)", dtypes=(torch.int32, torch.int64))
     _check_integer(PERMUTE, "num_experts", num_experts, 1, 2**31 - 2, "what int32 holds")
-    checks.check_not_negative(PERMUTE, "indices", indices)
     chosen, _ = dispatch.pick(PERMUTE, indices, backend=backend)
+    if chosen == "cpu":
+        return torch.ops.terrazzo.moe_permute(indices, num_experts)
+    checks.check_not_negative(PERMUTE, "indices", indices)
     dispatch.count(PERMUTE, chosen)
     return reference.moe_permute(indices, num_experts)
 
@@ -108,10 +114,13 @@ def moe_unpermute(rows, inverse, weights, *, backend=None):
     checks.check_tensor(UNPERMUTE, "inverse", inverse, dims, "(T * A,) or (T, A)", rows, dtypes=(torch.int32, torch.int64))
     checks.check_shape(UNPERMUTE, "inverse", inverse, tuple(weights.shape) if dims == 2 else (R,), "(T * A,) or (T, A)")
     chosen, _ = dispatch.pick(UNPERMUTE, rows, weights, backend=backend)
-    if chosen != "cpu" and inverse.device.type == "cpu" and not torch.compiler.is_compiling() and R:
-        low, high = (int(v) for v in inverse.aminmax())
-        if low < 0 or high >= R:
-            checks.fail(UNPERMUTE, f"inverse must be 0 to {R - 1}, the places of rows, got {low if low < 0 else high}")
+    if chosen == "cpu":
+        return torch.ops.terrazzo.moe_unpermute_fwd(rows, inverse.flatten(), weights)
+    if inverse.device.type == "cpu" and not torch.compiler.is_compiling():
+        places = inverse.flatten().sort()[0].tolist()
+        for want, got in enumerate(places):
+            if want != got:
+                checks.fail(UNPERMUTE, f"inverse must name each of the {R} rows once, got {got} where {want} should stand when sorted")
     dispatch.count(UNPERMUTE, chosen)
     return reference.moe_unpermute(rows, inverse.flatten(), weights)
 
@@ -172,3 +181,57 @@ def _check_layers(fn, router_logits):
 def _check_integer(fn, name, value, low, high, high_text):
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         checks.fail(fn, f"{name} must be an integer from {low} to {high}, {high_text}, got {value!r}")
+
+
+# ---- shapes and gradients of the native ops ----------------------------------------------------------------
+
+
+@native.register_fake("moe_route_fwd")
+def _(logits, bias, top_k, norm_order, softmax_first, sigmoid, n_group, topk_group, scale):
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int32)
+
+
+@native.register_fake("moe_route_bwd")
+def _(dweights, logits, indices, norm_order, softmax_first, sigmoid, scale):
+    return logits.new_empty(logits.shape)
+
+
+@native.register_fake("moe_permute")
+def _(indices, num_experts):
+    pairs = indices.new_empty(indices.numel(), dtype=torch.int32)
+    return pairs, torch.empty_like(pairs), indices.new_empty(num_experts, dtype=torch.int32)
+
+
+@native.register_fake("moe_unpermute_fwd")
+def _(rows, inverse, weights):
+    return rows.new_empty(weights.shape[0], rows.shape[1])
+
+
+@native.register_fake("moe_unpermute_bwd")
+def _(dy, rows, inverse, weights):
+    return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
+def _route_context(ctx, inputs, output):
+    logits, _, _, norm_order, softmax_first, sigmoid, _, _, scale = inputs
+    ctx.save_for_backward(logits, output[1])
+    ctx.rest = (norm_order, softmax_first, sigmoid, scale)
+
+
+def _route_backward(ctx, dweights, dindices):
+    logits, indices = ctx.saved_tensors
+    return torch.ops.terrazzo.moe_route_bwd(dweights, logits, indices, *ctx.rest), *[None] * 8
+
+
+def _unpermute_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _unpermute_backward(ctx, dy):
+    drows, dweights = torch.ops.terrazzo.moe_unpermute_bwd(dy, *ctx.saved_tensors)
+    return drows, None, dweights
+
+
+native.register_autograd("moe_route", _route_backward, _route_context)
+native.register_autograd("moe_unpermute", _unpermute_backward, _unpermute_context)
