@@ -18,9 +18,25 @@ constexpr int64_t kSerialElements = 16384;
 template <class A> TZ_INLINE int64_t padded(int64_t n) { return ceil_div(n, Vec<A>::size) * Vec<A>::size; }
 
 template <class A> TZ_INLINE A reduce_max(Vec<A> v) {
-  A m = v.v[0];
-  for (int i = 1; i < Vec<A>::size; i++) m = v.v[i] > m ? v.v[i] : m;
-  return m;
+  A lane[Vec<A>::size];
+  v.store(lane);
+#pragma GCC unroll 4
+  for (int half = Vec<A>::size / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
+  return lane[0];
+}
+
+// Whether any lane is above the bound: most vectors of a long row are not, and one branch settles that.
+template <class A> TZ_INLINE bool any_above(Vec<A> v, A bound) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_cmp_ps_mask((__m512)v.v, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v.v, _mm256_set1_ps(bound), _CMP_GT_OQ)) != 0;
+#endif
+  bool any = false;
+  for (int i = 0; i < Vec<A>::size; i++) any |= v.v[i] > bound;
+  return any;
 }
 
 // s[padded(n)] becomes its softmax; the padding counts for nothing.
@@ -61,8 +77,11 @@ template <class A> bool has_nan(const A* s, int64_t n) {
 
 // ids[k]: where the k largest of n values stand, the largest first.
 template <class A> void largest(const A* values, int64_t n, int64_t k, A* best, int32_t* ids) {
+  constexpr int64_t size = Vec<A>::size;
   int64_t count = 0;
   for (int64_t i = 0; i < n; i++) {
+    while (count == k && i % size == 0 && i + size <= n && !any_above(Vec<A>::load(values + i), best[k - 1])) i += size;
+    if (i == n) return;
     const A v = values[i];
     if (count == k && !(v > best[k - 1])) continue;
     int64_t j = count < k ? count++ : k - 1;
@@ -123,7 +142,7 @@ template <class T> void route(const MoeRouteParams& p) {
     for (int64_t t = begin; t < end; t++) {
       int32_t* ids = p.indices + t * p.A;
       load_scores<T>(p, t, s);
-      const bool nan = has_nan(s, p.E);
+      const bool nan = has_nan(s, p.sigmoid || !p.softmax_first ? p.E : 1);  // a softmax is NaN everywhere or nowhere
       if (nan) {
         for (int64_t a = 0; a < p.A; a++) ids[a] = static_cast<int32_t>(a);
       } else if (p.bias || p.n_group) {
