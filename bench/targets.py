@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from . import memory
 from .cases import select
-from .suite import all_cases, measure
+from .suite import PROVIDERS, all_cases, measure
 
-PRESET = "bamba-9b"
+PRESETS = ("bamba-9b", "dbrx", "mixtral")
 THREADS = 2
 
 
@@ -41,6 +41,8 @@ def _targets(op, sizes, mode, dtype, **bars):
     return [Target(op, size, mode, dtype, against.replace("_", "-"), bar) for size in sizes for against, bar in bars.items()]
 
 
+GROUPED, EXPERTS, LINEAR = "grouped_mm", "fused_experts", "linear"
+DBRX = "1024x1792 16x4 balanced"
 SCAN, CONV, CONV_UPDATE, UPDATE = "mamba_chunk_scan_combined", "causal_conv1d_fn", "causal_conv1d_update", "selective_state_update"
 TARGETS = (
     *_targets(SCAN, ("1x512x128x64 N128", "1x2048x128x64 N128"), "fwd", "fp32", hf=15, hf_compiled=15, limit=1.7),
@@ -58,6 +60,26 @@ TARGETS = (
     *_targets(UPDATE, ("8x128x64 N128",), "decode", "fp32", hf=16, limit=1.15),
     *_targets("bamba_block", ("prefill 1x1024 hidden 1024",), "model", "fp32", hf=1.4),
     *_targets("bamba_block", ("decode 1x1 hidden 1024",), "model", "fp32", hf=1.25),
+    # 0.80 and 0.75 of the FMA peak are 1.25 and 1.33 times the limit
+    *_targets(GROUPED, ("4x256x1024x1792 NT", "4x256x2048x2048 NT", "4x256x1024x1792 NN"), "fwd", "fp32", limit=1.25, torch=1.15),
+    *_targets(GROUPED, ("4x256x1024x1792 NT", "4x256x2048x2048 NT"), "fwd", "bf16", limit=1.33, torch=6),
+    *_targets(GROUPED, ("4x256x1024x1792 NN",), "fwd", "bf16", limit=1.33, torch=50),
+    *_targets(EXPERTS, (f"64 tokens {DBRX}",), "fwd", "fp32", limit=2.4),
+    *_targets(EXPERTS, (f"256 tokens {DBRX}",), "fwd", "fp32", limit=1.6),
+    *_targets(EXPERTS, (f"1024 tokens {DBRX}",), "fwd", "fp32", limit=1.4),
+    *_targets(EXPERTS, tuple(f"{T} tokens {DBRX}" for T in (64, 256, 1024)), "fwd", "bf16", hf=20, hf_grouped=3),
+    *_targets(EXPERTS, (f"1 tokens {DBRX}",), "fwd", "fp32", limit=1.25),
+    *_targets(EXPERTS, (f"8 tokens {DBRX}",), "fwd", "fp32", limit=1.4),
+    *_targets(EXPERTS, (f"1 tokens {DBRX}",), "fwd", "bf16", limit=1.5, hf=8),
+    *_targets(EXPERTS, (f"8 tokens {DBRX}",), "fwd", "bf16", limit=1.6, hf=15),
+    *_targets(EXPERTS, (f"512 tokens {DBRX}",), "bwd", "fp32", hf=2.5, hf_grouped=1.3),
+    *_targets(EXPERTS, (f"512 tokens {DBRX}",), "bwd", "bf16", hf=20),
+    *_targets(LINEAR, ("64x1024x1792", "256x1024x1792", "64x2048x2048", "256x2048x2048"), "fwd", "bf16", limit=1.43, torch=6),
+    *_targets(LINEAR, ("64x1024x1792", "256x2048x2048"), "fwd", "fp16", limit=1.43, torch=6),
+    *_targets(LINEAR, ("1x1024x1792", "1x2048x2048"), "fwd", "bf16", limit=1.3),
+    *_targets(LINEAR, ("64x1024x1792", "256x2048x2048"), "bwd", "bf16", torch=5),
+    *_targets("moe_route", ("4096 tokens 16x4 with permute",), "fwd", "fp32", hf=5),
+    *_targets("moe_route", ("4096 tokens 16x4 with permute",), "fwd", "bf16", hf=5),
     *_targets("bamba_block", ("training step 1x1024 hidden 1024",), "model", "fp32", hf=1.7),
 )  # fmt: skip
 
@@ -89,7 +111,7 @@ def run(options, calibration, match=None, *, machine_is_free=None, on_case=None,
 
     `on_case(number, total)` and `on_rows(rows)` follow the work.
     """
-    cases = {case.key: case for case in all_cases(PRESET)}
+    cases = {case.key: case for preset in PRESETS for case in all_cases(preset)}
     wanted = [cases[key] for key in dict.fromkeys(t.key for t in TARGETS)]
     results = []
     chosen = select(wanted, match=match)
@@ -97,7 +119,7 @@ def run(options, calibration, match=None, *, machine_is_free=None, on_case=None,
         if on_case:
             on_case(number, len(chosen))
         targets = [t for t in TARGETS if t.key == case.key]
-        providers = ("terrazzo", *(t.against for t in targets if t.against in ("hf", "hf-compiled")))
+        providers = ("terrazzo", *(t.against for t in targets if t.against in PROVIDERS))
         case_rows = measure(case, replace(options, providers=providers), calibration, machine_is_free=machine_is_free, on_progress=on_progress)
         if on_rows:
             on_rows(case_rows)

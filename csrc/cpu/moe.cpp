@@ -3,7 +3,8 @@
 //   permute:    counting sort of the pairs (token, choice) by expert, stable; indices >= E go last
 //   unpermute:  y[t] = sum over a of weights[t, a] rows[inverse[t, a]]
 //
-// A token's scores lie in a padded scratch row; the largest are kept in a short sorted list while the row is walked once.
+// A token's scores lie in a padded scratch row; each of the largest is a vector maximum and a look for where it stands:
+// a sorted list of the best so far took 1.3 to 3 times as long, its branches depend on the data.
 // Sorting is one thread's work: two passes over 4-byte indices. Every token's result is one thread's, in a fixed order.
 #include "../common/parallel.h"
 #include "../common/params.h"
@@ -12,31 +13,36 @@
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 namespace {
 
-enum RouteScratch { kScoreSlot, kChoiceSlot, kBestSlot, kIdSlot, kGroupSlot };
+enum RouteScratch { kScoreSlot, kChoiceSlot, kChosenSlot, kIdSlot, kGroupSlot };
 constexpr int64_t kSerialElements = 16384;
 
 template <class A> TZ_INLINE int64_t padded(int64_t n) { return ceil_div(n, Vec<A>::size) * Vec<A>::size; }
 
 template <class A> TZ_INLINE A reduce_max(Vec<A> v) {
-  A lane[Vec<A>::size];
-  v.store(lane);
-#pragma GCC unroll 4
-  for (int half = Vec<A>::size / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; i++) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
-  return lane[0];
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_reduce_max_ps((__m512)v.v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128((__m256)v.v), _mm256_extractf128_ps((__m256)v.v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
+  }
+#endif
+  A m = v.v[0];
+  for (int i = 1; i < Vec<A>::size; i++) m = v.v[i] > m ? v.v[i] : m;
+  return m;
 }
 
-// Whether any lane is above the bound: most vectors of a long row are not, and one branch settles that.
-template <class A> TZ_INLINE bool any_above(Vec<A> v, A bound) {
+// One bit for each lane that equals `value`.
+template <class A> TZ_INLINE uint64_t equal_lanes(Vec<A> v, A value) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) return _mm512_cmp_ps_mask((__m512)v.v, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+  if constexpr (sizeof(A) == 4) return _mm512_cmp_ps_mask((__m512)v.v, _mm512_set1_ps(value), _CMP_EQ_OQ);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v.v, _mm256_set1_ps(bound), _CMP_GT_OQ)) != 0;
+  if constexpr (sizeof(A) == 4) return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)v.v, _mm256_set1_ps(value), _CMP_EQ_OQ)));
 #endif
-  bool any = false;
-  for (int i = 0; i < Vec<A>::size; i++) any |= v.v[i] > bound;
-  return any;
+  uint64_t bits = 0;
+  for (int i = 0; i < Vec<A>::size; i++) bits |= static_cast<uint64_t>(v.v[i] == value) << i;
+  return bits;
 }
 
 // s[padded(n)] becomes its softmax; the padding counts for nothing.
@@ -75,25 +81,33 @@ template <class A> bool has_nan(const A* s, int64_t n) {
   return found;
 }
 
-// ids[k]: where the k largest of n values stand, the largest first.
-template <class A> void largest(const A* values, int64_t n, int64_t k, A* best, int32_t* ids) {
-  constexpr int64_t size = Vec<A>::size;
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i++) {
-    while (count == k && i % size == 0 && i + size <= n && !any_above(Vec<A>::load(values + i), best[k - 1])) i += size;
-    if (i == n) return;
-    const A v = values[i];
-    if (count == k && !(v > best[k - 1])) continue;
-    int64_t j = count < k ? count++ : k - 1;
-    for (; j > 0 && v > best[j - 1]; j--) best[j] = best[j - 1], ids[j] = ids[j - 1];
-    best[j] = v, ids[j] = static_cast<int32_t>(i);
+// ids[k]: where the k largest of n values stand, the largest first, and the first of equals; values[padded(n)] is used
+// up: what was taken becomes NaN, which is no maximum and equals nothing. No branch depends on the values.
+template <class A> void largest(A* values, int64_t n, int64_t k, int32_t* ids) {
+  using V = Vec<A>;
+  const int64_t end = padded<A>(n);
+  for (int64_t c = n; c < end; c++) values[c] = static_cast<A>(NAN);
+  for (int64_t j = 0; j < k; j++) {
+    V top(static_cast<A>(-INFINITY));
+    for (int64_t c = 0; c < end; c += V::size) top = max(top, V::load(values + c));
+    const A highest = reduce_max(top);
+    int64_t found = n - 1;
+    for (int64_t c = 0; c < end; c += 64) {
+      uint64_t bits = 0;
+      for (int64_t i = 0; i < min_of(64, end - c); i += V::size) bits |= equal_lanes(V::load(values + c + i), highest) << i;
+      if (!bits) continue;
+      found = c + __builtin_ctzll(bits);
+      break;
+    }
+    ids[j] = static_cast<int32_t>(found);
+    values[found] = static_cast<A>(NAN);
   }
 }
 
-// Experts outside the topk_group best groups get -inf. best and ids have room for the groups, worth[2 n_group] too.
-template <class A> void mask_groups(const MoeRouteParams& p, A* choice, A* best, int32_t* ids, A* worth) {
+// Experts outside the topk_group best groups get -inf. ids has room for the groups, worth for them twice over.
+template <class A> void mask_groups(const MoeRouteParams& p, A* choice, int32_t* ids, A* worth) {
   const int64_t size = p.E / p.n_group;
-  A* chosen = worth + p.n_group;
+  A* chosen = worth + padded<A>(p.n_group);
   for (int64_t g = 0; g < p.n_group; g++) {
     A first = -INFINITY, second = -INFINITY;
     for (int64_t i = g * size; i < (g + 1) * size; i++) {
@@ -104,7 +118,7 @@ template <class A> void mask_groups(const MoeRouteParams& p, A* choice, A* best,
     worth[g] = p.two_best && size > 1 ? first + second : first;
     chosen[g] = 0;
   }
-  largest(worth, p.n_group, p.topk_group, best, ids);
+  largest(worth, p.n_group, p.topk_group, ids);
   for (int64_t i = 0; i < p.topk_group; i++) chosen[ids[i]] = 1;
   for (int64_t i = 0; i < p.E; i++)
     if (chosen[i / size] == 0) choice[i] = -INFINITY;
@@ -130,14 +144,15 @@ template <class A> void chosen_scores(const MoeRouteParams& p, const A* s, const
 
 struct RouteRows {  // what one thread works in
   template <class A> static A* scores(const MoeRouteParams& p) { return scratch<A>(kScoreSlot, padded<A>(p.E)); }
-  template <class A> static A* chosen(const MoeRouteParams& p) { return scratch<A>(kBestSlot, padded<A>(p.A > p.n_group ? p.A : p.n_group)); }
+  template <class A> static A* chosen(const MoeRouteParams& p) { return scratch<A>(kChosenSlot, padded<A>(p.A)); }
 };
 
 template <class T> void route(const MoeRouteParams& p) {
   using A = acc_t<T>;
   parallel_for(0, p.T, max_of(1, kSerialElements / p.E), [&](int64_t begin, int64_t end) {
     A *s = RouteRows::scores<A>(p), *w = RouteRows::chosen<A>(p);
-    A *choice = scratch<A>(kChoiceSlot, p.E), *worth = scratch<A>(kGroupSlot, 2 * p.n_group + 1);
+    A *choice = scratch<A>(kChoiceSlot, padded<A>(p.E)), *worth = scratch<A>(kGroupSlot, 2 * padded<A>(p.n_group + 1));
+    const A* bias = static_cast<const A*>(p.bias);
     int32_t* group_ids = scratch<int32_t>(kIdSlot, p.n_group + 1);
     for (int64_t t = begin; t < end; t++) {
       int32_t* ids = p.indices + t * p.A;
@@ -145,12 +160,13 @@ template <class T> void route(const MoeRouteParams& p) {
       const bool nan = has_nan(s, p.sigmoid || !p.softmax_first ? p.E : 1);  // a softmax is NaN everywhere or nowhere
       if (nan) {
         for (int64_t a = 0; a < p.A; a++) ids[a] = static_cast<int32_t>(a);
-      } else if (p.bias || p.n_group) {
-        for (int64_t e = 0; e < p.E; e++) choice[e] = s[e] + (p.bias ? static_cast<const A*>(p.bias)[e] : A(0));
-        if (p.n_group) mask_groups(p, choice, w, group_ids, worth);
-        largest(choice, p.E, p.A, w, ids);
       } else {
-        largest(s, p.E, p.A, w, ids);
+        if (bias)
+          for (int64_t e = 0; e < p.E; e++) choice[e] = s[e] + bias[e];
+        else
+          for (int64_t e = 0; e < p.E; e++) choice[e] = s[e];
+        if (p.n_group) mask_groups(p, choice, group_ids, worth);
+        largest(choice, p.E, p.A, ids);
       }
       chosen_scores(p, s, ids, w);
       A scale = static_cast<A>(p.scale);
