@@ -60,7 +60,6 @@ def fused_experts(x, w_gate_up, w_down, topk_weights, topk_indices, *, w_up=None
     checks.check_float64(OP, x=x, w_gate_up=w1, w_up=w_up, w_down=w2)
     chosen, _ = dispatch.pick(OP, x, w1, w_up, w2, topk_weights, bias_gate_up, bias_up, bias_down, backend=backend)
     args = (x, w1, w_up, w2, topk_weights, topk_indices, bias_gate_up, bias_up, bias_down)
-    checks.check_not_negative(OP, "topk_indices", topk_indices)
     dispatch.count(OP, chosen)
     return reference.fused_experts(*args, activation, interleaved, float(alpha), float(limit))
 
@@ -136,3 +135,4 @@ def _check_topk(x, topk_weights, topk_indices):
     checks.check_shape(OP, "topk_weights", topk_weights, (x.shape[0], None), "(T, A)")
     checks.check_shape(OP, "topk_indices", topk_indices, tuple(topk_weights.shape), "like topk_weights")
     checks.check_positive(OP, A=topk_weights.shape[1])
+    checks.check_not_negative(OP, "topk_indices", topk_indices)
