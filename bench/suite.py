@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import accuracy, causal_conv1d, chunk_scan, grouped_gemm, linear, model, moe, rmsnorm_gated, state_update
+from . import accuracy, causal_conv1d, chunk_scan, grouped_gemm, linear, low_precision, model, moe, rmsnorm_gated, state_update
 from .cases import PRESETS, Unavailable, clone_inputs, runner
 from .timer import interleave
 
@@ -19,6 +19,7 @@ OPS = {
     "moe": moe,
     "linear": linear,
     "model": model,
+    "low_precision": low_precision,
 }
 PROVIDERS = ("terrazzo", "reference", "reference-compiled", "torch", "hf", "hf-compiled", "hf-grouped")
 CACHE_BYTES = 32 << 20       # a last-level cache; cold runs rotate over three of them

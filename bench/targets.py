@@ -90,6 +90,11 @@ TARGETS = (
     Target(EXPERTS, "1024 tokens 1024x448 64x4 zipf", "fwd", "fp32", f"{PER_FLOP}{EXPERTS} 1024 tokens 1024x448 64x4 balanced fp32 fwd", 0.87),
     *_targets("moe_route", ("4096 tokens 16x4 with permute",), "fwd", "fp32", hf=5),
     *_targets("moe_route", ("4096 tokens 16x4 with permute",), "fwd", "bf16", hf=5),
+    *_targets("bf16_model", ("bamba prefill 1x256",), "model", "bf16", hf=5),
+    *_targets("bf16_model", ("bamba decode 1x1",), "model", "bf16", hf=2.5),
+    *_targets("bf16_model", ("dbrx prefill 1x256",), "model", "bf16", hf=20),
+    *_targets("bf16_model", ("dbrx decode 1x1",), "model", "bf16", hf=6),
+    *_targets("bf16_model", ("blenderbot generate 8x1",), "model", "bf16", hf=4),
     *_targets("bamba_block", ("training step 1x1024 hidden 1024",), "model", "fp32", hf=1.7),
 )  # fmt: skip
 

@@ -116,7 +116,7 @@ def moe_unpermute(rows, inverse, weights, *, backend=None):
     if inverse.device.type == "cpu" and not torch.compiler.is_compiling() and R:
         low, high = (int(v) for v in inverse.aminmax())
         if low < 0 or high >= R or int(inverse.flatten().bincount(minlength=R).max()) > 1:
-            checks.fail(UNPERMUTE, f"inverse must name each of the {R} rows once, 0 to {R - 1}, got {low} to {high} and some twice")
+            checks.fail(UNPERMUTE, f"inverse must name each of the {R} rows once, got values from {low} to {high}; take it from moe_permute")
     chosen, _ = dispatch.pick(UNPERMUTE, rows, weights, backend=backend)
     if chosen == "cpu":
         return torch.ops.terrazzo.moe_unpermute_fwd(rows, inverse.flatten(), weights)
