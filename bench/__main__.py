@@ -118,7 +118,7 @@ def _run(args, argv):
     presets = _split(args.preset, PRESETS, "preset")
     modes, dtypes = _split(args.mode, MODES, "mode"), _split(args.dtype, tuple(DTYPES), "dtype")
     providers = _split(args.provider, suite.PROVIDERS, "provider") or suite.PROVIDERS
-    cases = [case for preset in presets for op in ops for case in select(suite.OPS[op](preset), modes=modes, dtypes=dtypes, match=args.match)]
+    cases = [case for preset in presets for op in ops for case in select(suite.cases_of(op, preset), modes=modes, dtypes=dtypes, match=args.match)]
     if args.list:
         print("\n".join(case.key for case in cases))
         return 0

@@ -5,19 +5,23 @@ from dataclasses import dataclass
 
 import torch
 
-from . import accuracy, causal_conv1d, chunk_scan, model, rmsnorm_gated, state_update
+from . import accuracy, causal_conv1d, chunk_scan, grouped_gemm, linear, low_precision, model, moe, rmsnorm_gated, state_update
 from .cases import PRESETS, Unavailable, clone_inputs, runner
 from .timer import interleave
 
 SCHEMA = 1
 OPS = {
-    "causal_conv1d": causal_conv1d.cases,
-    "chunk_scan": chunk_scan.cases,
-    "state_update": state_update.cases,
-    "rmsnorm_gated": rmsnorm_gated.cases,
-    "model": model.cases,
+    "causal_conv1d": causal_conv1d,
+    "chunk_scan": chunk_scan,
+    "state_update": state_update,
+    "rmsnorm_gated": rmsnorm_gated,
+    "grouped_gemm": grouped_gemm,
+    "moe": moe,
+    "linear": linear,
+    "model": model,
+    "low_precision": low_precision,
 }
-PROVIDERS = ("terrazzo", "reference", "reference-compiled", "hf", "hf-compiled")
+PROVIDERS = ("terrazzo", "reference", "reference-compiled", "torch", "hf", "hf-compiled", "hf-grouped")
 CACHE_BYTES = 32 << 20       # a last-level cache; cold runs rotate over three of them
 MAX_COLD_SETS = 64
 
@@ -33,10 +37,15 @@ class Options:
     min_rounds: int = 7
 
 
+def cases_of(op, preset):
+    """The cases of an op in a preset: none where the preset has no size for it."""
+    return OPS[op].cases(preset) if preset in OPS[op].SIZES else []
+
+
 def all_cases(preset):
     if preset not in PRESETS:
         raise ValueError(f"terrazzo bench: unknown preset {preset!r}; presets are {', '.join(PRESETS)}")
-    return [case for make in OPS.values() for case in make(preset)]
+    return [case for op in OPS for case in cases_of(op, preset)]
 
 
 def _row(case, provider, status, reason="", **values):

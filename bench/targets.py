@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from . import memory
 from .cases import select
-from .suite import all_cases, measure
+from .suite import PROVIDERS, all_cases, measure
 
-PRESET = "bamba-9b"
+PRESETS = ("bamba-9b", "dbrx", "mixtral")
 THREADS = 2
+PER_FLOP = "flops of "  # against another case: at least `bar` times its rate
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Target:
     size: str
     mode: str
     dtype: str
-    against: str  # a provider, "limit" or "memory"
+    against: str  # a provider, "limit", "memory", or PER_FLOP and the key of another case
     bar: float
 
     @property
@@ -29,18 +30,26 @@ class Target:
         return f"{self.op} {self.size} {self.dtype} {self.mode}"
 
     @property
+    def cases(self):
+        """The keys of the cases that this needs, its own last."""
+        other = (self.against.removeprefix(PER_FLOP),) if self.against.startswith(PER_FLOP) else ()
+        return (*other, self.key)
+
+    @property
     def text(self):
         if self.against == "limit":
             return f"≤ {self.bar:g} × the limit"
         if self.against == "memory":
             return f"≤ {self.bar:g} × inputs and outputs"
-        return f"≥ {self.bar:g} × {self.against}"
+        return f"≥ {self.bar:g} × {'the ' if self.against.startswith(PER_FLOP) else ''}{self.against}"
 
 
 def _targets(op, sizes, mode, dtype, **bars):
     return [Target(op, size, mode, dtype, against.replace("_", "-"), bar) for size in sizes for against, bar in bars.items()]
 
 
+GROUPED, EXPERTS, LINEAR = "grouped_mm", "fused_experts", "linear"
+DBRX = "1024x1792 16x4 balanced"
 SCAN, CONV, CONV_UPDATE, UPDATE = "mamba_chunk_scan_combined", "causal_conv1d_fn", "causal_conv1d_update", "selective_state_update"
 TARGETS = (
     *_targets(SCAN, ("1x512x128x64 N128", "1x2048x128x64 N128"), "fwd", "fp32", hf=15, hf_compiled=15, limit=1.7),
@@ -58,11 +67,39 @@ TARGETS = (
     *_targets(UPDATE, ("8x128x64 N128",), "decode", "fp32", hf=16, limit=1.15),
     *_targets("bamba_block", ("prefill 1x1024 hidden 1024",), "model", "fp32", hf=1.4),
     *_targets("bamba_block", ("decode 1x1 hidden 1024",), "model", "fp32", hf=1.25),
+    # 0.80 and 0.75 of the FMA peak are 1.25 and 1.33 times the limit
+    *_targets(GROUPED, ("4x256x1024x1792 NT", "4x256x2048x2048 NT", "4x256x1024x1792 NN"), "fwd", "fp32", limit=1.25, torch=1.15),
+    *_targets(GROUPED, ("4x256x1024x1792 NT", "4x256x2048x2048 NT"), "fwd", "bf16", limit=1.33, torch=6),
+    *_targets(GROUPED, ("4x256x1024x1792 NN",), "fwd", "bf16", limit=1.33, torch=50),
+    *_targets(EXPERTS, (f"64 tokens {DBRX}",), "fwd", "fp32", limit=2.4),
+    *_targets(EXPERTS, (f"256 tokens {DBRX}",), "fwd", "fp32", limit=1.6),
+    *_targets(EXPERTS, (f"1024 tokens {DBRX}",), "fwd", "fp32", limit=1.4),
+    *_targets(EXPERTS, tuple(f"{T} tokens {DBRX}" for T in (64, 256, 1024)), "fwd", "bf16", hf=20, hf_grouped=3),
+    *_targets(EXPERTS, (f"1 tokens {DBRX}",), "fwd", "fp32", limit=1.25),
+    *_targets(EXPERTS, (f"8 tokens {DBRX}",), "fwd", "fp32", limit=1.4),
+    *_targets(EXPERTS, (f"1 tokens {DBRX}",), "fwd", "bf16", limit=1.5, hf=8),
+    *_targets(EXPERTS, (f"8 tokens {DBRX}",), "fwd", "bf16", limit=1.6, hf=15),
+    *_targets(EXPERTS, (f"512 tokens {DBRX}",), "bwd", "fp32", hf=2.5, hf_grouped=1.3),
+    *_targets(EXPERTS, (f"512 tokens {DBRX}",), "bwd", "bf16", hf=20),
+    *_targets(LINEAR, ("64x1024x1792", "256x1024x1792", "64x2048x2048", "256x2048x2048"), "fwd", "bf16", limit=1.43, torch=6),
+    *_targets(LINEAR, ("64x1024x1792", "256x2048x2048"), "fwd", "fp16", limit=1.43, torch=6),
+    *_targets(LINEAR, ("1x1024x1792", "1x2048x2048"), "fwd", "bf16", limit=1.3),
+    *_targets(LINEAR, ("64x1024x1792", "256x2048x2048"), "bwd", "bf16", torch=5),
+    # within 15 %: bf16 of fp32 where both compute, and an uneven load of an even one
+    Target(EXPERTS, f"1024 tokens {DBRX}", "fwd", "bf16", f"{PER_FLOP}{EXPERTS} 1024 tokens {DBRX} fp32 fwd", 0.87),
+    Target(EXPERTS, "1024 tokens 1024x448 64x4 zipf", "fwd", "fp32", f"{PER_FLOP}{EXPERTS} 1024 tokens 1024x448 64x4 balanced fp32 fwd", 0.87),
+    *_targets("moe_route", ("4096 tokens 16x4 with permute",), "fwd", "fp32", hf=5),
+    *_targets("moe_route", ("4096 tokens 16x4 with permute",), "fwd", "bf16", hf=5),
+    *_targets("bf16_model", ("bamba prefill 1x256",), "model", "bf16", hf=5),
+    *_targets("bf16_model", ("bamba decode 1x1",), "model", "bf16", hf=2.5),
+    *_targets("bf16_model", ("dbrx prefill 1x256",), "model", "bf16", hf=20),
+    *_targets("bf16_model", ("dbrx decode 1x1",), "model", "bf16", hf=6),
+    *_targets("bf16_model", ("blenderbot generate 8x1",), "model", "bf16", hf=4),
     *_targets("bamba_block", ("training step 1x1024 hidden 1024",), "model", "fp32", hf=1.7),
 )  # fmt: skip
 
 
-def judge(target, rows, peak=None):
+def judge(target, rows, peak=None, rates=None):
     """(measured ratio or None, passed, reason) of one target from the rows of its case."""
     if target.against == "memory":
         if peak is None or peak[0] is None:
@@ -78,6 +115,10 @@ def judge(target, rows, peak=None):
         return None, False, "terrazzo has no such case"
     if target.against == "limit":
         return ours["times_limit"], ours["times_limit"] <= target.bar, ""
+    if target.against.startswith(PER_FLOP):
+        rate = (rates or {}).get(target.cases[0])
+        ratio = ours["gflops"] / rate if rate else None
+        return ratio, ratio is not None and ratio >= target.bar, "" if rate else f"{target.cases[0]} was not measured"
     if other is None:
         return None, False, f"{target.against} was not measured"
     ratio = other["median_ms"] / ours["median_ms"]
@@ -89,21 +130,22 @@ def run(options, calibration, match=None, *, machine_is_free=None, on_case=None,
 
     `on_case(number, total)` and `on_rows(rows)` follow the work.
     """
-    cases = {case.key: case for case in all_cases(PRESET)}
-    wanted = [cases[key] for key in dict.fromkeys(t.key for t in TARGETS)]
-    results = []
+    cases = {case.key: case for preset in PRESETS for case in all_cases(preset)}
+    wanted = [cases[key] for key in dict.fromkeys(key for t in TARGETS for key in t.cases)]
+    results, rates = [], {}
     chosen = select(wanted, match=match)
     for number, case in enumerate(chosen):
         if on_case:
             on_case(number, len(chosen))
         targets = [t for t in TARGETS if t.key == case.key]
-        providers = ("terrazzo", *(t.against for t in targets if t.against in ("hf", "hf-compiled")))
+        providers = ("terrazzo", *(t.against for t in targets if t.against in PROVIDERS))
         case_rows = measure(case, replace(options, providers=providers), calibration, machine_is_free=machine_is_free, on_progress=on_progress)
         if on_rows:
             on_rows(case_rows)
+        rates |= {case.key: row["gflops"] for row in case_rows if row["provider"] == "terrazzo" and row["status"] == "ok"}
         for target in targets:
             peak = memory.peak_in_fresh_process(target.op, target.size, target.mode, target.dtype, THREADS) if target.against == "memory" else None
-            measured, passed, reason = judge(target, case_rows, peak)
+            measured, passed, reason = judge(target, case_rows, peak, rates)
             results.append({
                 "kind": "target", "target": target.text, "case": case.key, "measured": measured, "bar": target.bar,
                 "passed": passed, "reason": reason,

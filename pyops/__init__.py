@@ -9,6 +9,10 @@ from .causal_conv1d import (
 )
 from .chunk_scan import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 from .dispatch import BackendError, can_run, counters, pick, reset_counters, use_backend
+from .fused_experts import fused_experts
+from .grouped_gemm import gmm, grouped_mm
+from .linear import linear
+from .moe import load_balancing_loss, moe_permute, moe_route, moe_unpermute, router_z_loss
 from .rmsnorm_gated import rmsnorm_gated
 from .state_update import selective_state_update
 
@@ -26,12 +30,21 @@ __all__ = [
     "causal_conv1d_varlen_states",
     "compat",
     "counters",
+    "fused_experts",
+    "gmm",
+    "grouped_mm",
+    "linear",
+    "load_balancing_loss",
     "mamba_chunk_scan_combined",
     "mamba_split_conv1d_scan_combined",
+    "moe_permute",
+    "moe_route",
+    "moe_unpermute",
     "patch",
     "pick",
     "reset_counters",
     "rmsnorm_gated",
+    "router_z_loss",
     "selective_state_update",
     "use_backend",
 ]

@@ -8,6 +8,8 @@ from typing import Callable
 
 import torch
 
+from . import cases_moe
+
 
 @dataclass(frozen=True)
 class Case:
@@ -62,8 +64,9 @@ def run(case, kwargs, backend, gradients=False, function=None):
     found |= {f"updated {name}": kwargs[name] for name in case.updated}
     if leaves:
         r = Random(1)
-        weights = [r.normal(*out.shape, dtype=torch.bfloat16).to(out.dtype) for out in results]  # the same in every dtype
-        grads = torch.autograd.grad(results, list(leaves.values()), weights)
+        differentiable = [out for out in results if out.is_floating_point()]
+        weights = [r.normal(*out.shape, dtype=torch.bfloat16).to(out.dtype) for out in differentiable]  # the same in every dtype
+        grads = torch.autograd.grad(differentiable, list(leaves.values()), weights)
         found |= {f"d{name}": grad for name, grad in zip(leaves, grads)}
     return {name: value.detach() for name, value in found.items()}
 
@@ -367,4 +370,5 @@ CASES = (
     *_scan_cases(),
     *_state_update_cases(),
     *_norm_cases(),
+    *cases_moe.make_cases(Case),
 )

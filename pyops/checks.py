@@ -44,6 +44,22 @@ def check_positive(fn, **sizes):
             fail(fn, f"{name} must be positive, got 0")
 
 
+def check_float64(fn, **tensors):
+    """float64 goes with float64 only: the kernels sum everything else in float32."""
+    given = {name: t.dtype for name, t in tensors.items() if t is not None}
+    if torch.float64 in given.values() and len(set(given.values())) > 1:
+        text = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in given.items())
+        fail(fn, f"float64 goes with float64 only, got {text}; convert the others", TypeError)
+
+
+def check_not_negative(fn, name, value):
+    if torch.compiler.is_compiling() or value.device.type != "cpu" or value.numel() == 0:
+        return  # values are checked by the kernel itself; reading them here would break the graph or synchronise
+    lowest = int(value.min())
+    if lowest < 0:
+        fail(fn, f"{name} must not be negative, got {lowest}")
+
+
 def check_seq_idx(fn, seq_idx, B, L, like):
     check_optional(fn, "seq_idx", seq_idx, (B, L), "(B, L)", like, dtypes=(torch.int32,))
 

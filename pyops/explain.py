@@ -5,7 +5,7 @@ import torch
 
 import terrazzo
 
-from . import cases, dispatch
+from . import cases, cases_moe, dispatch
 
 # op -> (builder of its arguments, what the sizes of --shape are called there)
 CALLS = {
@@ -14,6 +14,10 @@ CALLS = {
     "mamba_chunk_scan_combined": (cases.scan, ("B", "L", "H", "P")),
     "selective_state_update": (cases.state_update, ("B", "H", "P")),
     "rmsnorm_gated": (cases.norm, None),  # any shape
+    "linear": (cases_moe.linear, None),
+    "moe_route": (cases_moe.route, ("T", "E")),
+    "moe_unpermute": (cases_moe.unpermute, ("T", "A", "D")),
+    "fused_experts": (cases_moe.experts, ("T", "D")),
 }
 
 

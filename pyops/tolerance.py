@@ -33,6 +33,9 @@ def check(out, ref64, ref_same_dtype):
         return Verdict(False, nan, nan, nan, why)
     if out.numel() == 0:
         return Verdict(True, 0.0, 0.0, 0.0, "")
+    if not out.is_floating_point():  # indices: exactly those
+        wrong = int((out != ref_same_dtype).sum())
+        return Verdict(not wrong, *(nan if wrong else 0.0,) * 3, f"{wrong} integers differ" if wrong else "")
     R, O, E = (t.detach().double() for t in (ref64, out, ref_same_dtype))
     finite = R.isfinite()
     if not torch.equal(O.isfinite(), finite):

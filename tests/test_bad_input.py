@@ -46,7 +46,110 @@ def states(**kw):
     return terrazzo.causal_conv1d_varlen_states(**(dict(x=torch.randn(10, 8), cu_seqlens=torch.tensor([0, 4, 10], dtype=i32), state_len=3) | kw))
 
 
+def grouped(**kw):
+    args = dict(a=torch.randn(6, 4), b=torch.randn(3, 4, 5), offs=torch.tensor([2, 2, 6], dtype=i32)) | kw
+    return terrazzo.grouped_mm(**args)
+
+
+def gmm(**kw):
+    return terrazzo.gmm(**(dict(a=torch.randn(6, 4), b=torch.randn(3, 4, 5), batch_sizes=torch.tensor([2, 0, 4])) | kw))
+
+
+def linear(**kw):
+    return terrazzo.linear(**(dict(x=torch.randn(2, 3, 4), weight=torch.randn(5, 4)) | kw))
+
+
+def route(**kw):
+    return terrazzo.moe_route(**(dict(router_logits=torch.randn(5, 8), top_k=2) | kw))
+
+
+def permute(**kw):
+    return terrazzo.moe_permute(**(dict(indices=torch.tensor([[0, 2], [1, 5]], dtype=i32), num_experts=3) | kw))
+
+
+def unpermute(**kw):
+    args = dict(rows=torch.randn(4, 3), inverse=torch.tensor([2, 0, 1, 3], dtype=i32), weights=torch.rand(2, 2)) | kw
+    return terrazzo.moe_unpermute(**args)
+
+
+def experts(**kw):
+    args = dict(x=torch.randn(2, 4), w_gate_up=torch.randn(3, 10, 4), w_down=torch.randn(3, 4, 5), topk_weights=torch.rand(2, 2),
+                topk_indices=torch.tensor([[0, 2], [1, 7]], dtype=i32)) | kw
+    return terrazzo.fused_experts(**args)
+
+
+def balance(**kw):
+    return terrazzo.load_balancing_loss(**(dict(router_logits=torch.randn(6, 4), num_experts=4, top_k=2) | kw))
+
+
 BAD = [
+    (grouped, dict(a=torch.randn(4)), ValueError, r"a must be \(T, K\)"),
+    (grouped, dict(b=torch.randn(3, 5, 4)), ValueError, r"b must be \(E, K, N\) = \(\*, 4, \*\)"),
+    (grouped, dict(b=torch.randn(0, 4, 5), offs=torch.zeros(0, dtype=i32)), ValueError, "E must be positive"),
+    (grouped, dict(b=torch.randn(3, 4, 5).double()), TypeError, "float64 goes with float64 only, got a float32, b float64"),
+    (grouped, dict(b=torch.ones(3, 4, 5, dtype=torch.int8)), TypeError, "b must be float32"),
+    (grouped, dict(bias=torch.randn(3, 4)), ValueError, "bias must be"),
+    (grouped, dict(offs=torch.tensor([2, 6], dtype=i32)), ValueError, r"offs must be \(E,\) = \(3\)"),
+    (grouped, dict(offs=torch.tensor([2, 2, 6])), TypeError, "offs must be int32"),
+    (grouped, dict(offs=torch.tensor([4, 2, 6], dtype=i32)), ValueError, "offs must not decrease .* got 2 after 4 at group 1"),
+    (grouped, dict(offs=torch.tensor([2, 2, 7], dtype=i32)), ValueError, "end at most at 6, the number of rows, got 7"),
+    (grouped, dict(offs=torch.tensor([-1, 2, 6], dtype=i32)), ValueError, "offs must not decrease .* got -1"),
+    (gmm, dict(batch_sizes=torch.tensor([2, 0, 3])), ValueError, "batch_sizes must not be negative and sum to 6"),
+    (gmm, dict(batch_sizes=torch.tensor([7, -1, 0])), ValueError, "batch_sizes must not be negative"),
+    (gmm, dict(batch_sizes=torch.tensor([2.0, 0, 4])), TypeError, "batch_sizes must be int64, int32"),
+    (gmm, dict(batch_sizes=torch.tensor([2, 4])), ValueError, r"b must be \(E, K, N\) = \(2, 4, \*\)"),
+    (gmm, dict(trans_a=True, trans_b=True), ValueError, "trans_a and trans_b exclude each other"),
+    (gmm, dict(trans_a=True), ValueError, r"b must be \(T, N\)"),
+    (gmm, dict(trans_b=True), ValueError, r"b must be \(E, N, K\)"),
+    (linear, dict(x=torch.tensor(1.0)), ValueError, "x must be"),
+    (linear, dict(x=torch.randn(2, 5)), ValueError, r"x must be \(..., K\) = \(\*, 4\)"),
+    (linear, dict(weight=torch.randn(5)), ValueError, r"weight must be \(N, K\)"),
+    (linear, dict(bias=torch.randn(4)), ValueError, "bias must be"),
+    (linear, dict(weight=torch.randn(5, 4).double()), TypeError, "float64 goes with float64 only"),
+    (linear, dict(activation="tanh"), ValueError, "activation must be one of .* got 'tanh'"),
+    (linear, dict(activation="swiglu_oai"), ValueError, "activation must be one of"),
+    (route, dict(router_logits=torch.randn(8)), ValueError, r"router_logits must be \(T, E\)"),
+    (route, dict(top_k=9), ValueError, "top_k must be an integer from 1 to 8, the number of experts, got 9"),
+    (route, dict(top_k=0), ValueError, "top_k must be an integer"),
+    (route, dict(norm_order=0), ValueError, "norm_order must be None or positive"),
+    (route, dict(bias=torch.randn(7)), ValueError, "bias must be"),
+    (route, dict(n_group=2), ValueError, "n_group and topk_group go together"),
+    (route, dict(n_group=3, topk_group=1), ValueError, "n_group must divide the 8 experts, got 3"),
+    (route, dict(n_group=2, topk_group=3), ValueError, "topk_group must be an integer from 1 to 2"),
+    (route, dict(n_group=8, topk_group=1), ValueError, "top_k must be at most the 1 experts of the topk_group groups, got 2"),
+    (permute, dict(indices=torch.tensor([[0, -1]], dtype=i32)), ValueError, "indices must not be negative, got -1"),
+    (permute, dict(indices=torch.tensor([0, 1])), ValueError, r"indices must be \(T, A\)"),
+    (permute, dict(indices=torch.rand(2, 2)), TypeError, "indices must be int32, int64"),
+    (permute, dict(num_experts=0), ValueError, "num_experts must be an integer"),
+    (unpermute, dict(rows=torch.randn(5, 3)), ValueError, "rows must be"),
+    (unpermute, dict(inverse=torch.tensor([0, 1, 2], dtype=i32)), ValueError, "inverse must be"),
+    (unpermute, dict(inverse=torch.tensor([0, 1, 1, 3], dtype=i32)), ValueError, "inverse must name each of the 4 rows once"),
+    (unpermute, dict(inverse=torch.tensor([0, 1, 2, 4], dtype=i32)), ValueError, "inverse must name each of the 4 rows once"),
+    (unpermute, dict(weights=torch.rand(4)), ValueError, r"weights must be \(T, A\)"),
+    (experts, dict(x=torch.randn(2, 3)), ValueError, "w_gate_up must have an axis of D = 3"),
+    (experts, dict(w_down=torch.randn(4, 4, 5)), ValueError, "w_gate_up must hold 4 experts like w_down, got 3"),
+    (experts, dict(num_experts=4), ValueError, "w_gate_up must hold 4 experts like num_experts, got 3"),
+    (experts, dict(w_gate_up=torch.randn(3, 9, 4)), ValueError, "w_gate_up must be 2F = 10 wide with a gate, F = 5 without one .* got 9"),
+    (experts, dict(w_gate_up=torch.randn(3, 10, 4).double()), TypeError, "float64 goes with float64 only"),
+    (experts, dict(w_up=torch.randn(3, 5, 4)), ValueError, "both be F = 5 wide like w_down, got 10 and 5"),
+    (experts, dict(w_gate_up=torch.randn(15, 4)), ValueError, "need num_experts"),
+    (experts, dict(w_gate_up=torch.randn(16, 4), num_experts=3), ValueError, "num_experts must divide the 16 rows of w_gate_up, got 3"),
+    (experts, dict(transposed="yes"), ValueError, "transposed must be None, a bool or a pair"),
+    (experts, dict(transposed=True), ValueError, "where `transposed` says"),
+    (experts, dict(w_gate_up=torch.randn(3, 5, 4), interleaved=True), ValueError, "interleaved needs gate and up"),
+    (experts, dict(w_gate_up=torch.randn(3, 5, 4), activation="swiglu_oai"), ValueError, "needs a gate"),
+    (experts, dict(activation="tanh"), ValueError, "activation must be one of"),
+    (experts, dict(bias_gate_up=torch.randn(3, 5)), ValueError, "bias_gate_up must be"),
+    (experts, dict(bias_up=torch.randn(3, 5)), ValueError, "bias_up needs w_up"),
+    (experts, dict(bias_down=torch.randn(3, 5)), ValueError, "bias_down must be"),
+    (experts, dict(topk_weights=torch.rand(3, 2)), ValueError, "topk_weights must be"),
+    (experts, dict(topk_indices=torch.zeros(2, 3, dtype=i32)), ValueError, "topk_indices must be"),
+    (experts, dict(topk_indices=torch.rand(2, 2)), TypeError, "topk_indices must be int32, int64"),
+    (experts, dict(topk_indices=torch.tensor([[0, 1], [-1, 0]], dtype=i32)), ValueError, "topk_indices must not be negative, got -1"),
+    (balance, dict(num_experts=5), ValueError, "router_logits must be"),
+    (balance, dict(top_k=5), ValueError, "top_k must be an integer"),
+    (balance, dict(attention_mask=torch.ones(5)), ValueError, "attention_mask must hold one value for each of the 6 tokens"),
+    (balance, dict(router_logits=()), ValueError, "at least one layer"),
     (conv, dict(x=torch.randn(8, 10)), ValueError, r"x must be \(B, D, L\), got \(8, 10\)"),
     (conv, dict(x=[1.0]), TypeError, "x must be a tensor"),
     (conv, dict(x=torch.ones(2, 8, 10, dtype=torch.int64)), TypeError, "x must be float32, bfloat16, float16, float64, got int64"),
@@ -154,3 +257,11 @@ def test_kernels_check_for_themselves():
         ops.causal_conv1d_fwd(x, w, torch.randn(3), None, None, None, False, True)
     with pytest.raises(RuntimeError, match="weight must have shape"):
         ops.rmsnorm_gated_fwd(torch.randn(3, 8), torch.randn(4), None, 1e-6, 8, True)
+    with pytest.raises(RuntimeError, match="terrazzo.moe_route: top_k must be 1 to 4"):
+        ops.moe_route_fwd(torch.randn(3, 4), None, 5, 0.0, True, False, 0, 0, 1.0)
+    with pytest.raises(RuntimeError, match="terrazzo.moe_route: indices must be below 4"):
+        ops.moe_route_bwd(torch.randn(1, 1), torch.randn(1, 4), torch.tensor([[4]], dtype=i32), 0.0, True, False, 1.0)
+    with pytest.raises(RuntimeError, match="terrazzo.moe_permute: indices must not be negative, got -3"):
+        ops.moe_permute(torch.tensor([[1, -3]], dtype=i32), 2)
+    with pytest.raises(RuntimeError, match="terrazzo.moe_unpermute: inverse must name each of the 2 rows once, got 7"):
+        ops.moe_unpermute_fwd(torch.randn(2, 3), torch.tensor([0, 7], dtype=i32), torch.rand(1, 2))

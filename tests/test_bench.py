@@ -323,8 +323,8 @@ def test_peak_memory_sees_a_large_allocation():
 
 
 def test_every_target_has_a_case():
-    keys = {case.key for case in suite.all_cases(targets.PRESET)}
-    assert {target.key for target in targets.TARGETS} <= keys
+    keys = {case.key for preset in targets.PRESETS for case in suite.all_cases(preset)}
+    assert {key for target in targets.TARGETS for key in target.cases} <= keys
 
 
 def test_judging_targets():
@@ -379,3 +379,12 @@ def test_runner_differentiates_every_input():
     inputs = case.inputs(3)
     y, dx, dweight, dbias = runner(case, correct(case), inputs)()
     assert (y.shape, dx.shape, dweight.shape, dbias.shape) == tuple(inputs[k].shape for k in ("x", "x", "weight", "bias"))
+
+
+def test_judging_a_target_against_another_case():
+    target = targets.Target("op", "1", "fwd", "bf16", targets.PER_FLOP + "op 1 fp32 fwd", 0.87)
+    assert target.cases == ("op 1 fp32 fwd", "op 1 bf16 fwd")
+    rows = [{"provider": "terrazzo", "status": "ok", "median_ms": 2.0, "times_limit": 1.6, "gflops": 90.0}]
+    assert targets.judge(target, rows, rates={"op 1 fp32 fwd": 100.0}) == (0.9, True, "")
+    assert targets.judge(target, rows, rates={"op 1 fp32 fwd": 110.0})[1] is False
+    assert targets.judge(target, rows)[2] == "op 1 fp32 fwd was not measured"

@@ -28,6 +28,12 @@ UPSTREAM = {
         "causal_conv1d_varlen_states(x, cu_seqlens, state_len)",
         "causal_conv1d_varlen_states_ref(x, cu_seqlens, state_len)",
     ],
+    "grouped_gemm.ops": [
+        "gmm(a, b, batch_sizes, trans_b=False)",
+        "permute(input_act, indices, num_out_tokens=None, max_token_num=0)",
+        "unpermute(input_act, row_id_map, probs=None)",
+    ],
+    "grouped_gemm.backend": ["gmm(a, b, batch_sizes, trans_a=False, trans_b=False, c=None)"],
     "mamba_ssm.ops.triton.ssd_combined": [
         "mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, "
         "seq_idx=None, cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, inf), return_final_states=False, "
@@ -84,7 +90,7 @@ def test_undo_takes_out_what_was_put_in():
     before = set(sys.modules)
     handle = compat.install()
     assert {"causal_conv1d", "mamba_ssm", "mamba_ssm.ops.triton.ssd_combined"} <= set(handle.names)
-    assert set(compat.install().present) == {"causal_conv1d", "mamba_ssm"}
+    assert set(compat.install().present) == {"causal_conv1d", "mamba_ssm", "grouped_gemm"}
     handle.undo()
     handle.undo()
     assert not {name for name in set(sys.modules) - before if name.split(".")[0] in compat.PACKAGES}
@@ -99,7 +105,7 @@ def test_real_packages_are_left_alone(monkeypatch, tmp_path):
     (tmp_path / "mamba_ssm" / "__init__.py").write_text("real = True\n")
     monkeypatch.syspath_prepend(tmp_path)
     with compat.install() as handle:
-        assert handle.present == ["causal_conv1d", "mamba_ssm"] and handle.names == []
+        assert handle.present == ["causal_conv1d", "mamba_ssm"] and {n.split(".")[0] for n in handle.names} == {"grouped_gemm"}
         assert sys.modules["causal_conv1d"] is imported
     assert sys.modules["causal_conv1d"] is imported
 
@@ -178,3 +184,26 @@ def test_norm_modules(name, keys):
     y.float().square().sum().backward()
     assert y.dtype == torch.bfloat16 and all(t.grad.abs().sum() > 0 for t in (x, *norm.parameters()))
     norm.reset_parameters()
+
+
+@pytest.mark.filterwarnings("ignore:terrazzo.compat.install")
+def test_grouped_gemm(installed):
+    """A layer of experts written against grouped_gemm, with the gradients that its users take."""
+    from grouped_gemm import backend, ops
+
+    torch.manual_seed(0)
+    x, w = torch.randn(10, 6, requires_grad=True), torch.randn(4, 5, 6, requires_grad=True)
+    probs, indices = torch.rand(10, 2), torch.rand(10, 4).argsort(1)[:, :2].int()
+    rows, row_map = ops.permute(x, indices)
+    sizes = indices.flatten().bincount(minlength=4)
+    y = ops.unpermute(ops.gmm(rows, w, sizes, trans_b=True), row_map, probs)
+    expected = torch.einsum("td,tafd,ta->tf", x, w[indices.long()], probs)
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(torch.autograd.grad(y.sum(), (x, w)), torch.autograd.grad(expected.sum(), (x, w))):
+        torch.testing.assert_close(a, b)
+    out = torch.empty(4, 6, 5)
+    assert backend.gmm(rows.detach(), torch.randn(20, 5), sizes, trans_a=True, c=out) is out
+    with pytest.raises(NotImplementedError, match="tokens are never dropped"):
+        ops.permute(x, indices, num_out_tokens=7)
+    with pytest.raises(AttributeError, match="it has gmm, permute and unpermute"):
+        ops.sinkhorn

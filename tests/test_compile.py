@@ -8,9 +8,12 @@ ops = torch.ops.terrazzo
 SMALL = {"causal_conv1d_fn": ("channel_last", "packed_states", "width_3_channel_first"), "causal_conv1d_varlen_fn": ("mixed",),
          "causal_conv1d_update": ("hf_layout", "circular", "slots"), "causal_conv1d_varlen_states": ("mixed",),
          "mamba_chunk_scan_combined": ("plain", "gated_states", "varlen"), "selective_state_update": ("mamba2", "slots", "mamba1"),
-         "rmsnorm_gated": ("gate_first", "groups_norm_first", "no_gate")}
+         "rmsnorm_gated": ("gate_first", "groups_norm_first", "no_gate"),
+         "grouped_mm": ("bias_transposed_rows_behind", "mixed_sizes"), "gmm": ("trans_b", "trans_a"), "linear": ("three_dimensions", "no_bias"),
+         "moe_route": ("dbrx", "gpt_oss", "deepseek_v3"), "moe_permute": ("sentinels",), "moe_unpermute": ("two_dimensions",),
+         "fused_experts": ("hf", "gpt_oss", "separate_bias", "no_gate", "sentinels", "many_tokens_dbrx")}
 CHOSEN = [c for c in cases.CASES if c.name in SMALL[c.op]]
-INDUCTOR = [c for c in CHOSEN if c.name in ("channel_last", "hf_layout", "plain", "mamba2", "gate_first")]
+INDUCTOR = [c for c in CHOSEN if c.name in ("channel_last", "hf_layout", "plain", "mamba2", "gate_first", "dbrx", "hf", "mixed_sizes", "no_bias")]
 compiled_cases = pytest.mark.parametrize("case, compiler", [(c, "aot_eager") for c in CHOSEN] + [(c, "inductor") for c in INDUCTOR],
                                          ids=lambda v: str(v))
 
@@ -68,12 +71,18 @@ def op_arguments(name):
                                     torch.randn(2, 2, 5), None, None, None, True, None)],
         "rmsnorm_gated_fwd": [(leaf(3, 8), leaf(8), leaf(3, 8), 1e-5, 4, False), (leaf(3, 8), leaf(8), None, 1e-5, 8, True)],
         "rmsnorm_gated_bwd": [(torch.randn(3, 8), torch.randn(3, 8), torch.randn(8), torch.randn(3, 8), 1e-5, 4, True)],
+        "moe_route_fwd": [(leaf(5, 8), None, 3, 1.0, True, False, 0, 0, 1.0), (leaf(5, 8), torch.rand(8), 2, 0.0, True, True, 4, 2, 2.5)],
+        "moe_route_bwd": [(torch.randn(5, 2), torch.randn(5, 8), torch.tensor([[0, 7]] * 5, dtype=torch.int32), 2.0, False, False, 1.0)],
+        "moe_permute": [(torch.tensor([[0, 5], [1, 0]], dtype=torch.int32), 3)],
+        "moe_unpermute_fwd": [(leaf(4, 3), torch.tensor([2, 0, 1, 3], dtype=torch.int32), leaf(2, 2))],
+        "moe_unpermute_bwd": [(torch.randn(2, 3), torch.randn(4, 3), torch.tensor([2, 0, 1, 3], dtype=torch.int32), torch.rand(2, 2))],
     }[name]
 
 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("name", ["causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update", "causal_conv1d_varlen_states", "chunk_scan_fwd",
-                                  "chunk_scan_bwd", "selective_state_update", "rmsnorm_gated_fwd", "rmsnorm_gated_bwd"])
+                                  "chunk_scan_bwd", "selective_state_update", "rmsnorm_gated_fwd", "rmsnorm_gated_bwd", "moe_route_fwd", "moe_route_bwd",
+                                  "moe_permute", "moe_unpermute_fwd", "moe_unpermute_bwd"])
 def test_opcheck(name):
     for args in op_arguments(name):
         torch.library.opcheck(getattr(ops, name).default, args)
@@ -83,7 +92,8 @@ def test_opcheck(name):
 def test_autocast(case):
     """Under autocast the ops take what comes, in mixed dtypes, and gradients return in each input's dtype."""
     kwargs = case.make(torch.float32)
-    kwargs["x"] = kwargs["x"].bfloat16()
+    first = case.grads[0]
+    kwargs[first] = kwargs[first].bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         found = cases.run(case, kwargs, "cpu", gradients=True)
     expected = cases.run(case, kwargs, "reference", gradients=True)

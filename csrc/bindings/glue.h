@@ -158,6 +158,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused
     const Tensor& weights, const Tensor& indices, const OptTensor& bias1, const OptTensor& bias_up, const OptTensor& bias2,
     int64_t activation, bool interleaved, double alpha, double limit,
     const Tensor& saved, bool need_x, bool need_weights);
+std::tuple<Tensor, Tensor> moe_route_fwd(const Tensor& logits, const OptTensor& bias, int64_t top_k, double norm_order, bool softmax_first,
+    bool sigmoid, int64_t n_group, int64_t topk_group, double scale);
+Tensor moe_route_bwd(const Tensor& dweights, const Tensor& logits, const Tensor& indices, double norm_order, bool softmax_first, bool sigmoid,
+    double scale);
+std::tuple<Tensor, Tensor, Tensor> moe_permute(const Tensor& indices, int64_t num_experts);
+Tensor moe_unpermute_fwd(const Tensor& rows, const Tensor& inverse, const Tensor& weights);
+std::tuple<Tensor, Tensor> moe_unpermute_bwd(const Tensor& dy, const Tensor& rows, const Tensor& inverse, const Tensor& weights);
 double calibrate(const Tensor& buffer, int64_t kind, int64_t iterations);
 
 }  // namespace terrazzo

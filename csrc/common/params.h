@@ -182,6 +182,46 @@ struct FusedExpertsParams {
   void* dweights;                                                       // [T, A] accumulation type
 };
 
+// The A experts of each token: the largest scores, with weights; see pyops/moe.py for what each flag means.
+struct MoeRouteParams {
+  DType dtype;                                                          // logits, weights and their gradients
+  int64_t T, E, A;
+  bool softmax_first, sigmoid;
+  bool two_best;                                                        // a group is worth its two best scores, not one
+  int64_t n_group, topk_group;                                          // n_group 0: no groups
+  double norm_order, scale;                                             // norm_order 0: none
+  const void* logits;  int64_t logits_stride_t, logits_stride_e;        // [T, E]
+  const void* bias;                                                     // [E] accumulation type, or null
+  void* weights;                                                        // [T, A] contiguous
+  int32_t* indices;                                                     // [T, A] contiguous; read by the backward
+  // backward only
+  const void* dweights;                                                 // [T, A] contiguous
+  void* dlogits;                                                        // [T, E] contiguous
+};
+
+// Pairs of token and choice, sorted by expert; those of no expert of ours last.
+struct MoePermuteParams {
+  int64_t pairs, E;
+  const int32_t* indices;                                               // [pairs], none negative
+  int32_t* order;                                                       // [pairs] the pair at each place
+  int32_t* inverse;                                                     // [pairs] the place of each pair
+  int32_t* offs;                                                        // [E] the end of each expert's places
+};
+
+// y[t] = sum over a of weights[t, a] rows[inverse[t, a]].
+struct MoeUnpermuteParams {
+  DType dtype;                                                          // rows, y, and their gradients
+  int64_t T, A, D;
+  const void* rows;  int64_t rows_stride;                               // [T * A, D]
+  const int32_t* inverse;                                               // [T * A], a permutation
+  const void* weights;                                                  // [T, A] accumulation type
+  void* y;                                                              // [T, D] contiguous
+  // backward only
+  const void* dy;                                                       // [T, D] contiguous
+  void* drows;                                                          // [T * A, D] contiguous
+  void* dweights;                                                       // [T, A] accumulation type
+};
+
 // Loops that measure the machine's limits, for the benchmarks: see csrc/cpu/calibrate.cpp.
 enum class CalibrateKind : int32_t { fma, read, copy, scale };
 constexpr int64_t kCalibrateFmas = 12 * 16 * 4096;  // multiply-adds of one fma iteration in each of 64 chunks

@@ -21,6 +21,11 @@
   X(linear_bwd, GroupedGemmBwdParams)                  \
   X(fused_experts_fwd, FusedExpertsParams)             \
   X(fused_experts_bwd, FusedExpertsParams)             \
+  X(moe_route_fwd, MoeRouteParams)                     \
+  X(moe_route_bwd, MoeRouteParams)                     \
+  X(moe_permute, MoePermuteParams)                     \
+  X(moe_unpermute_fwd, MoeUnpermuteParams)             \
+  X(moe_unpermute_bwd, MoeUnpermuteParams)             \
   X(calibrate, CalibrateParams)
 
 namespace terrazzo { namespace cpu {

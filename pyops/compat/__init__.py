@@ -1,4 +1,4 @@
-"""Upstream's packages on terrazzo's ops: causal_conv1d and mamba_ssm under their own module paths and signatures.
+"""Upstream's packages on terrazzo's ops: causal_conv1d, mamba_ssm and grouped_gemm under their own module paths and signatures.
 
     from terrazzo.compat.causal_conv1d import causal_conv1d_fn      # explicitly, or
     terrazzo.compat.install()                                       # under upstream's names
@@ -20,6 +20,7 @@ PACKAGES = {
         "ops.triton.selective_state_update",
         "ops.triton.layernorm_gated",
     ),
+    "grouped_gemm": ("ops", "backend"),
 }
 
 
@@ -52,7 +53,7 @@ class Installed:
 
 
 def install():
-    """Makes `causal_conv1d` and `mamba_ssm` importable where the real packages are absent.
+    """Makes `causal_conv1d`, `mamba_ssm` and `grouped_gemm` importable where the real packages are absent.
 
     Returns:
         a handle with `.names`, `.present` (packages found and left alone) and `.undo()`; also a context manager.

@@ -1,0 +1,38 @@
+"""Cases of the linear layer: one token (decoding) to a prompt."""
+import torch
+import torch.nn.functional as F
+
+import terrazzo
+
+from .cases import DTYPES, Case, Provider, generator
+from .roofline import Work
+
+# preset -> ([(K, N)], rows)
+SIZES = {"dbrx": (((1024, 1792), (2048, 2048)), (1, 8, 64, 256)), "tiny": (((16, 24),), (1, 5))}
+
+
+def _inputs(M, K, N, dtype, with_grad):
+    def make(seed):
+        g = generator(seed)
+        inputs = {"x": torch.randn(M, K, generator=g).to(dtype), "weight": torch.randn(N, K, generator=g).to(dtype)}
+        return inputs | ({"grad": torch.randn(M, N, generator=g).to(dtype)} if with_grad else {})
+
+    return make
+
+
+def _ours(backend):
+    return lambda x, weight: terrazzo.linear(x, weight, backend=backend)
+
+
+def cases(preset):
+    shapes, all_rows = SIZES[preset]
+    providers = (Provider("terrazzo", lambda: _ours("cpu"), ours=True), Provider("reference", lambda: _ours("reference")), Provider("torch", lambda: F.linear))
+    found = []
+    for name, dtype in DTYPES.items():
+        for K, N in shapes:
+            for M in all_rows:
+                for mode, passes in (("fwd", 1), ("bwd", 3)):
+                    work = Work(flops=passes * 2 * M * K * N, bytes=passes * dtype.itemsize * (M * (K + N) + K * N), traffic="read")
+                    found.append(Case("linear", f"{M}x{K}x{N}", mode, name, work, _inputs(M, K, N, dtype, mode == "bwd"), providers,
+                                      lambda: _ours("reference"), differentiable=("x", "weight")))
+    return found

@@ -1,0 +1,141 @@
+"""Cases of whole expert layers and of routing, in DBRX's and Mixtral's proportions, with even and uneven loads."""
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import terrazzo
+
+from .cases import DTYPES, Case, Provider, Unavailable, generator
+from .roofline import Work
+
+# preset -> [(width, expert width, experts, choices)], tokens. Mixtral's and DBRX's experts are scaled to fit this memory.
+SIZES = {
+    "dbrx": (((1024, 1792, 16, 4), (1536, 2688, 16, 4), (1024, 448, 64, 4)), (1, 4, 8, 16, 64, 256, 512, 1024, 2048)),
+    "mixtral": (((1024, 3584, 8, 2),), (1, 8, 64, 256, 2048)),
+    "tiny": (((16, 24, 6, 2),), (1, 9)),
+}
+LOADS = ("balanced", "zipf", "one-hot")
+TRAIN_TOKENS = (9, 512)
+ROUTE_SIZES = {"dbrx": ((4096, 16, 4), (4096, 64, 4)), "mixtral": ((4096, 8, 2),), "tiny": ((9, 6, 2),)}
+
+
+def choices(T, E, A, load, g):
+    """(T, A) int32: evenly spread, expert e with probability ~ 1 / (e + 1), or always the first A."""
+    if load == "balanced":
+        return ((torch.arange(T)[:, None] * A + torch.arange(A)) % E).int()
+    if load == "one-hot":
+        return torch.arange(A, dtype=torch.int32).expand(T, A).contiguous()
+    return torch.multinomial((1 / torch.arange(1.0, E + 1)).expand(T, E), A, generator=g).int()
+
+
+def _inputs(T, D, F_, E, A, load, dtype, with_grad):
+    def make(seed):
+        g = generator(seed)
+        inputs = {"x": torch.randn(T, D, generator=g).to(dtype), "topk_weights": torch.rand(T, A, generator=g).to(dtype)}
+        inputs |= {name: (torch.randn(E * F_, D, generator=g) * 0.02).to(dtype) for name in ("w1", "v1", "w2")}
+        inputs["topk_indices"] = choices(T, E, A, load, generator(0))
+        return inputs | ({"grad": torch.randn(T, D, generator=g).to(dtype)} if with_grad else {})
+
+    return make
+
+
+def _ours(backend, E):
+    def run(x, w1, v1, w2, topk_weights, topk_indices):
+        return terrazzo.fused_experts(x, w1, w2, topk_weights, topk_indices, w_up=v1, num_experts=E, backend=backend)
+
+    return run
+
+
+def _hf_eager(E, F_):
+    try:
+        from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU, DbrxExperts
+    except ImportError as error:
+        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+
+    def run(x, w1, v1, w2, topk_weights, topk_indices):
+        mlp = SimpleNamespace(w1=w1, v1=v1, w2=w2, activation_fn=F.silu)
+        glu = lambda *args: DbrxExpertGLU.forward(mlp, *args)  # noqa: E731
+        glu.w1, glu.v1, glu.w2 = w1, v1, w2
+        experts = SimpleNamespace(mlp=glu, hidden_size=x.shape[1], ffn_hidden_size=F_, num_experts=E)
+        return DbrxExperts.forward(experts, x, topk_indices.long(), topk_weights).view(x.shape)
+
+    return run
+
+
+def _hf_grouped(E):
+    """transformers' grouped_mm experts on the same weights, gate and up side by side as its models store them."""
+    try:
+        from transformers.integrations.moe import grouped_mm_experts_forward
+    except ImportError as error:
+        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+    kept = {}
+
+    def run(x, w1, v1, w2, topk_weights, topk_indices):
+        key = (w1.data_ptr(), w1._version)
+        if key not in kept or w1.requires_grad:
+            kept.clear()
+            kept[key] = torch.cat([w1.view(E, -1, x.shape[1]), v1.view(E, -1, x.shape[1])], 1), w2.view(E, -1, x.shape[1]).mT
+        gate_up, down = kept[key]
+        module = SimpleNamespace(num_experts=E, gate_up_proj=gate_up, down_proj=down, has_gate=True, has_bias=False, is_transposed=False, act_fn=F.silu,
+                                 has_post_expert_norm=False, _is_expert_parallel=False,
+                                 _apply_gate=lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1])
+        return grouped_mm_experts_forward(module, x, topk_indices.long(), topk_weights)
+
+    return run
+
+
+def _experts_cases(preset):
+    shapes, tokens = SIZES[preset]
+    for D, F_, E, A in shapes:
+        touched = {(T, load): choices(T, E, A, load, generator(0)).unique().numel() for T in tokens for load in LOADS}
+        for name, dtype in DTYPES.items():
+            providers = (Provider("terrazzo", lambda E=E: _ours("cpu", E), ours=True), Provider("reference", lambda E=E: _ours("reference", E)),
+                         Provider("hf", lambda E=E, F_=F_: _hf_eager(E, F_)), Provider("hf-grouped", lambda E=E: _hf_grouped(E)))
+            for T in tokens:
+                for load in LOADS:
+                    for mode, passes in (("fwd", 1), *((("bwd", 3),) if T in TRAIN_TOKENS else ())):
+                        work = Work(flops=passes * 6 * T * A * D * F_, bytes=passes * dtype.itemsize * (3 * touched[T, load] * D * F_ + 2 * T * D), traffic="read")
+                        yield Case("fused_experts", f"{T} tokens {D}x{F_} {E}x{A} {load}", mode, name, work,
+                                   _inputs(T, D, F_, E, A, load, dtype, mode == "bwd"), providers, lambda E=E: _ours("reference", E),
+                                   differentiable=("x", "w1", "v1", "w2", "topk_weights"))
+
+
+def _route_ours(backend):
+    def run(logits, top_k):
+        weights, indices = terrazzo.moe_route(logits, top_k, norm_order=1, backend=backend)
+        terrazzo.moe_permute(indices, logits.shape[1], backend=backend)
+        return weights
+
+    return run
+
+
+def _route_hf():
+    """The router of DBRX, and the masks by which its experts find their tokens."""
+
+    def run(logits, top_k):
+        weights, indices = logits.softmax(1, dtype=logits.dtype).topk(top_k, dim=-1)
+        weights = weights / torch.norm(weights, p=1, dim=-1, keepdim=True)
+        mask = F.one_hot(indices, num_classes=logits.shape[1] + 1).permute(2, 1, 0)
+        for expert in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            torch.where(mask[expert[0]])
+        return weights
+
+    return run
+
+
+def _route_cases(preset):
+    for name, dtype in DTYPES.items():
+        for T, E, A in ROUTE_SIZES[preset]:
+
+            def inputs(seed, T=T, E=E, A=A, dtype=dtype):
+                return {"logits": torch.randn(T, E, generator=generator(seed)).to(dtype), "top_k": A}
+
+            providers = (Provider("terrazzo", lambda: _route_ours("cpu"), ours=True), Provider("reference", lambda: _route_ours("reference")),
+                         Provider("hf", _route_hf))
+            yield Case("moe_route", f"{T} tokens {E}x{A} with permute", "fwd", name, Work(20 * T * E, dtype.itemsize * T * E + 20 * T * A), inputs, providers,
+                       lambda: _route_ours("reference"))
+
+
+def cases(preset):
+    return [*_experts_cases(preset), *_route_cases(preset)]

@@ -1,0 +1,138 @@
+"""A whole layer of experts in one op: gather, both products, gate, weighting and sum. Source: DBRX's and transformers' experts."""
+import torch
+
+from . import activations, checks, dispatch
+from .reference import fused_experts as reference
+
+OP = "fused_experts"
+dispatch.register(OP, "moe", ())
+
+
+def fused_experts(x, w_gate_up, w_down, topk_weights, topk_indices, *, w_up=None, bias_gate_up=None, bias_up=None, bias_down=None,
+                  activation="silu", interleaved=False, transposed=None, num_experts=None, alpha=1.702, limit=7.0, backend=None):
+    """y[t] = sum over a of topk_weights[t, a] * (h @ w_down[e].T + bias_down[e]) with e = topk_indices[t, a] and
+    h = activation(gate) * up, where gate, up = x[t] @ w_gate_up[e].T + bias_gate_up[e].
+
+    Args:
+        x: (T, D) float32, bfloat16, float16 or float64; T may be 0.
+        w_gate_up: (E, 2F, D): the gate's rows, then those of up; with `interleaved` they alternate. Width F instead of
+            2F: an expert without a gate, h = activation(x w). With w_up: (E, F, D), the gate alone.
+        w_down: (E, D, F). Weights are read where they lie, in any strides and dtypes (float64 goes with float64).
+        topk_weights, topk_indices: (T, A), what `moe_route` returns; indices int32 or int64, not negative. An index >= E
+            is an expert of somebody else (expert parallelism): it contributes nothing.
+        w_up: (E, F, D), the up projection in a tensor of its own (DBRX).
+        bias_gate_up: (E, 2F) like w_gate_up. bias_up: (E, F), with w_up. bias_down: (E, D).
+        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2", None, transformers' names of these, or "swiglu_oai"
+            (gpt-oss): gate clamped above at `limit`, up to +-limit, h = (up + 1) * gate * sigmoid(alpha * gate).
+        interleaved: gate and up alternate in w_gate_up and bias_gate_up (gpt-oss).
+        transposed: True: w_gate_up is (E, D, 2F), w_up (E, D, F), w_down (E, F, D). A pair says it for (w_gate_up and
+            w_up, w_down). None: each axis of length D is taken for D; where both are, as False.
+        num_experts: E, needed with weights of two dimensions: DBRX's (E * F, D) for all three, viewed as
+            transposed=(False, True).
+        alpha, limit: of "swiglu_oai".
+        backend: "cpu", "reference", ... or None to choose.
+
+    Returns:
+        (T, D) in x's dtype, accumulated in float32 (float64 for float64). No token is ever dropped. Differentiable in x,
+        weights, biases and topk_weights.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above. BackendError: a forced backend cannot run.
+
+    Equivalent to::
+
+        for t, a in product(range(T), range(A)):
+            e = topk_indices[t, a]
+            gate, up = (x[t] @ w_gate_up[e].T + bias_gate_up[e]).chunk(2)
+            y[t] += topk_weights[t, a] * (silu(gate) * up @ w_down[e].T + bias_down[e])
+    """
+    checks.check_tensor(OP, "x", x, 2, "(T, D)")
+    activation = activations.resolve(OP, activation)
+    w1, w_up, w2 = _one_layout(x, w_gate_up, w_up, w_down, transposed, num_experts)
+    _check_widths(w1, w_up, w2, activation, interleaved)
+    E, D, F = w2.shape
+    checks.check_optional(OP, "bias_gate_up", bias_gate_up, (E, w1.shape[1]), "(E, 2F) or (E, F), like w_gate_up", x)
+    checks.check_optional(OP, "bias_up", bias_up, (E, F), "(E, F)", x)
+    checks.check_optional(OP, "bias_down", bias_down, (E, D), "(E, D)", x)
+    if bias_up is not None and w_up is None:
+        checks.fail(OP, "bias_up needs w_up; without it bias_gate_up holds both")
+    _check_topk(x, topk_weights, topk_indices)
+    checks.check_float64(OP, x=x, w_gate_up=w1, w_up=w_up, w_down=w2)
+    chosen, _ = dispatch.pick(OP, x, w1, w_up, w2, topk_weights, bias_gate_up, bias_up, bias_down, backend=backend)
+    args = (x, w1, w_up, w2, topk_weights, topk_indices, bias_gate_up, bias_up, bias_down)
+    dispatch.count(OP, chosen)
+    return reference.fused_experts(*args, activation, interleaved, float(alpha), float(limit))
+
+
+def _one_layout(x, w_gate_up, w_up, w_down, transposed, num_experts):
+    """Views (E, F or 2F, D), (E, F, D) or None, (E, D, F) of the weights; nothing is copied."""
+    D = x.shape[1]
+    checks.check_positive(OP, D=D)
+    pair = _transposed_pair(transposed)
+    weights = {"w_gate_up": w_gate_up, "w_up": w_up, "w_down": w_down}
+    weights = {name: w for name, w in weights.items() if w is not None or name != "w_up"}
+    flat = isinstance(w_gate_up, torch.Tensor) and w_gate_up.dim() == 2
+    if flat:
+        if num_experts is None:
+            checks.fail(OP, "weights of two dimensions (E * F, D) need num_experts")
+        if pair not in ((None, None), (False, True)):
+            checks.fail(OP, f"weights of two dimensions have DBRX's layout: transposed must be None or (False, True), got {transposed!r}")
+        pair = (False, True)
+    views = []
+    for name, w in weights.items():
+        checks.check_tensor(OP, name, w, 2 if flat else 3, "(E * F, D)" if flat else "of three dimensions, experts first,", x)
+        if flat:
+            if not isinstance(num_experts, int) or num_experts < 1 or w.shape[0] % num_experts:
+                checks.fail(OP, f"num_experts must divide the {w.shape[0]} rows of {name}, got {num_experts!r}")
+            w = w.unflatten(0, (num_experts, w.shape[0] // num_experts))
+        down = name == "w_down"
+        views.append(_view(name, w, D, axis=1 if down else 2, transposed=pair[down]))
+    w1, w2 = views[0], views[-1]
+    E = w2.shape[0] if num_experts is None else num_experts
+    checks.check_positive(OP, E=E)
+    for name, w in zip(weights, views):
+        if w.shape[0] != E:
+            checks.fail(OP, f"{name} must hold {E} experts like " + ("num_experts" if num_experts else "w_down") + f", got {w.shape[0]}")
+    return w1, views[1] if len(views) == 3 else None, w2
+
+
+def _transposed_pair(transposed):
+    pair = tuple(transposed) if isinstance(transposed, (tuple, list)) else (transposed, transposed)
+    if len(pair) != 2 or any(p not in (None, True, False) for p in pair):
+        checks.fail(OP, f"transposed must be None, a bool or a pair of bools for (w_gate_up, w_down), got {transposed!r}")
+    return pair
+
+
+def _view(name, w, D, axis, transposed):
+    """w with its axis of length D at `axis`, where it stands when it is not transposed."""
+    if transposed is None:
+        transposed = w.shape[axis] != D
+    w = w.mT if transposed else w
+    if w.shape[axis] != D:
+        given = checks.describe(w.mT if transposed else w)
+        checks.fail(OP, f"{name} must have an axis of D = {D}, the width of x, where `transposed` says (last but for w_down (E, D, F)), got {given}")
+    return w
+
+
+def _check_widths(w1, w_up, w2, activation, interleaved):
+    F, width = w2.shape[2], w1.shape[1]
+    checks.check_positive(OP, F=F)
+    if w_up is not None:
+        if width != F or w_up.shape[1] != F:
+            checks.fail(OP, f"with w_up, w_gate_up and w_up must both be F = {F} wide like w_down, got {width} and {w_up.shape[1]}")
+    elif width not in (F, 2 * F):
+        checks.fail(OP, f"w_gate_up must be 2F = {2 * F} wide with a gate, F = {F} without one (F from w_down), got {width}")
+    gated = w_up is not None or width == 2 * F
+    if interleaved and (w_up is not None or not gated):
+        checks.fail(OP, "interleaved needs gate and up in one w_gate_up of width 2F")
+    if activation == "swiglu_oai" and not gated:
+        checks.fail(OP, "activation 'swiglu_oai' needs a gate: w_gate_up of width 2F, or w_up")
+
+
+def _check_topk(x, topk_weights, topk_indices):
+    checks.check_tensor(OP, "topk_weights", topk_weights, 2, "(T, A)", x)
+    checks.check_tensor(OP, "topk_indices", topk_indices, 2, "(T, A)", x, dtypes=(torch.int32, torch.int64))
+    checks.check_shape(OP, "topk_weights", topk_weights, (x.shape[0], None), "(T, A)")
+    checks.check_shape(OP, "topk_indices", topk_indices, tuple(topk_weights.shape), "like topk_weights")
+    checks.check_positive(OP, A=topk_weights.shape[1])
+    checks.check_not_negative(OP, "topk_indices", topk_indices)

@@ -1,0 +1,99 @@
+"""Grouped matrix products: every group of rows has its own matrix. Source: torch's grouped_mm, tgale96/grouped_gemm."""
+import torch
+
+from . import checks, dispatch
+from .reference import grouped_gemm as reference
+
+OP, WGRAD = "grouped_mm", "gmm"
+dispatch.register(OP, "grouped_gemm", ())
+dispatch.register(WGRAD, "grouped_gemm", ())
+
+
+def grouped_mm(a, b, offs, bias=None, *, backend=None):
+    """c[r] = a[r] @ b[e] + bias[e] for the rows r of each group e.
+
+    Args:
+        a: (T, K) float32, bfloat16, float16 or float64, any strides; the rows of a group are adjacent.
+        b: (E, K, N), any strides (a transposed view costs nothing) and any of these dtypes; float64 goes with float64.
+        offs: (E,) int32 end of each group's rows, not decreasing, at most T; equal ends are an empty group.
+        bias: (E, N) or None.
+        backend: "cpu", "reference", ... or None to choose.
+
+    Returns:
+        (T, N) in a's dtype, accumulated in float32 (float64 for float64). Rows at and after offs[-1] are zero, whatever
+        a holds there. Differentiable in a, b and bias.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above. BackendError: a forced backend cannot run.
+
+    Equivalent to::
+
+        for e, (begin, end) in enumerate(zip([0, *offs], offs)):
+            c[begin:end] = a[begin:end] @ b[e] + bias[e]
+    """
+    checks.check_tensor(OP, "a", a, 2, "(T, K)")
+    checks.check_tensor(OP, "b", b, 3, "(E, K, N)", a)
+    T, K = a.shape
+    E, _, N = b.shape
+    checks.check_positive(OP, E=E, K=K, N=N)
+    checks.check_shape(OP, "b", b, (None, K, None), "(E, K, N)")
+    checks.check_float64(OP, a=a, b=b)
+    checks.check_optional(OP, "bias", bias, (E, N), "(E, N)", a)
+    _check_offs(offs, E, T, a)
+    chosen, _ = dispatch.pick(OP, a, b, bias, backend=backend)
+    dispatch.count(OP, chosen)
+    return reference.grouped_mm(a, b, offs, bias)
+
+
+def gmm(a, b, batch_sizes, trans_a=False, trans_b=False, *, backend=None):
+    """grouped_gemm's product: groups by their sizes, operands optionally transposed.
+
+    Args:
+        a: (T, K). batch_sizes: (E,) int64 or int32 rows of each group on the CPU, none negative, T in all.
+        b: (E, K, N); with trans_b (E, N, K); with trans_a (T, N).
+        trans_a: a[rows of e].T @ b[rows of e] for each group: the gradient of the weights.
+
+    Returns:
+        (T, N), or (E, K, N) with trans_a, in a's dtype. Differentiable in a and b.
+
+    Equivalent to: ``grouped_mm(a, b.mT if trans_b else b, batch_sizes.cumsum(0))``, which also counts and serves it.
+    """
+    checks.check_tensor(WGRAD, "a", a, 2, "(T, K)")
+    if trans_a and trans_b:
+        checks.fail(WGRAD, "trans_a and trans_b exclude each other, got both; transpose b outside")
+    T, K = a.shape
+    checks.check_tensor(WGRAD, "batch_sizes", batch_sizes, 1, "(E,)", dtypes=(torch.int64, torch.int32))
+    if batch_sizes.device.type != "cpu":
+        checks.fail(WGRAD, f"batch_sizes must be on the cpu, got {batch_sizes.device}; use grouped_mm, whose offsets stay on the device")
+    E = batch_sizes.shape[0]
+    checks.check_positive(WGRAD, E=E, K=K)
+    if trans_a:
+        checks.check_tensor(WGRAD, "b", b, 2, "(T, N)", a)
+        checks.check_shape(WGRAD, "b", b, (T, None), "(T, N)")
+    else:
+        text = "(E, N, K)" if trans_b else "(E, K, N)"
+        checks.check_tensor(WGRAD, "b", b, 3, text, a)
+        checks.check_shape(WGRAD, "b", b, (E, None, K) if trans_b else (E, K, None), text)
+    checks.check_float64(WGRAD, a=a, b=b)
+    if not torch.compiler.is_compiling():
+        sizes = batch_sizes.tolist()
+        if min(sizes) < 0 or sum(sizes) != T:
+            checks.fail(WGRAD, f"batch_sizes must not be negative and sum to {T}, the rows of a, got {sizes}")
+    offs = batch_sizes.cumsum(0).to(device=a.device, dtype=torch.int32)
+    if not trans_a:
+        return grouped_mm(a, b.mT if trans_b else b, offs, backend=backend)
+    chosen, _ = dispatch.pick(WGRAD, a, b, backend=backend)
+    dispatch.count(WGRAD, chosen)
+    return reference.grouped_wgrad(a, b, offs)
+
+
+def _check_offs(offs, E, T, like):
+    checks.check_tensor(OP, "offs", offs, 1, "(E,)", like, dtypes=(torch.int32,))
+    checks.check_shape(OP, "offs", offs, (E,), "(E,)")
+    if torch.compiler.is_compiling() or offs.device.type != "cpu":
+        return  # values are checked by the kernel itself; reading them here would break the graph or synchronise
+    before = 0
+    for group, end in enumerate(offs.tolist()):
+        if not before <= end <= T:
+            checks.fail(OP, f"offs must not decrease and end at most at {T}, the number of rows, got {end} after {before} at group {group}")
+        before = end
