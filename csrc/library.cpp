@@ -17,7 +17,8 @@ STABLE_TORCH_LIBRARY(terrazzo, m) {
   m.def("rmsnorm_gated_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> (Tensor, Tensor, Tensor)");
   // mixture of experts and linear layers: b is (E, K, N) in any strides, offs the row ends of the groups
   m.def("grouped_gemm_fwd(Tensor a, Tensor b, Tensor offs, Tensor? bias) -> Tensor");
-  m.def("grouped_gemm_wgrad(Tensor a, Tensor dy, Tensor offs, bool k_last, ScalarType dtype) -> Tensor");
+  m.def("grouped_wgrad_fwd(Tensor a, Tensor b, Tensor offs) -> Tensor");
+  m.def("grouped_wgrad_bwd(Tensor dy, Tensor a, Tensor b, Tensor offs) -> (Tensor, Tensor)");
   m.def("grouped_gemm_bwd(Tensor dy, Tensor a, Tensor b, Tensor offs, bool need_a, bool need_b, bool need_bias) -> (Tensor, Tensor, Tensor)");
   m.def("linear_bwd(Tensor dy, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   m.def("linear_fwd(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor");
@@ -44,7 +45,8 @@ STABLE_TORCH_LIBRARY_IMPL(terrazzo, CPU, m) {
   TZ_IMPL(rmsnorm_gated_fwd);
   TZ_IMPL(rmsnorm_gated_bwd);
   TZ_IMPL(grouped_gemm_fwd);
-  TZ_IMPL(grouped_gemm_wgrad);
+  TZ_IMPL(grouped_wgrad_fwd);
+  TZ_IMPL(grouped_wgrad_bwd);
   TZ_IMPL(grouped_gemm_bwd);
   TZ_IMPL(linear_bwd);
   TZ_IMPL(linear_fwd);

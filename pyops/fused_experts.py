@@ -1,11 +1,11 @@
 """A whole layer of experts in one op: gather, both products, gate, weighting and sum. Source: DBRX's and transformers' experts."""
 import torch
 
-from . import activations, checks, dispatch
+from . import activations, checks, dispatch, native
 from .reference import fused_experts as reference
 
 OP = "fused_experts"
-dispatch.register(OP, "moe", ())
+dispatch.register(OP, "moe", ("fused_experts_fwd", "fused_experts_bwd"), cpu=dispatch.cpu_dtypes)
 
 
 def fused_experts(x, w_gate_up, w_down, topk_weights, topk_indices, *, w_up=None, bias_gate_up=None, bias_up=None, bias_down=None,
@@ -60,6 +60,11 @@ def fused_experts(x, w_gate_up, w_down, topk_weights, topk_indices, *, w_up=None
     checks.check_float64(OP, x=x, w_gate_up=w1, w_up=w_up, w_down=w2)
     chosen, _ = dispatch.pick(OP, x, w1, w_up, w2, topk_weights, bias_gate_up, bias_up, bias_down, backend=backend)
     args = (x, w1, w_up, w2, topk_weights, topk_indices, bias_gate_up, bias_up, bias_down)
+    if chosen == "cpu":
+        indices = topk_indices if topk_indices.dtype == torch.int32 else topk_indices.clamp(max=E).to(torch.int32)
+        tensors = (x, w1, w_up, w2, topk_weights, indices, bias_gate_up, bias_up, bias_down)
+        options = (activations.IDS[activation], interleaved, float(alpha), float(limit))
+        return torch.ops.terrazzo.fused_experts_fwd(*tensors, *options, dispatch.needs_grad(*tensors))[0]
     dispatch.count(OP, chosen)
     return reference.fused_experts(*args, activation, interleaved, float(alpha), float(limit))
 
@@ -136,3 +141,52 @@ def _check_topk(x, topk_weights, topk_indices):
     checks.check_shape(OP, "topk_indices", topk_indices, tuple(topk_weights.shape), "like topk_weights")
     checks.check_positive(OP, A=topk_weights.shape[1])
     checks.check_not_negative(OP, "topk_indices", topk_indices)
+
+
+@native.register_fake("fused_experts_fwd")
+def _(x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit, save):
+    columns = w1.shape[1] + (w2.shape[2] if w_up is not None else 0)
+    return x.new_empty(x.shape), x.new_empty((indices.numel(), columns) if save else (0,))
+
+
+def _stored_transposed(weight):
+    return weight.stride(2) != 1 and weight.stride(1) == 1
+
+
+@native.register_fake("fused_experts_bwd")
+def _(dy, x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit, saved, need_x, need_weights):
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def like(weight):
+        if weight is None or not need_weights:
+            return x.new_empty(0)
+        E, rows, columns = weight.shape
+        return weight.new_empty(E, columns, rows).transpose(1, 2) if _stored_transposed(weight) else weight.new_empty(weight.shape)
+
+    def bias_like(bias):
+        return x.new_empty(0) if bias is None or not need_weights else x.new_empty(bias.shape, dtype=acc)
+
+    dx = x.new_empty(x.shape if need_x else (0,))
+    dweights = x.new_empty(weights.shape, dtype=acc)
+    return dx, like(w1), like(w_up), like(w2), dweights, bias_like(bias1), bias_like(bias_up), bias_like(bias2)
+
+
+def _experts_setup(ctx, inputs, output):
+    *tensors, activation, interleaved, alpha, limit, save = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.options = (activation, interleaved, alpha, limit)
+
+
+def _experts_backward(ctx, dy, _):
+    *tensors, saved = ctx.saved_tensors
+    x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2 = tensors
+    need = ctx.needs_input_grad
+    need_weights = any(need[i] for i in (1, 2, 3, 6, 7, 8))
+    grads = torch.ops.terrazzo.fused_experts_bwd(dy, *tensors, *ctx.options, saved, need[0], need_weights)
+    dx, dw1, dw_up, dw2, dweights, dbias1, dbias_up, dbias2 = grads
+    found = [dx, dw1, dw_up, dw2, dweights, None, dbias1, dbias_up, dbias2]
+    return *(grad.to(t.dtype) if wanted else None for grad, t, wanted in zip(found, tensors, need)), *(None,) * 5
+
+
+native.register_autograd(OP, _experts_backward, _experts_setup)

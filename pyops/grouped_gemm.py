@@ -1,12 +1,12 @@
 """Grouped matrix products: every group of rows has its own matrix. Source: torch's grouped_mm, tgale96/grouped_gemm."""
 import torch
 
-from . import checks, dispatch
+from . import checks, dispatch, native
 from .reference import grouped_gemm as reference
 
 OP, WGRAD = "grouped_mm", "gmm"
-dispatch.register(OP, "grouped_gemm", ())
-dispatch.register(WGRAD, "grouped_gemm", ())
+dispatch.register(OP, "grouped_gemm", ("grouped_gemm", "grouped_gemm_bwd"), cpu=dispatch.cpu_dtypes)
+dispatch.register(WGRAD, "grouped_gemm", ("grouped_wgrad", "grouped_wgrad_bwd"), cpu=dispatch.cpu_dtypes)
 
 
 def grouped_mm(a, b, offs, bias=None, *, backend=None):
@@ -41,6 +41,8 @@ def grouped_mm(a, b, offs, bias=None, *, backend=None):
     checks.check_optional(OP, "bias", bias, (E, N), "(E, N)", a)
     _check_offs(offs, E, T, a)
     chosen, _ = dispatch.pick(OP, a, b, bias, backend=backend)
+    if chosen == "cpu":
+        return torch.ops.terrazzo.grouped_gemm_fwd(a, b, offs, bias)
     dispatch.count(OP, chosen)
     return reference.grouped_mm(a, b, offs, bias)
 
@@ -83,6 +85,8 @@ def gmm(a, b, batch_sizes, trans_a=False, trans_b=False, *, backend=None):
     if not trans_a:
         return grouped_mm(a, b.mT if trans_b else b, offs, backend=backend)
     chosen, _ = dispatch.pick(WGRAD, a, b, backend=backend)
+    if chosen == "cpu":
+        return torch.ops.terrazzo.grouped_wgrad_fwd(a, b, offs)
     dispatch.count(WGRAD, chosen)
     return reference.grouped_wgrad(a, b, offs)
 
@@ -97,3 +101,63 @@ def _check_offs(offs, E, T, like):
         if not before <= end <= T:
             checks.fail(OP, f"offs must not decrease and end at most at {T}, the number of rows, got {end} after {before} at group {group}")
         before = end
+
+
+def _k_last(b):
+    """b is stored transposed, as a linear layer's weight: its gradient then is, too."""
+    return b.stride(1) == 1 and b.stride(2) != 1
+
+
+@native.register_fake("grouped_gemm_fwd")
+def _(a, b, offs, bias):
+    return a.new_empty(a.shape[0], b.shape[2])
+
+
+@native.register_fake("grouped_gemm_bwd")
+def _(dy, a, b, offs, need_a, need_b, need_bias):
+    E, K, N = b.shape
+    acc = torch.float64 if a.dtype == torch.float64 else torch.float32
+    return (
+        a.new_empty(a.shape if need_a else (0,)),
+        b.new_empty(((E, N, K) if _k_last(b) else (E, K, N)) if need_b else (0,)),
+        a.new_empty((E, N), dtype=acc) if need_bias else a.new_empty(0),
+    )
+
+
+@native.register_fake("grouped_wgrad_fwd")
+def _(a, b, offs):
+    return a.new_empty(offs.shape[0], a.shape[1], b.shape[1])
+
+
+@native.register_fake("grouped_wgrad_bwd")
+def _(dy, a, b, offs):
+    return a.new_empty(a.shape), b.new_empty(b.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    a, b, offs, bias = inputs
+    ctx.save_for_backward(a, b, offs)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, dy):
+    a, b, offs = ctx.saved_tensors
+    need_a, need_b, _, need_bias = ctx.needs_input_grad
+    da, db, dbias = torch.ops.terrazzo.grouped_gemm_bwd(dy, a, b, offs, need_a, need_b, need_bias)
+    db = db.mT if need_b and _k_last(b) else db
+    return da if need_a else None, db if need_b else None, None, dbias.to(ctx.bias_dtype) if need_bias else None
+
+
+native.register_autograd("grouped_gemm", _backward, _setup_context)
+
+
+def _wgrad_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _wgrad_backward(ctx, dy):
+    da, db = torch.ops.terrazzo.grouped_wgrad_bwd(dy, *ctx.saved_tensors)
+    return da, db, None
+
+
+native.register_autograd("grouped_wgrad", _wgrad_backward, _wgrad_setup)

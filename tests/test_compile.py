@@ -59,6 +59,8 @@ def op_arguments(name):
     x, w, b, s = leaf(2, 6, 9), leaf(6, 4), leaf(6), leaf(2, 6, 3)
     scan = [leaf(2, 9, 4, 3), torch.rand(2, 9, 4).requires_grad_(), (-torch.rand(4)).requires_grad_(), leaf(2, 9, 2, 5), leaf(2, 9, 2, 5), leaf(4)]
     states = leaf(2, 4, 3, 5)
+    ends = torch.tensor([4, 7], dtype=torch.int32)
+    experts = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]], dtype=torch.int32)
     seq_idx = torch.tensor([[0] * 4 + [1] * 5, [2] * 9], dtype=torch.int32)
     return {
         "causal_conv1d_fwd": [(x, w, b, seq_idx, None, s, True, True), (x.transpose(1, 2).contiguous().transpose(1, 2), w, None, None, None, None, False, False)],
@@ -73,6 +75,17 @@ def op_arguments(name):
         "rmsnorm_gated_bwd": [(torch.randn(3, 8), torch.randn(3, 8), torch.randn(8), torch.randn(3, 8), 1e-5, 4, True)],
         "moe_route_fwd": [(leaf(5, 8), None, 3, 1.0, True, False, 0, 0, 1.0), (leaf(5, 8), torch.rand(8), 2, 0.0, True, True, 4, 2, 2.5)],
         "moe_route_bwd": [(torch.randn(5, 2), torch.randn(5, 8), torch.tensor([[0, 7]] * 5, dtype=torch.int32), 2.0, False, False, 1.0)],
+        "grouped_gemm_fwd": [(leaf(9, 5), leaf(2, 5, 6), ends, leaf(2, 6)), (leaf(9, 5), leaf(2, 6, 5).mT, ends, None)],
+        "grouped_gemm_bwd": [(torch.randn(9, 6), torch.randn(9, 5), torch.randn(2, 6, 5).mT, ends, True, True, True)],
+        "grouped_wgrad_fwd": [(leaf(9, 5), leaf(9, 6), ends)],
+        "grouped_wgrad_bwd": [(torch.randn(2, 5, 6), torch.randn(9, 5), torch.randn(9, 6), ends)],
+        "linear_fwd": [(leaf(4, 5), leaf(6, 5), leaf(6), 0), (torch.randn(4, 5), torch.randn(6, 5), None, 1)],
+        "linear_bwd": [(torch.randn(4, 6), torch.randn(4, 5), torch.randn(6, 5), True, True, True)],
+        "fused_experts_fwd": [(leaf(4, 5), leaf(3, 12, 5), None, leaf(3, 5, 6), leaf(4, 2), experts, leaf(3, 12), None, leaf(3, 5), 1, False, 1.7, 7.0, True),
+                              (torch.randn(4, 5), torch.randn(3, 6, 5), torch.randn(3, 6, 5), torch.randn(3, 5, 6), torch.rand(4, 2), experts, None, None,
+                               None, 2, False, 1.7, 7.0, False)],
+        "fused_experts_bwd": [(torch.randn(4, 5), torch.randn(4, 5), torch.randn(3, 12, 5), None, torch.randn(3, 6, 5).mT, torch.rand(4, 2), experts,
+                               torch.randn(3, 12), None, torch.randn(3, 5), 1, False, 1.7, 7.0, torch.randn(8, 12), True, True)],
         "moe_permute": [(torch.tensor([[0, 5], [1, 0]], dtype=torch.int32), 3)],
         "moe_unpermute_fwd": [(leaf(4, 3), torch.tensor([2, 0, 1, 3], dtype=torch.int32), leaf(2, 2))],
         "moe_unpermute_bwd": [(torch.randn(2, 3), torch.randn(4, 3), torch.tensor([2, 0, 1, 3], dtype=torch.int32), torch.rand(2, 2))],
@@ -82,7 +95,8 @@ def op_arguments(name):
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("name", ["causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update", "causal_conv1d_varlen_states", "chunk_scan_fwd",
                                   "chunk_scan_bwd", "selective_state_update", "rmsnorm_gated_fwd", "rmsnorm_gated_bwd", "moe_route_fwd", "moe_route_bwd",
-                                  "moe_permute", "moe_unpermute_fwd", "moe_unpermute_bwd"])
+                                  "moe_permute", "moe_unpermute_fwd", "moe_unpermute_bwd", "grouped_gemm_fwd", "grouped_gemm_bwd",
+                                  "grouped_wgrad_fwd", "grouped_wgrad_bwd", "linear_fwd", "linear_bwd", "fused_experts_fwd", "fused_experts_bwd"])
 def test_opcheck(name):
     for args in op_arguments(name):
         torch.library.opcheck(getattr(ops, name).default, args)

@@ -145,7 +145,8 @@ Tensor rmsnorm_gated_fwd(const Tensor& x, const Tensor& weight, const OptTensor&
 std::tuple<Tensor, Tensor, Tensor> rmsnorm_gated_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const OptTensor& z,
     double eps, int64_t group_size, bool norm_before_gate);
 Tensor grouped_gemm_fwd(const Tensor& a, const Tensor& b, const Tensor& offs, const OptTensor& bias);
-Tensor grouped_gemm_wgrad(const Tensor& a, const Tensor& dy, const Tensor& offs, bool k_last, ScalarType dtype);
+Tensor grouped_wgrad_fwd(const Tensor& a, const Tensor& b, const Tensor& offs);
+std::tuple<Tensor, Tensor> grouped_wgrad_bwd(const Tensor& dy, const Tensor& a, const Tensor& b, const Tensor& offs);
 std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(const Tensor& dy, const Tensor& a, const Tensor& b, const Tensor& offs, bool need_a,
     bool need_b, bool need_bias);
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, bool need_x, bool need_weight,

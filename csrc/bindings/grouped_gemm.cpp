@@ -116,18 +116,37 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(const Tensor& dy, const Tens
   return {da, db, dbias};
 }
 
-// db [E, K, N] contiguous, or its transpose [E, N, K] when k_last.
-Tensor grouped_gemm_wgrad(const Tensor& a, const Tensor& dy, const Tensor& offs, bool k_last, ScalarType dtype) {
-  constexpr const char* kOp = "gmm";
-  check_cpu(a, kOp, "a");
-  check_cpu(dy, kOp, "b");
-  check_shape(a, {-1, -1}, kOp, "a");
-  check_shape(dy, {a.size(0), -1}, kOp, "b");
-  const Tensor ends = checked_offs(offs, offs.numel(), a.size(0), kOp);
-  const Tensor &left = k_last ? dy : a, &right = k_last ? a : dy;  // db^T = dy^T a
-  Tensor db = empty(a, {offs.numel(), left.size(1), right.size(1)}, dtype);
-  cpu::run_grouped_gemm_wgrad(wgrad_params(left, right, offs.numel(), static_cast<const int32_t*>(data(ends)), db, kOp));
-  return db;
+namespace {
+
+Tensor checked_wgrad_ends(const Tensor& a, const Tensor& b, const Tensor& offs) {
+  check_cpu(a, "gmm", "a");
+  check_cpu(b, "gmm", "b");
+  check_shape(a, {-1, -1}, "gmm", "a");
+  check_shape(b, {a.size(0), -1}, "gmm", "b");
+  return checked_offs(offs, offs.numel(), a.size(0), "gmm");
+}
+
+}  // namespace
+
+Tensor grouped_wgrad_fwd(const Tensor& a, const Tensor& b, const Tensor& offs) {
+  const Tensor ends = checked_wgrad_ends(a, b, offs);
+  Tensor y = empty(a, {offs.numel(), a.size(1), b.size(1)}, a.scalar_type());
+  cpu::run_grouped_wgrad(wgrad_params(a, b, offs.numel(), static_cast<const int32_t*>(data(ends)), y, "gmm"));
+  return y;
+}
+
+std::tuple<Tensor, Tensor> grouped_wgrad_bwd(const Tensor& dy, const Tensor& a, const Tensor& b, const Tensor& offs) {
+  const Tensor ends = checked_wgrad_ends(a, b, offs);
+  const int64_t E = offs.numel(), K = a.size(1), N = b.size(1);
+  check_shape(dy, {E, K, N}, "gmm backward", "dy");
+  const int32_t* end = static_cast<const int32_t*>(data(ends));
+  Tensor da = empty(a, {a.size(0), K}, b.scalar_type()), db = empty(a, {a.size(0), N}, a.scalar_type());
+  GroupedWgradBwdParams p{};
+  p.da = product_params(b, dy, E, N, K, dy.stride(0), dy.stride(2), dy.stride(1), end, "gmm backward");
+  p.dy = product_params(a, dy, E, K, N, dy.stride(0), dy.stride(1), dy.stride(2), end, "gmm backward");
+  p.da.c = mutable_data(da), p.dy.c = mutable_data(db);
+  cpu::run_grouped_wgrad_bwd(p);
+  return {cast(da, a.scalar_type()), cast(db, b.scalar_type())};
 }
 
 Tensor linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias_in, int64_t activation) {

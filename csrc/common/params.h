@@ -150,6 +150,11 @@ struct GroupedGemmBwdParams {
   GroupedWgradParams db, dbias;
 };
 
+// The gradients of a weight gradient: two grouped products.
+struct GroupedWgradBwdParams {
+  GroupedGemmParams da, dy;
+};
+
 // One layer of experts: y[t] = sum over a of weights[t, a] * (gate(x[t] w1[e] + bias1[e]) w2[e] + bias2[e]), e = expert a of t.
 // Work happens in slots, the pairs (t, a) sorted by expert: slot s belongs to token tokens[s]; pairs whose index is no
 // expert of ours have no slot. The gate reads g and u from columns j and F + j of the first product (2j and 2j + 1 when

@@ -53,12 +53,16 @@ template <class A> void run(const GroupedGemmParams& p) {
 }  // namespace
 
 void grouped_gemm(const GroupedGemmParams& p) { p.a_dtype == DType::f64 ? run<double>(p) : run<float>(p); }
-void grouped_gemm_wgrad(const GroupedWgradParams& p) { p.a_dtype == DType::f64 ? grouped_wgrad<double>(p) : grouped_wgrad<float>(p); }
-void experts_wgrad(const GroupedWgradParams& p) { grouped_gemm_wgrad(p); }
+void grouped_wgrad(const GroupedWgradParams& p) { p.a_dtype == DType::f64 ? weight_gradient<double>(p) : weight_gradient<float>(p); }
+void grouped_wgrad_bwd(const GroupedWgradBwdParams& p) {
+  grouped_gemm(p.da);
+  grouped_gemm(p.dy);
+}
+void experts_wgrad(const GroupedWgradParams& p) { grouped_wgrad(p); }
 void grouped_gemm_bwd(const GroupedGemmBwdParams& p) {
   if (p.da.c) grouped_gemm(p.da);
-  if (p.db.db) grouped_gemm_wgrad(p.db);
-  if (p.dbias.db) grouped_gemm_wgrad(p.dbias);
+  if (p.db.db) grouped_wgrad(p.db);
+  if (p.dbias.db) grouped_wgrad(p.dbias);
 }
 void linear_fwd(const GroupedGemmParams& p) { grouped_gemm(p); }
 void linear_bwd(const GroupedGemmBwdParams& p) { grouped_gemm_bwd(p); }

@@ -15,7 +15,8 @@
   X(rmsnorm_gated_bwd, RmsnormGatedParams)             \
   X(grouped_gemm, GroupedGemmParams)                   \
   X(grouped_gemm_bwd, GroupedGemmBwdParams)            \
-  X(grouped_gemm_wgrad, GroupedWgradParams)            \
+  X(grouped_wgrad, GroupedWgradParams)                 \
+  X(grouped_wgrad_bwd, GroupedWgradBwdParams)          \
   X(experts_wgrad, GroupedWgradParams)                 \
   X(linear_fwd, GroupedGemmParams)                     \
   X(linear_bwd, GroupedGemmBwdParams)                  \

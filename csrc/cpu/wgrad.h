@@ -8,7 +8,7 @@ namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 // Scratch slots of grouped kernels, beside gemm.h's.
 enum GroupedSlot { kSlotC = kGemmSlots, kSlotTasks, kGroupedSlots };
 
-template <class A> inline void grouped_wgrad(const GroupedWgradParams& p) {
+template <class A> inline void weight_gradient(const GroupedWgradParams& p) {
   const Groups groups{p.E, p.offs};
   const int64_t width = block_width(p.N, 256, p.E), columns = ceil_div(p.N, width), height = min_of(p.K, kBlockRows), heights = ceil_div(p.K, height);
   run_tasks(p.E * heights * columns, p.E * p.K * p.N + groups.total() * p.K * p.N, [&](int64_t task) {
