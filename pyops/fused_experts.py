@@ -146,7 +146,8 @@ def _check_topk(x, topk_weights, topk_indices):
 @native.register_fake("fused_experts_fwd")
 def _(x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit, save):
     columns = w1.shape[1] + (w2.shape[2] if w_up is not None else 0)
-    return x.new_empty(x.shape), x.new_empty((indices.numel(), columns) if save else (0,))
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape), x.new_empty((indices.numel() if save else 0, columns), dtype=acc)
 
 
 def _stored_transposed(weight):

@@ -137,8 +137,9 @@ std::tuple<Tensor, Tensor> fused_experts_fwd(const Tensor& x, const Tensor& w1, 
   ExpertsCall call(x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit);
   FusedExpertsParams& p = call.p;
   const ScalarType xt = x.scalar_type();
-  Tensor y = empty(x, {p.T, p.D}, xt), h = empty(x, {p.S, p.F}, xt), rows = empty(x, {p.S, p.D}, xt);
-  Tensor saved = save ? empty(x, {p.T * p.A, call.columns()}, xt) : absent(x);
+  const ScalarType acc = acc_scalar(xt);
+  Tensor y = empty(x, {p.T, p.D}, xt), h = empty(x, {p.S, p.F}, acc), rows = empty(x, {p.S, p.D}, acc);
+  Tensor saved = empty(x, {save ? p.T * p.A : 0, call.columns()}, acc);
   p.y = mutable_data(y), p.h = mutable_data(h), p.slots = mutable_data(rows);
   if (save) p.saved = mutable_data(saved);
   cpu::run_fused_experts_fwd(p);
@@ -155,7 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused
   check_shape(dy_in, {p.T, p.D}, kOp, "dy");
   check_shape(saved, {p.T * p.A, columns}, kOp, "saved");
   const Tensor dy = cast_contiguous(dy_in, xt);
-  Tensor h = empty(x, {p.S, p.F}, xt), dh = empty(x, {p.S, p.F}, xt), dproducts = empty(x, {p.S, columns}, xt), rows = empty(x, {p.S, p.D}, xt);
+  TZ_CHECK(saved.scalar_type() == acc && saved.is_contiguous(), kOp, "saved must be what the forward returned");
+  Tensor h = empty(x, {p.S, p.F}, acc), dh = empty(x, {p.S, p.F}, acc), dproducts = empty(x, {p.S, columns}, acc), rows = empty(x, {p.S, p.D}, acc);
   Tensor dx = need_x ? empty(x, {p.T, p.D}, xt) : absent(x), dweights = empty(x, {p.T, p.A}, acc);
   p.dy = data(dy), p.saved = mutable_data(saved), p.h = mutable_data(h), p.dh = mutable_data(dh), p.dproducts = mutable_data(dproducts);
   p.slots = mutable_data(rows), p.dx = need_x ? mutable_data(dx) : nullptr, p.dweights = mutable_data(dweights);
@@ -164,16 +166,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused
   Tensor dw1 = absent(x), dw_up = absent(x), dw2 = absent(x), dbias1 = absent(x), dbias_up = absent(x), dbias2 = absent(x);
   if (need_weights) {
     const Tensor x_rows = gather_rows(call.x, call.slots.tokens), dy_rows = gather_rows(dy, call.slots.tokens);
+    const DType acc_dtype = acc == ScalarType::Double ? DType::f64 : DType::f32;
     const char* products = static_cast<const char*>(data(dproducts));
-    const Rows by_x{p.x_dtype, data(x_rows), p.D, p.D}, by_dy{p.x_dtype, data(dy_rows), p.D, p.D}, by_h{p.x_dtype, data(h), p.F, p.F};
-    const Rows by_w1{p.x_dtype, products, columns, p.N1};
-    const Rows by_w_up{p.x_dtype, products + p.N1 * static_cast<int64_t>(x.element_size()), columns, p.F};
+    const Rows by_x{p.x_dtype, data(x_rows), p.D, p.D}, by_dy{p.x_dtype, data(dy_rows), p.D, p.D}, by_h{acc_dtype, data(h), p.F, p.F};
+    const Rows by_w1{acc_dtype, products, columns, p.N1};
+    const Rows by_w_up{acc_dtype, products + p.N1 * static_cast<int64_t>(dproducts.element_size()), columns, p.F};
     dw1 = weight_gradient(call, w1, by_w1, by_x);
     if (w_up) dw_up = weight_gradient(call, *w_up, by_w_up, by_x);
     dw2 = weight_gradient(call, w2, by_dy, by_h);
     const double one = 1;
     const float one_f = 1;
-    const Rows ones{acc == ScalarType::Double ? DType::f64 : DType::f32, acc == ScalarType::Double ? static_cast<const void*>(&one) : &one_f, 0, 1};
+    const Rows ones{acc_dtype, acc == ScalarType::Double ? static_cast<const void*>(&one) : &one_f, 0, 1};
     const auto column_sums = [&](const Rows& of) { return torch::stable::select(grouped_gradient(call, ones, of, acc), 1, 0); };
     if (bias1) dbias1 = column_sums(by_w1);
     if (bias_up && w_up) dbias_up = column_sums(by_w_up);

@@ -60,7 +60,7 @@ struct Ones {
   }
 };
 
-OptTensor unit_stride_last(const OptTensor& t) { return t ? OptTensor(unit_stride_last(*t)) : std::nullopt; }
+OptTensor unit_stride_bias(const OptTensor& t) { return t ? OptTensor(unit_stride_last(*t)) : std::nullopt; }
 
 }  // namespace
 
@@ -71,7 +71,7 @@ Tensor grouped_gemm_fwd(const Tensor& a, const Tensor& b, const Tensor& offs, co
   check_shape(b, {-1, -1, -1}, kOp, "b");
   check_shape(a, {-1, b.size(1)}, kOp, "a");
   check_shape(bias_in, {b.size(0), b.size(2)}, kOp, "bias");
-  const OptTensor bias = unit_stride_last(bias_in);
+  const OptTensor bias = unit_stride_bias(bias_in);
   const Tensor ends = checked_offs(offs, b.size(0), a.size(0), kOp);
   GroupedGemmParams p = product_params(a, b, b.size(0), b.size(1), b.size(2), b.stride(0), b.stride(1), b.stride(2),
                                        static_cast<const int32_t*>(data(ends)), kOp);
@@ -158,7 +158,7 @@ Tensor linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias_i
   check_shape(bias_in, {weight.size(0)}, kOp, "bias");
   TZ_CHECK(activation >= 0 && activation < kActivations - 1, kOp, "unknown activation ", activation);
   TZ_CHECK(x.size(0) <= INT32_MAX, kOp, "x must have fewer than 2^31 rows, got ", x.size(0));
-  const OptTensor bias = unit_stride_last(bias_in);
+  const OptTensor bias = unit_stride_bias(bias_in);
   const int32_t end = static_cast<int32_t>(x.size(0));
   GroupedGemmParams p = product_params(x, weight, 1, weight.size(1), weight.size(0), 0, weight.stride(1), weight.stride(0), &end, kOp);
   p.activation = static_cast<Activation>(activation);

@@ -160,7 +160,7 @@ struct GroupedWgradBwdParams {
 // expert of ours have no slot. The gate reads g and u from columns j and F + j of the first product (2j and 2j + 1 when
 // interleaved), u from w_up when there is one; without a gate h = act(g).
 struct FusedExpertsParams {
-  DType x_dtype, w1_dtype, w_up_dtype, w2_dtype;                        // x, y, h, saved, slots | each weight
+  DType x_dtype, w1_dtype, w_up_dtype, w2_dtype;                        // x, y, dy, dx | each weight
   int64_t T, A, S, D, F, E, N1;                                         // N1 columns of w1: F or 2 F; S slots in use
   Activation activation;
   bool gated, interleaved;
@@ -175,7 +175,8 @@ struct FusedExpertsParams {
   const int32_t* offs;                                                  // [E] slot ends
   const int32_t* tokens;                                                // [S]
   const int32_t* places;                                                // [T, A] slot of each pair, or -1
-  void* saved;                                                          // [S, N1 (+ F)] first products, or null
+  void* saved;                                                          // [S, N1 (+ F)] first products, or null; this and the
+                                                                        // scratch below in the accumulation type
   void* h;                                                              // [S, F] scratch
   void* slots;                                                          // [S, D] scratch
   void* y;                                                              // [T, D] contiguous

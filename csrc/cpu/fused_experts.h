@@ -35,7 +35,7 @@ template <class A> inline void combine(const FusedExpertsParams& p, const A* wei
           Vec<A> sum = Vec<A>::zero();
           for (int64_t a = 0; a < p.A; a++)
             if (place[a] >= 0)
-              sum = fma(Vec<A>(weights ? weights[token * p.A + a] : A(1)), load_n<A>(static_cast<const S*>(p.slots) + place[a] * p.D + d, p.D - d), sum);
+              sum = fma(Vec<A>(weights ? weights[token * p.A + a] : A(1)), load_n<A>(static_cast<const A*>(p.slots) + place[a] * p.D + d, p.D - d), sum);
           store_n(sum, out + d, p.D - d);
         }
       }

@@ -16,7 +16,7 @@ template <class A> void gradient_of_h(const FusedExpertsParams& p) {
     const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
     A* c = scratch<A>(kSlotC, rows * ldc);
     gemm_block(way, dy, row, rows, transposed(expert_w2(p, e)), n, nb, p.D, c, ldc);
-    store_tile<A>(c, ldc, p.x_dtype, p.dh, row * p.F + n, p.F, 1, rows, nb);
+    store_tile<A>(c, ldc, static_cast<A*>(p.dh) + row * p.F + n, p.F, 1, rows, nb);
   });
 }
 
@@ -46,18 +46,18 @@ TZ_INLINE A gate_columns(const A* g, const A* u, const A* dh, int64_t nb, GateCo
 }
 
 // g and u lie `step` apart from each other's next: 2 when interleaved.
-template <class A, class S> TZ_INLINE void read_columns(const S* src, int64_t step, int64_t n, A* dst) {
-  for (int64_t j = 0; j < n; j++) dst[j] = load1<A>(src + j * step);
+template <class A> TZ_INLINE void read_columns(const A* src, int64_t step, int64_t n, A* dst) {
+  for (int64_t j = 0; j < n; j++) dst[j] = src[j * step];
 }
-template <class A, class S> TZ_INLINE void write_columns(const A* src, int64_t n, S* dst, int64_t step) {
-  for (int64_t j = 0; j < n; j++) store1(src[j], dst + j * step);
+template <class A> TZ_INLINE void write_columns(const A* src, int64_t n, A* dst, int64_t step) {
+  for (int64_t j = 0; j < n; j++) dst[j * step] = src[j];
 }
 
-template <Activation act, bool kGated, class A, class S> A gate_slot(const FusedExpertsParams& p, int64_t s, A weight) {
+template <Activation act, bool kGated, class A> A gate_slot(const FusedExpertsParams& p, int64_t s, A weight) {
   const int64_t columns = product_columns(p), step = p.interleaved ? 2 : 1, up = p.interleaved ? 1 : p.F;
-  const S* saved = static_cast<const S*>(p.saved) + s * columns;
-  S* dproducts = static_cast<S*>(p.dproducts) + s * columns;
-  S *h = static_cast<S*>(p.h) + s * p.F, *dh = static_cast<S*>(p.dh) + s * p.F;
+  const A* saved = static_cast<const A*>(p.saved) + s * columns;
+  A* dproducts = static_cast<A*>(p.dproducts) + s * columns;
+  A *h = static_cast<A*>(p.h) + s * p.F, *dh = static_cast<A*>(p.dh) + s * p.F;
   A* part = scratch<A>(kSlotC, 6 * kGateBlock);
   A *g = part, *u = g + kGateBlock, *d = u + kGateBlock, *wh = d + kGateBlock, *dg = wh + kGateBlock, *du = dg + kGateBlock;
   A dweight = 0;
@@ -93,8 +93,8 @@ template <class A> void through_gates(const FusedExpertsParams& p) {
         for (int64_t pair = begin; pair < end; pair++) {
           const int64_t s = p.places[pair];
           if (s < 0) dweights[pair] = 0;
-          else if (p.gated) dweights[pair] = gate_slot<kAct, true, A, S>(p, s, weights[pair]);
-          else dweights[pair] = gate_slot<kAct, false, A, S>(p, s, weights[pair]);
+          else if (p.gated) dweights[pair] = gate_slot<kAct, true, A>(p, s, weights[pair]);
+          else dweights[pair] = gate_slot<kAct, false, A>(p, s, weights[pair]);
           if (s >= 0 && p.bias2) dweights[pair] += dot_bias<A, S>(p, p.indices[pair], pair / p.A);
         }
       });
@@ -104,7 +104,8 @@ template <class A> void through_gates(const FusedExpertsParams& p) {
 
 template <class A> void gradient_of_x(const FusedExpertsParams& p) {
   const int64_t columns = product_columns(p);
-  const MatrixA by_w1{p.x_dtype, p.dproducts, columns, 1, nullptr}, by_w_up{p.x_dtype, element(p.dproducts, p.x_dtype, p.N1), columns, 1, nullptr};
+  const MatrixA by_w1{dtype_of<A>::value, p.dproducts, columns, 1, nullptr};
+  const MatrixA by_w_up{dtype_of<A>::value, static_cast<A*>(p.dproducts) + p.N1, columns, 1, nullptr};
   for_blocks(slot_groups(p), p.D, p.N1, transposed(expert_w1(p, 0)), kSlotTasks,
              [&](int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, GemmWay way) {
     const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
@@ -114,7 +115,7 @@ template <class A> void gradient_of_x(const FusedExpertsParams& p) {
       const MatrixB up = transposed(expert_w_up(p, e));
       gemm_block(gemm_way(slot_groups(p).rows(e), p.F, p.D, up), by_w_up, row, rows, up, n, nb, p.F, c, ldc, true);
     }
-    store_tile<A>(c, ldc, p.x_dtype, p.slots, row * p.D + n, p.D, 1, rows, nb);
+    store_tile<A>(c, ldc, static_cast<A*>(p.slots) + row * p.D + n, p.D, 1, rows, nb);
   });
   combine<A>(p, nullptr, p.dx);
 }

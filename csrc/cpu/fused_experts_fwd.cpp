@@ -11,9 +11,9 @@
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 namespace {
 
-// The gate of one row: c holds g at `c` and u at `u`, both nb long; bias added, first products saved, h stored.
-template <Activation act, bool kGated, class A, class S>
-TZ_INLINE void gate_row(const A* g, const A* u, int64_t nb, GateConstants constants, S* h) {
+// h = gate(g, u) of nb columns of one row.
+template <Activation act, bool kGated, class A>
+TZ_INLINE void gate_row(const A* g, const A* u, int64_t nb, GateConstants constants, A* h) {
   constexpr int64_t V = Vec<A>::size;
   for (int64_t j = 0; j < nb; j += V) {
     const Vec<A> x = load_n<A>(g + j, nb - j);
@@ -25,9 +25,6 @@ TZ_INLINE void gate_row(const A* g, const A* u, int64_t nb, GateConstants consta
 template <class A> TZ_INLINE void add_row(A* c, const A* bias, int64_t n) {
   for (int64_t j = 0; j < n; j++) c[j] += bias[j];
 }
-template <class A, class S> TZ_INLINE void save_row(const A* c, int64_t n, S* out) {
-  for (int64_t j = 0; j < n; j += Vec<A>::size) store_n(load_n<A>(c + j, n - j), out + j, n - j);
-}
 
 // Columns [n, n + nb) of h for `rows` slots from the block of first products: g at c, u at c + up (up = 1 interleaved).
 template <class A>
@@ -36,30 +33,27 @@ void gate_block(const FusedExpertsParams& p, int64_t e, int64_t row, int64_t row
   const A* bias_up = p.w_up && p.bias_up ? static_cast<const A*>(p.bias_up) + e * p.F + n : p.w_up || !bias1 ? nullptr : bias1 + p.F + n;
   const int64_t first = p.interleaved ? 2 : 1, columns = product_columns(p);
   A* split = scratch<A>(kGroupedSlots, 2 * nb);
-  with_type(p.x_dtype, [&](auto s) {
-    using S = decltype(s);
-    with_activation(p.activation, [&](auto act) {
-      constexpr Activation kAct = decltype(act)::value;
-      for (int64_t i = 0; i < rows; i++) {
-        A *g = c + i * ldc, *u = g + up;
-        S* saved = p.saved ? static_cast<S*>(p.saved) + (row + i) * columns : nullptr;
-        S* h = static_cast<S*>(p.h) + (row + i) * p.F + n;
-        if (bias1) add_row(g, bias1 + first * n, first * nb);
-        if (saved) save_row(g, first * nb, saved + first * n);
-        if (!p.gated) {
-          gate_row<kAct, false>(g, u, nb, {p.alpha, p.limit}, h);
-          continue;
-        }
-        if (p.interleaved) {
-          for (int64_t j = 0; j < nb; j++) split[j] = g[2 * j], split[nb + j] = g[2 * j + 1];
-          g = split, u = split + nb;
-        } else {
-          if (bias_up) add_row(u, bias_up, nb);
-          if (saved) save_row(u, nb, saved + p.F + n);
-        }
-        gate_row<kAct, true>(g, u, nb, {p.alpha, p.limit}, h);
+  with_activation(p.activation, [&](auto act) {
+    constexpr Activation kAct = decltype(act)::value;
+    for (int64_t i = 0; i < rows; i++) {
+      A *g = c + i * ldc, *u = g + up;
+      A* saved = p.saved ? static_cast<A*>(p.saved) + (row + i) * columns : nullptr;
+      A* h = static_cast<A*>(p.h) + (row + i) * p.F + n;
+      if (bias1) add_row(g, bias1 + first * n, first * nb);
+      if (saved) std::memcpy(saved + first * n, g, static_cast<size_t>(first * nb) * sizeof(A));
+      if (!p.gated) {
+        gate_row<kAct, false>(g, u, nb, {p.alpha, p.limit}, h);
+        continue;
       }
-    });
+      if (p.interleaved) {
+        for (int64_t j = 0; j < nb; j++) split[j] = g[2 * j], split[nb + j] = g[2 * j + 1];
+        g = split, u = split + nb;
+      } else {
+        if (bias_up) add_row(u, bias_up, nb);
+        if (saved) std::memcpy(saved + p.F + n, u, static_cast<size_t>(nb) * sizeof(A));
+      }
+      gate_row<kAct, true>(g, u, nb, {p.alpha, p.limit}, h);
+    }
   });
 }
 
@@ -78,7 +72,7 @@ template <class A> void first_product(const FusedExpertsParams& p) {
 }
 
 template <class A> void second_product(const FusedExpertsParams& p) {
-  const MatrixA h{p.x_dtype, p.h, p.F, 1, nullptr};
+  const MatrixA h{dtype_of<A>::value, p.h, p.F, 1, nullptr};
   for_blocks(slot_groups(p), p.D, p.F, expert_w2(p, 0), kSlotTasks,
              [&](int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, GemmWay way) {
     const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
@@ -86,7 +80,7 @@ template <class A> void second_product(const FusedExpertsParams& p) {
     gemm_block(way, h, row, rows, expert_w2(p, e), n, nb, p.F, c, ldc);
     const A* bias = p.bias2 ? static_cast<const A*>(p.bias2) + e * p.D + n : nullptr;
     for (int64_t i = 0; i < rows && bias; i++) add_row(c + i * ldc, bias, nb);
-    store_tile<A>(c, ldc, p.x_dtype, p.slots, row * p.D + n, p.D, 1, rows, nb);
+    store_tile<A>(c, ldc, static_cast<A*>(p.slots) + row * p.D + n, p.D, 1, rows, nb);
   });
 }
 
