@@ -277,7 +277,7 @@ inline void dot_rows(const A* a, int64_t lda, int64_t rows, const S* w, int64_t 
         const S* y = w + j * ldw + k;
         A* out = c + row * ldc + j;
         if (nb - j >= W) return dot_tile<R, W, 1>(x, lda, y, ldw, kc, fetch, out, ldc, add);
-        for (int64_t i = 0; i < nb - j; i++) dot_tile<R, 1, 2>(x, lda, y + i * ldw, ldw, kc, fetch, out + i, ldc, add);
+        for (int64_t i = 0; i < nb - j; i++) dot_tile<R, 1, 1>(x, lda, y + i * ldw, ldw, kc, fetch, out + i, ldc, add);  // same order
       });
     }
   }
