@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY(terrazzo, m) {
   m.def("linear_fwd(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor");
   m.def("fused_experts_fwd(Tensor x, Tensor w1, Tensor? w_up, Tensor w2, Tensor topk_weights, Tensor topk_indices, Tensor? bias1, Tensor? bias_up, Tensor? bias2, int activation, bool interleaved, float alpha, float limit, bool save) -> (Tensor, Tensor)");
   m.def("fused_experts_bwd(Tensor dy, Tensor x, Tensor w1, Tensor? w_up, Tensor w2, Tensor topk_weights, Tensor topk_indices, Tensor? bias1, Tensor? bias_up, Tensor? bias2, int activation, bool interleaved, float alpha, float limit, Tensor saved, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // weights packed by pack_weight: (experts, panels, K, 16), for inference alone
+  m.def("grouped_gemm_packed(Tensor a, Tensor b, Tensor? scale, Tensor offs, Tensor? bias, int N) -> Tensor");
+  m.def("fused_experts_packed(Tensor x, Tensor w1, Tensor? w_up, Tensor w2, Tensor? scale1, Tensor? scale_up, Tensor? scale2, Tensor topk_weights, Tensor topk_indices, Tensor? bias1, Tensor? bias_up, Tensor? bias2, int N1, int F, int activation, bool interleaved, float alpha, float limit) -> Tensor");
   m.def("moe_route_fwd(Tensor logits, Tensor? bias, int top_k, float norm_order, bool softmax_first, bool sigmoid, int n_group, int topk_group, float scale) -> (Tensor, Tensor)");
   m.def("moe_route_bwd(Tensor dweights, Tensor logits, Tensor indices, float norm_order, bool softmax_first, bool sigmoid, float scale) -> Tensor");
   m.def("moe_permute(Tensor indices, int num_experts) -> (Tensor, Tensor, Tensor)");
@@ -52,6 +55,8 @@ STABLE_TORCH_LIBRARY_IMPL(terrazzo, CPU, m) {
   TZ_IMPL(linear_fwd);
   TZ_IMPL(fused_experts_fwd);
   TZ_IMPL(fused_experts_bwd);
+  TZ_IMPL(grouped_gemm_packed);
+  TZ_IMPL(fused_experts_packed);
   TZ_IMPL(moe_route_fwd);
   TZ_IMPL(moe_route_bwd);
   TZ_IMPL(moe_permute);

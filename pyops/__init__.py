@@ -13,6 +13,7 @@ from .fused_experts import fused_experts
 from .grouped_gemm import gmm, grouped_mm
 from .linear import linear
 from .moe import load_balancing_loss, moe_permute, moe_route, moe_unpermute, router_z_loss
+from .packing import PackedExperts, PackedWeight, pack_expert_weights, pack_weight
 from .rmsnorm_gated import rmsnorm_gated
 from .state_update import selective_state_update
 
@@ -23,6 +24,8 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 __all__ = [
     "BackendError",
+    "PackedExperts",
+    "PackedWeight",
     "can_run",
     "causal_conv1d_fn",
     "causal_conv1d_update",
@@ -40,6 +43,8 @@ __all__ = [
     "moe_permute",
     "moe_route",
     "moe_unpermute",
+    "pack_expert_weights",
+    "pack_weight",
     "patch",
     "pick",
     "reset_counters",

@@ -2,6 +2,7 @@
 import torch
 
 from . import activations, checks, dispatch, native
+from .packing import PackedExperts
 from .reference import fused_experts as reference
 
 OP = "fused_experts"
@@ -16,7 +17,8 @@ def fused_experts(x, w_gate_up, w_down, topk_weights, topk_indices, *, w_up=None
     Args:
         x: (T, D) float32, bfloat16, float16 or float64; T may be 0.
         w_gate_up: (E, 2F, D): the gate's rows, then those of up; with `interleaved` they alternate. Width F instead of
-            2F: an expert without a gate, h = activation(x w). With w_up: (E, F, D), the gate alone.
+            2F: an expert without a gate, h = activation(x w). With w_up: (E, F, D), the gate alone. Or a `PackedExperts`,
+            which holds all weights (w_down and w_up are then None): faster, without gradients.
         w_down: (E, D, F). Weights are read where they lie, in any strides and dtypes (float64 goes with float64).
         topk_weights, topk_indices: (T, A), what `moe_route` returns; indices int32 or int64, not negative. An index >= E
             is an expert of somebody else (expert parallelism): it contributes nothing.
@@ -48,8 +50,13 @@ def fused_experts(x, w_gate_up, w_down, topk_weights, topk_indices, *, w_up=None
     """
     checks.check_tensor(OP, "x", x, 2, "(T, D)")
     activation = activations.resolve(OP, activation)
-    w1, w_up, w2 = _one_layout(x, w_gate_up, w_up, w_down, transposed, num_experts)
-    _check_widths(w1, w_up, w2, activation, interleaved)
+    if isinstance(w_gate_up, PackedExperts):
+        biases = (bias_gate_up, bias_up, bias_down)
+        if w_down is not None or w_up is not None or transposed is not None:
+            checks.fail(OP, "packed experts hold every weight: w_down, w_up and transposed must be None")
+        return _packed(x, w_gate_up, topk_weights, topk_indices, biases, activation, float(alpha), float(limit), backend)
+    w1, w_up, w2 = one_layout(x, w_gate_up, w_up, w_down, transposed, num_experts, interleaved)
+    _check_activation(activation, w_up is not None or w1.shape[1] == 2 * w2.shape[2])
     E, D, F = w2.shape
     checks.check_optional(OP, "bias_gate_up", bias_gate_up, (E, w1.shape[1]), "(E, 2F) or (E, F), like w_gate_up", x)
     checks.check_optional(OP, "bias_up", bias_up, (E, F), "(E, F)", x)
@@ -69,7 +76,41 @@ def fused_experts(x, w_gate_up, w_down, topk_weights, topk_indices, *, w_up=None
     return reference.fused_experts(*args, activation, interleaved, float(alpha), float(limit))
 
 
-def _one_layout(x, w_gate_up, w_up, w_down, transposed, num_experts):
+def _packed(x, packed, topk_weights, topk_indices, biases, activation, alpha, limit, backend):
+    w1, w_up, w2 = packed.w1, packed.w_up, packed.w2
+    E, D, N1 = w1.shape
+    F = w2.shape[1]
+    checks.check_shape(OP, "x", x, (None, D), "(T, D) with the D of the packed weights")
+    _check_activation(activation, packed.gated)
+    bias1, bias_up, bias2 = biases
+    if bias1 is not None and w_up is not None and bias1.dim() == 2 and bias1.shape[1] == 2 * F:
+        bias1, bias_up = bias1[:, :F], bias1[:, F:]
+    checks.check_optional(OP, "bias_gate_up", bias1, (E, N1), "(E, 2F) or (E, F), like the weight before packing", x)
+    checks.check_optional(OP, "bias_up", bias_up, (E, F), "(E, F)", x)
+    checks.check_optional(OP, "bias_down", bias2, (E, D), "(E, D)", x)
+    _check_topk(x, topk_weights, topk_indices)
+    if dispatch.needs_grad(x, topk_weights, bias1, bias_up, bias2):
+        checks.fail(OP, "packed weights are for inference, and an input requires gradients; call under torch.no_grad(), or with the weights themselves")
+    if any((w.dtype == torch.float64) != (x.dtype == torch.float64) for w in packed.weights):
+        checks.fail(OP, f"float64 goes with float64 only, got x {x.dtype} and packed weights {w1.dtype}")
+    chosen, _ = dispatch.pick(OP, x, topk_weights, bias1, bias_up, bias2, backend=backend)
+    if chosen == "cpu":
+        indices = topk_indices if topk_indices.dtype == torch.int32 else topk_indices.clamp(max=E).to(torch.int32)
+        return torch.ops.terrazzo.fused_experts_packed(
+            x, w1.data, w_up and w_up.data, w2.data, w1.scale, w_up and w_up.scale, w2.scale, topk_weights, indices, bias1, bias_up, bias2,
+            N1, F, activations.IDS[activation], packed.interleaved, alpha, limit,
+        )
+    dispatch.count(OP, chosen)
+    dense = [None if w is None else w.unpack().mT for w in (w1, w_up, w2)]
+    return reference.fused_experts(x, *dense, topk_weights, topk_indices, bias1, bias_up, bias2, activation, packed.interleaved, alpha, limit)
+
+
+@native.register_fake("fused_experts_packed")
+def _(x, *args):
+    return x.new_empty(x.shape)
+
+
+def one_layout(x, w_gate_up, w_up, w_down, transposed, num_experts, interleaved):
     """Views (E, F or 2F, D), (E, F, D) or None, (E, D, F) of the weights; nothing is copied."""
     D = x.shape[1]
     checks.check_positive(OP, D=D)
@@ -98,7 +139,9 @@ def _one_layout(x, w_gate_up, w_up, w_down, transposed, num_experts):
     for name, w in zip(weights, views):
         if w.shape[0] != E:
             checks.fail(OP, f"{name} must hold {E} experts like " + ("num_experts" if num_experts else "w_down") + f", got {w.shape[0]}")
-    return w1, views[1] if len(views) == 3 else None, w2
+    w_up = views[1] if len(views) == 3 else None
+    _check_widths(w1, w_up, w2, interleaved)
+    return w1, w_up, w2
 
 
 def _transposed_pair(transposed):
@@ -119,7 +162,7 @@ def _view(name, w, D, axis, transposed):
     return w
 
 
-def _check_widths(w1, w_up, w2, activation, interleaved):
+def _check_widths(w1, w_up, w2, interleaved):
     F, width = w2.shape[2], w1.shape[1]
     checks.check_positive(OP, F=F)
     if w_up is not None:
@@ -130,6 +173,9 @@ def _check_widths(w1, w_up, w2, activation, interleaved):
     gated = w_up is not None or width == 2 * F
     if interleaved and (w_up is not None or not gated):
         checks.fail(OP, "interleaved needs gate and up in one w_gate_up of width 2F")
+
+
+def _check_activation(activation, gated):
     if activation == "swiglu_oai" and not gated:
         checks.fail(OP, "activation 'swiglu_oai' needs a gate: w_gate_up of width 2F, or w_up")
 

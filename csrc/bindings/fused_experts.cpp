@@ -31,46 +31,75 @@ struct Slots {
   }
 };
 
+// The weights of a layer, as they are stored or packed: matrices [D, N1], [D, F] or none, and [F, D] for each expert.
+struct ExpertWeights {
+  int64_t E, N1, F;
+  bool separate_up;
+  WeightMatrix w1{}, w_up{}, w2{};
+
+  // w1 (E, N1, D), w_up (E, F, D), w2 (E, D, F), any strides.
+  ExpertWeights(const Tensor& x, const Tensor& w1_in, const OptTensor& w_up_in, const Tensor& w2_in) : separate_up(w_up_in.has_value()) {
+    check_shape(x, {-1, -1}, kOp, "x");
+    const int64_t D = x.size(1);
+    check_shape(w1_in, {-1, -1, D}, kOp, "w_gate_up");
+    E = w1_in.size(0), N1 = w1_in.size(1);
+    check_shape(w2_in, {E, D, -1}, kOp, "w_down");
+    F = w2_in.size(2);
+    check_shape(w_up_in, {E, F, D}, kOp, "w_up");
+    w1 = strided(x, w1_in, "w_gate_up"), w2 = strided(x, w2_in, "w_down");
+    if (w_up_in) w_up = strided(x, *w_up_in, "w_up");
+  }
+
+  struct Scales {
+    const OptTensor &w1, &w_up, &w2;
+  };
+  // Panels, see packed_matrix.
+  ExpertWeights(const Tensor& x, const Tensor& w1_in, const OptTensor& w_up_in, const Tensor& w2_in, const Scales& scales, int64_t N1_in, int64_t F_in)
+      : E(w1_in.size(0)), N1(N1_in), F(F_in), separate_up(w_up_in.has_value()) {
+    check_shape(x, {-1, -1}, kOp, "x");
+    const int64_t D = x.size(1);
+    const ScalarType xt = x.scalar_type();
+    w1 = packed_matrix(w1_in, scales.w1, E, D, N1, xt, kOp, "w_gate_up"), w2 = packed_matrix(w2_in, scales.w2, E, F, D, xt, kOp, "w_down");
+    if (w_up_in) w_up = packed_matrix(*w_up_in, scales.w_up, E, D, F, xt, kOp, "w_up");
+  }
+
+ private:
+  static WeightMatrix strided(const Tensor& x, const Tensor& w, const char* name) {
+    check_cpu(w, kOp, name);
+    TZ_CHECK((w.scalar_type() == ScalarType::Double) == (x.scalar_type() == ScalarType::Double), kOp, "float64 goes with float64 only");
+    return {dtype_from(w.scalar_type(), kOp, name), data(w), w.stride(0), w.stride(2), w.stride(1), 0, false, nullptr, 0};
+  }
+};
+
 struct ExpertsCall {
   Tensor x, weights;
   OptTensor bias1, bias_up, bias2;
   Slots slots;
   FusedExpertsParams p{};
 
-  ExpertsCall(const Tensor& x_in, const Tensor& w1, const OptTensor& w_up, const Tensor& w2, const Tensor& weights_in, const Tensor& indices,
-              const OptTensor& bias1_in, const OptTensor& bias_up_in, const OptTensor& bias2_in, int64_t activation, bool interleaved,
-              double alpha, double limit)
+  ExpertsCall(const Tensor& x_in, const ExpertWeights& w, const Tensor& weights_in, const Tensor& indices, const OptTensor& bias1_in,
+              const OptTensor& bias_up_in, const OptTensor& bias2_in, int64_t activation, bool interleaved, double alpha, double limit)
       : x(cast_contiguous(x_in, x_in.scalar_type())), weights(weights_in), bias1(bias1_in), bias_up(bias_up_in), bias2(bias2_in),
-        slots(checked_indices(x_in, w1, indices), w1.size(0)) {
-    p.T = x.size(0), p.D = x.size(1), p.E = w1.size(0), p.N1 = w1.size(1), p.F = w2.dim() == 3 ? w2.size(2) : 0, p.A = indices.size(1);
+        slots(checked_indices(x_in, indices), w.E) {
+    p.T = x.size(0), p.D = x.size(1), p.E = w.E, p.N1 = w.N1, p.F = w.F, p.A = indices.size(1);
     p.S = static_cast<int64_t>(slots.tokens.size());
-    check_shape(w1, {p.E, p.N1, p.D}, kOp, "w_gate_up");
-    check_shape(w2, {p.E, p.D, p.F}, kOp, "w_down");
-    check_shape(w_up, {p.E, p.F, p.D}, kOp, "w_up");
+    p.w1 = w.w1, p.w_up = w.w_up, p.w2 = w.w2;
     check_shape(weights, {p.T, p.A}, kOp, "topk_weights");
     check_shape(bias1, {p.E, p.N1}, kOp, "bias_gate_up");
     check_shape(bias_up, {p.E, p.F}, kOp, "bias_up");
     check_shape(bias2, {p.E, p.D}, kOp, "bias_down");
-    for (const Tensor* t : std::initializer_list<const Tensor*>{&x, &w1, &w2, &weights}) check_cpu(*t, kOp, "every tensor");
-    p.gated = w_up || p.N1 == 2 * p.F;
-    TZ_CHECK(w_up ? p.N1 == p.F && !interleaved : p.gated || p.N1 == p.F, kOp, "w_gate_up must have F or 2 F columns for F = ", p.F,
+    check_cpu(x, kOp, "x");
+    check_cpu(weights, kOp, "topk_weights");
+    p.gated = w.separate_up || p.N1 == 2 * p.F;
+    TZ_CHECK(w.separate_up ? p.N1 == p.F && !interleaved : p.gated || p.N1 == p.F, kOp, "w_gate_up must have F or 2 F columns for F = ", p.F,
              " rows of w_down, got ", p.N1);
     TZ_CHECK(activation >= 0 && activation < kActivations, kOp, "unknown activation ", activation);
     p.activation = static_cast<Activation>(activation), p.interleaved = interleaved && p.gated, p.alpha = alpha, p.limit = limit;
     TZ_CHECK(p.gated || p.activation != Activation::swiglu_oai, kOp, "swiglu_oai is a gate: w_gate_up must have 2 F columns");
-    const ScalarType xt = x.scalar_type(), acc = acc_scalar(xt);
-    for (const Tensor* w : std::initializer_list<const Tensor*>{&w1, &w2, w_up ? &*w_up : &w1})
-      TZ_CHECK((w->scalar_type() == ScalarType::Double) == (xt == ScalarType::Double), kOp, "float64 goes with float64 only");
-    p.x_dtype = dtype_from(xt, kOp, "x");
-    p.w1_dtype = dtype_from(w1.scalar_type(), kOp, "w_gate_up");
-    p.w2_dtype = dtype_from(w2.scalar_type(), kOp, "w_down");
+    TZ_CHECK(!w.w1.panel || w.separate_up || interleaved || !p.gated, kOp, "packed gate and up lie in panels of their own");
+    const ScalarType acc = acc_scalar(x.scalar_type());
+    p.x_dtype = dtype_from(x.scalar_type(), kOp, "x");
     p.x = data(x), p.x_stride_t = p.D, p.x_stride_d = 1;
-    p.w1 = data(w1), p.w1_stride_e = w1.stride(0), p.w1_stride_k = w1.stride(2), p.w1_stride_n = w1.stride(1);
-    p.w2 = data(w2), p.w2_stride_e = w2.stride(0), p.w2_stride_k = w2.stride(2), p.w2_stride_n = w2.stride(1);
-    if (w_up) {
-      p.w_up_dtype = dtype_from(w_up->scalar_type(), kOp, "w_up");
-      p.w_up = data(*w_up), p.w_up_stride_e = w_up->stride(0), p.w_up_stride_k = w_up->stride(2), p.w_up_stride_n = w_up->stride(1);
-    }
     weights = cast_contiguous(weights, acc), bias1 = cast_contiguous(bias1, acc), bias_up = cast_contiguous(bias_up, acc);
     bias2 = cast_contiguous(bias2, acc);
     p.weights = data(weights), p.bias1 = data(bias1), p.bias_up = data(bias_up), p.bias2 = data(bias2);
@@ -78,16 +107,24 @@ struct ExpertsCall {
   }
 
   // Before the routing is sorted: whatever the sort reads.
-  static const Tensor& checked_indices(const Tensor& x, const Tensor& w1, const Tensor& indices) {
+  static const Tensor& checked_indices(const Tensor& x, const Tensor& indices) {
     check_cpu(indices, kOp, "topk_indices");
-    check_shape(x, {-1, -1}, kOp, "x");
-    check_shape(w1, {-1, -1, x.size(1)}, kOp, "w_gate_up");
     check_shape(indices, {x.size(0), -1}, kOp, "topk_indices");
     TZ_CHECK(indices.scalar_type() == ScalarType::Int, kOp, "topk_indices must be int32");
     return indices;
   }
 
-  int64_t columns() const { return p.N1 + (p.w_up ? p.F : 0); }
+  int64_t columns() const { return p.N1 + (p.w_up.data ? p.F : 0); }
+
+  // The forward; `saved` gets the first products when it has room for them.
+  Tensor run(const Tensor& saved) {
+    const ScalarType xt = x.scalar_type(), acc = acc_scalar(xt);
+    Tensor y = empty(x, {p.T, p.D}, xt), h = empty(x, {p.S, p.F}, acc), rows = empty(x, {p.S, p.D}, acc);
+    p.y = mutable_data(y), p.h = mutable_data(h), p.slots = mutable_data(rows);
+    if (saved.size(0)) p.saved = mutable_data(saved);
+    cpu::run_fused_experts_fwd(p);
+    return y;
+  }
 };
 
 // Rows of a contiguous matrix, one for each slot.
@@ -134,22 +171,24 @@ Tensor weight_gradient(const ExpertsCall& call, const Tensor& weight, const Rows
 std::tuple<Tensor, Tensor> fused_experts_fwd(const Tensor& x, const Tensor& w1, const OptTensor& w_up, const Tensor& w2, const Tensor& weights,
     const Tensor& indices, const OptTensor& bias1, const OptTensor& bias_up, const OptTensor& bias2, int64_t activation, bool interleaved,
     double alpha, double limit, bool save) {
-  ExpertsCall call(x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit);
-  FusedExpertsParams& p = call.p;
-  const ScalarType xt = x.scalar_type();
-  const ScalarType acc = acc_scalar(xt);
-  Tensor y = empty(x, {p.T, p.D}, xt), h = empty(x, {p.S, p.F}, acc), rows = empty(x, {p.S, p.D}, acc);
-  Tensor saved = empty(x, {save ? p.T * p.A : 0, call.columns()}, acc);
-  p.y = mutable_data(y), p.h = mutable_data(h), p.slots = mutable_data(rows);
-  if (save) p.saved = mutable_data(saved);
-  cpu::run_fused_experts_fwd(p);
-  return {y, saved};
+  ExpertsCall call(x, ExpertWeights(x, w1, w_up, w2), weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit);
+  const int64_t slots = save ? call.p.T * call.p.A : 0;
+  Tensor saved = empty(x, {slots, call.columns()}, acc_scalar(x.scalar_type()));
+  return {call.run(saved), saved};
+}
+
+Tensor fused_experts_packed(const Tensor& x, const Tensor& w1, const OptTensor& w_up, const Tensor& w2, const OptTensor& scale1,
+    const OptTensor& scale_up, const OptTensor& scale2, const Tensor& weights, const Tensor& indices, const OptTensor& bias1, const OptTensor& bias_up,
+    const OptTensor& bias2, int64_t N1, int64_t F, int64_t activation, bool interleaved, double alpha, double limit) {
+  const ExpertWeights packed(x, w1, w_up, w2, {scale1, scale_up, scale2}, N1, F);
+  ExpertsCall call(x, packed, weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit);
+  return call.run(absent(x));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_bwd(const Tensor& dy_in, const Tensor& x, const Tensor& w1,
     const OptTensor& w_up, const Tensor& w2, const Tensor& weights, const Tensor& indices, const OptTensor& bias1, const OptTensor& bias_up,
     const OptTensor& bias2, int64_t activation, bool interleaved, double alpha, double limit, const Tensor& saved, bool need_x, bool need_weights) {
-  ExpertsCall call(x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit);
+  ExpertsCall call(x, ExpertWeights(x, w1, w_up, w2), weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit);
   FusedExpertsParams& p = call.p;
   const ScalarType xt = x.scalar_type(), acc = acc_scalar(xt);
   const int64_t columns = call.columns();

@@ -49,6 +49,19 @@ void append_segments(std::vector<Segment>& out, int64_t b, int64_t begin, int64_
 
 }  // namespace
 
+WeightMatrix packed_matrix(const Tensor& w, const OptTensor& scale, int64_t E, int64_t K, int64_t N, ScalarType x, const char* op, const char* name) {
+  check_cpu(w, op, name);
+  check_shape(w, {E, (N + 2 * kPanel - 1) / (2 * kPanel) * 2, K, kPanel}, op, name);
+  const bool int8 = w.scalar_type() == ScalarType::Char;
+  TZ_CHECK(w.is_contiguous(), op, name, " must be what pack_weight returned: contiguous");
+  TZ_CHECK(int8 == scale.has_value(), op, name, int8 ? ": int8 panels need their scales" : ": only int8 panels have scales");
+  TZ_CHECK((x == ScalarType::Double) == (w.scalar_type() == ScalarType::Double), op, "float64 goes with float64 only");
+  check_shape(scale, {E, N}, op, "scale");
+  if (scale) TZ_CHECK(scale->scalar_type() == ScalarType::Float && scale->is_contiguous(), op, "scale must be contiguous float32");
+  return {int8 ? DType::f32 : dtype_from(w.scalar_type(), op, name), data(w), w.stride(0), 0, 0, K * kPanel, int8,
+          static_cast<const float*>(data(scale)), N};
+}
+
 std::vector<Segment> make_segments(int64_t B, int64_t L, const OptTensor& seq_idx, const OptTensor& cu_seqlens, const char* op) {
   const int32_t* ids = nullptr;
   int64_t stride_b = 0, stride_l = 0;

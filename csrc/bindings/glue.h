@@ -73,6 +73,10 @@ inline void check_cpu(const Tensor& t, const char* op, const char* name) {
 void check_shape(const Tensor& t, const std::vector<int64_t>& shape, const char* op, const char* name);
 void check_shape(const OptTensor& t, const std::vector<int64_t>& shape, const char* op, const char* name);
 
+// Weights packed before the call, as a matrix [K, N] for each of E experts: the tensor is (E, panels, K, kPanel), its panels
+// an even number; int8 ones have scale (E, N) float32.
+WeightMatrix packed_matrix(const Tensor& w, const OptTensor& scale, int64_t E, int64_t K, int64_t N, ScalarType x, const char* op, const char* name);
+
 // The independent sequences of a batch: rows, split where seq_idx [B, L] int32 changes, or the ranges of
 // cu_seqlens [S + 1] int32 (B must be 1). The first segment of a row (range) takes its initial state, the last
 // one that isn't padding gives its final state; negative seq_idx is padding.
@@ -159,6 +163,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused
     const Tensor& weights, const Tensor& indices, const OptTensor& bias1, const OptTensor& bias_up, const OptTensor& bias2,
     int64_t activation, bool interleaved, double alpha, double limit,
     const Tensor& saved, bool need_x, bool need_weights);
+Tensor grouped_gemm_packed(const Tensor& a, const Tensor& b, const OptTensor& scale, const Tensor& offs, const OptTensor& bias, int64_t N);
+Tensor fused_experts_packed(const Tensor& x, const Tensor& w1, const OptTensor& w_up, const Tensor& w2, const OptTensor& scale1,
+    const OptTensor& scale_up, const OptTensor& scale2, const Tensor& weights, const Tensor& indices, const OptTensor& bias1, const OptTensor& bias_up,
+    const OptTensor& bias2, int64_t N1, int64_t F, int64_t activation, bool interleaved, double alpha, double limit);
 std::tuple<Tensor, Tensor> moe_route_fwd(const Tensor& logits, const OptTensor& bias, int64_t top_k, double norm_order, bool softmax_first,
     bool sigmoid, int64_t n_group, int64_t topk_group, double scale);
 Tensor moe_route_bwd(const Tensor& dweights, const Tensor& logits, const Tensor& indices, double norm_order, bool softmax_first, bool sigmoid,

@@ -23,9 +23,8 @@ GroupedGemmParams product_params(const Tensor& a, const Tensor& b, int64_t E, in
   GroupedGemmParams p{};
   p.T = a.size(0), p.E = E, p.K = K, p.N = N, p.offs = offs;
   p.a_dtype = p.bias_dtype = dtype_from(a.scalar_type(), op, "the first argument");
-  p.b_dtype = dtype_from(b.scalar_type(), op, "the weight");
   p.a = data(a), p.a_stride_m = a.stride(0), p.a_stride_k = a.stride(1);
-  p.b = data(b), p.b_stride_e = stride_e, p.b_stride_k = stride_k, p.b_stride_n = stride_n;
+  p.b = {dtype_from(b.scalar_type(), op, "the weight"), data(b), stride_e, stride_k, stride_n, 0, false, nullptr, 0};
   return p;
 }
 
@@ -75,6 +74,27 @@ Tensor grouped_gemm_fwd(const Tensor& a, const Tensor& b, const Tensor& offs, co
   const Tensor ends = checked_offs(offs, b.size(0), a.size(0), kOp);
   GroupedGemmParams p = product_params(a, b, b.size(0), b.size(1), b.size(2), b.stride(0), b.stride(1), b.stride(2),
                                        static_cast<const int32_t*>(data(ends)), kOp);
+  set_bias(p, bias, kOp);
+  Tensor c = empty(a, {p.T, p.N}, a.scalar_type());
+  p.c = mutable_data(c);
+  cpu::run_grouped_gemm(p);
+  return c;
+}
+
+// The product with weights packed by pack_weight: [E, panels, K, kPanel], see packed_matrix.
+Tensor grouped_gemm_packed(const Tensor& a, const Tensor& b, const OptTensor& scale, const Tensor& offs, const OptTensor& bias_in, int64_t N) {
+  constexpr const char* kOp = "grouped_mm";
+  check_cpu(a, kOp, "a");
+  check_shape(a, {-1, -1}, kOp, "a");
+  check_shape(b, {-1, -1, a.size(1), kPanel}, kOp, "b");
+  check_shape(bias_in, {b.size(0), N}, kOp, "bias");
+  const OptTensor bias = unit_stride_bias(bias_in);
+  const Tensor ends = checked_offs(offs, b.size(0), a.size(0), kOp);
+  GroupedGemmParams p{};
+  p.T = a.size(0), p.E = b.size(0), p.K = a.size(1), p.N = N, p.offs = static_cast<const int32_t*>(data(ends));
+  p.a_dtype = p.bias_dtype = dtype_from(a.scalar_type(), kOp, "a");
+  p.a = data(a), p.a_stride_m = a.stride(0), p.a_stride_k = a.stride(1);
+  p.b = packed_matrix(b, scale, p.E, p.K, N, a.scalar_type(), kOp, "b");
   set_bias(p, bias, kOp);
   Tensor c = empty(a, {p.T, p.N}, a.scalar_type());
   p.c = mutable_data(c);

@@ -120,14 +120,27 @@ struct RmsnormGatedParams {
 enum class Activation : int32_t { none, silu, gelu, gelu_tanh, relu, relu2, swiglu_oai };
 constexpr int64_t kActivations = 7;
 
+constexpr int64_t kPanel = 16;  // columns of a packed panel: one cache line of float, whatever the ISA
+
+// A matrix [K, N] for each expert, in any strides; or packed once (panel > 0): [E, panels, K, kPanel], the columns beyond N
+// zero up to an even number of panels, each column with a factor when it is int8.
+struct WeightMatrix {
+  DType dtype;
+  const void* data;
+  int64_t stride_e, stride_k, stride_n;
+  int64_t panel;                                                        // elements of a panel: K * kPanel; 0 when not packed
+  bool int8;                                                            // panels of int8_t, whatever the dtype
+  const float* scale;  int64_t scale_stride_e;                          // [E, N], or null
+};
+
 // Grouped product: c[r] = act(a[r] b[e] + bias[e]) for the rows r of each group e, [offs[e - 1], offs[e]). A linear layer
 // is one group. Rows behind the last group are zero.
 struct GroupedGemmParams {
-  DType a_dtype, b_dtype, bias_dtype;                                   // a and c | b | bias
+  DType a_dtype, bias_dtype;                                            // a and c | bias
   int64_t T, E, K, N;
   Activation activation;
   const void* a;  int64_t a_stride_m, a_stride_k;                       // [T, K]
-  const void* b;  int64_t b_stride_e, b_stride_k, b_stride_n;           // [E, K, N]
+  WeightMatrix b;                                                       // [E, K, N]
   const void* bias;  int64_t bias_stride_e;                             // [E, N] unit stride n, or null
   const int32_t* offs;                                                  // [E], not decreasing, at most T
   void* c;                                                              // [T, N] contiguous
@@ -160,15 +173,13 @@ struct GroupedWgradBwdParams {
 // expert of ours have no slot. The gate reads g and u from columns j and F + j of the first product (2j and 2j + 1 when
 // interleaved), u from w_up when there is one; without a gate h = act(g).
 struct FusedExpertsParams {
-  DType x_dtype, w1_dtype, w_up_dtype, w2_dtype;                        // x, y, dy, dx | each weight
+  DType x_dtype;                                                        // x, y, dy, dx
   int64_t T, A, S, D, F, E, N1;                                         // N1 columns of w1: F or 2 F; S slots in use
   Activation activation;
   bool gated, interleaved;
   double alpha, limit;                                                  // of swiglu_oai
   const void* x;  int64_t x_stride_t, x_stride_d;                       // [T, D]
-  const void* w1;  int64_t w1_stride_e, w1_stride_k, w1_stride_n;       // [E, D, N1]
-  const void* w_up;  int64_t w_up_stride_e, w_up_stride_k, w_up_stride_n;  // [E, D, F] or null
-  const void* w2;  int64_t w2_stride_e, w2_stride_k, w2_stride_n;       // [E, F, D]
+  WeightMatrix w1, w_up, w2;                                            // [E, D, N1], [E, D, F] or none, [E, F, D]
   const void* bias1;  const void* bias_up;  const void* bias2;          // [E, N1], [E, F], [E, D] accumulation type, or null
   const void* weights;                                                  // [T, A] accumulation type
   const int32_t* indices;                                               // [T, A] contiguous

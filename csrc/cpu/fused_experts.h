@@ -8,18 +8,9 @@ namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 
 constexpr int64_t kGateBlock = 512;  // columns gated at a time: g, u and h stay in a first-level cache
 
-inline MatrixB expert_w1(const FusedExpertsParams& p, int64_t e) {
-  return {p.w1_dtype, element(p.w1, p.w1_dtype, e * p.w1_stride_e), p.w1_stride_k, p.w1_stride_n};
-}
-inline MatrixB expert_w_up(const FusedExpertsParams& p, int64_t e) {
-  return {p.w_up_dtype, element(p.w_up, p.w_up_dtype, e * p.w_up_stride_e), p.w_up_stride_k, p.w_up_stride_n};
-}
-inline MatrixB expert_w2(const FusedExpertsParams& p, int64_t e) {
-  return {p.w2_dtype, element(p.w2, p.w2_dtype, e * p.w2_stride_e), p.w2_stride_k, p.w2_stride_n};
-}
 inline MatrixB transposed(const MatrixB& b) { return {b.dtype, b.data, b.stride_n, b.stride_k}; }
 
-inline int64_t product_columns(const FusedExpertsParams& p) { return p.N1 + (p.w_up ? p.F : 0); }
+inline int64_t product_columns(const FusedExpertsParams& p) { return p.N1 + (p.w_up.data ? p.F : 0); }
 inline Groups slot_groups(const FusedExpertsParams& p) { return {p.E, p.offs}; }
 
 // y[t] = sum over a of weight * slots[place]; weight 1 when `weights` is null.

@@ -11,11 +11,11 @@ namespace {
 
 template <class A> void gradient_of_h(const FusedExpertsParams& p) {
   const MatrixA dy{p.x_dtype, p.dy, p.D, 1, p.tokens};
-  for_blocks(slot_groups(p), p.F, p.D, transposed(expert_w2(p, 0)), kSlotTasks,
+  for_blocks(slot_groups(p), p.F, p.D, transposed(expert_matrix(p.w2, 0)), kSlotTasks,
              [&](int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, GemmWay way) {
     const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
     A* c = scratch<A>(kSlotC, rows * ldc);
-    gemm_block(way, dy, row, rows, transposed(expert_w2(p, e)), n, nb, p.D, c, ldc);
+    gemm_block(way, dy, row, rows, transposed(expert_matrix(p.w2, e)), n, nb, p.D, c, ldc);
     store_tile<A>(c, ldc, static_cast<A*>(p.dh) + row * p.F + n, p.F, 1, rows, nb);
   });
 }
@@ -106,13 +106,13 @@ template <class A> void gradient_of_x(const FusedExpertsParams& p) {
   const int64_t columns = product_columns(p);
   const MatrixA by_w1{dtype_of<A>::value, p.dproducts, columns, 1, nullptr};
   const MatrixA by_w_up{dtype_of<A>::value, static_cast<A*>(p.dproducts) + p.N1, columns, 1, nullptr};
-  for_blocks(slot_groups(p), p.D, p.N1, transposed(expert_w1(p, 0)), kSlotTasks,
+  for_blocks(slot_groups(p), p.D, p.N1, transposed(expert_matrix(p.w1, 0)), kSlotTasks,
              [&](int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, GemmWay way) {
     const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
     A* c = scratch<A>(kSlotC, rows * ldc);
-    gemm_block(way, by_w1, row, rows, transposed(expert_w1(p, e)), n, nb, p.N1, c, ldc);
-    if (p.w_up) {
-      const MatrixB up = transposed(expert_w_up(p, e));
+    gemm_block(way, by_w1, row, rows, transposed(expert_matrix(p.w1, e)), n, nb, p.N1, c, ldc);
+    if (p.w_up.data) {
+      const MatrixB up = transposed(expert_matrix(p.w_up, e));
       gemm_block(gemm_way(slot_groups(p).rows(e), p.F, p.D, up), by_w_up, row, rows, up, n, nb, p.F, c, ldc, true);
     }
     store_tile<A>(c, ldc, static_cast<A*>(p.slots) + row * p.D + n, p.D, 1, rows, nb);

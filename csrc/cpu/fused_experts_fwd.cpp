@@ -30,7 +30,7 @@ template <class A> TZ_INLINE void add_row(A* c, const A* bias, int64_t n) {
 template <class A>
 void gate_block(const FusedExpertsParams& p, int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, A* c, int64_t ldc, int64_t up) {
   const A* bias1 = p.bias1 ? static_cast<const A*>(p.bias1) + e * p.N1 : nullptr;
-  const A* bias_up = p.w_up && p.bias_up ? static_cast<const A*>(p.bias_up) + e * p.F + n : p.w_up || !bias1 ? nullptr : bias1 + p.F + n;
+  const A* bias_up = p.w_up.data && p.bias_up ? static_cast<const A*>(p.bias_up) + e * p.F + n : p.w_up.data || !bias1 ? nullptr : bias1 + p.F + n;
   const int64_t first = p.interleaved ? 2 : 1, columns = product_columns(p);
   A* split = scratch<A>(kGroupedSlots, 2 * nb);
   with_activation(p.activation, [&](auto act) {
@@ -59,25 +59,25 @@ void gate_block(const FusedExpertsParams& p, int64_t e, int64_t row, int64_t row
 
 template <class A> void first_product(const FusedExpertsParams& p) {
   const MatrixA x{p.x_dtype, p.x, p.x_stride_t, p.x_stride_d, p.tokens};
-  for_blocks(slot_groups(p), p.F, p.D, expert_w1(p, 0), kSlotTasks,
+  for_blocks(slot_groups(p), p.F, p.D, expert_matrix(p.w1, 0), kSlotTasks,
              [&](int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, GemmWay way) {
     const int64_t first = p.interleaved ? 2 : 1, up = round_up(nb, max_of(kPanel, kTileCols<A>));
     const int64_t ldc = p.gated ? 2 * up : up;
     A* c = scratch<A>(kSlotC, rows * ldc);
-    gemm_block(way, x, row, rows, expert_w1(p, e), first * n, first * nb, p.D, c, ldc);
-    if (p.w_up) gemm_block(gemm_way(slot_groups(p).rows(e), p.D, p.F, expert_w_up(p, e)), x, row, rows, expert_w_up(p, e), n, nb, p.D, c + up, ldc);
-    else if (p.gated && !p.interleaved) gemm_block(way, x, row, rows, expert_w1(p, e), p.F + n, nb, p.D, c + up, ldc);
+    gemm_block(way, x, row, rows, expert_matrix(p.w1, e), first * n, first * nb, p.D, c, ldc);
+    if (p.w_up.data) gemm_block(gemm_way(slot_groups(p).rows(e), p.D, p.F, expert_matrix(p.w_up, e)), x, row, rows, expert_matrix(p.w_up, e), n, nb, p.D, c + up, ldc);
+    else if (p.gated && !p.interleaved) gemm_block(way, x, row, rows, expert_matrix(p.w1, e), p.F + n, nb, p.D, c + up, ldc);
     gate_block(p, e, row, rows, n, nb, c, ldc, up);
   });
 }
 
 template <class A> void second_product(const FusedExpertsParams& p) {
   const MatrixA h{dtype_of<A>::value, p.h, p.F, 1, nullptr};
-  for_blocks(slot_groups(p), p.D, p.F, expert_w2(p, 0), kSlotTasks,
+  for_blocks(slot_groups(p), p.D, p.F, expert_matrix(p.w2, 0), kSlotTasks,
              [&](int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, GemmWay way) {
     const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
     A* c = scratch<A>(kSlotC, rows * ldc);
-    gemm_block(way, h, row, rows, expert_w2(p, e), n, nb, p.F, c, ldc);
+    gemm_block(way, h, row, rows, expert_matrix(p.w2, e), n, nb, p.F, c, ldc);
     const A* bias = p.bias2 ? static_cast<const A*>(p.bias2) + e * p.D + n : nullptr;
     for (int64_t i = 0; i < rows && bias; i++) add_row(c + i * ldc, bias, nb);
     store_tile<A>(c, ldc, static_cast<A*>(p.slots) + row * p.D + n, p.D, 1, rows, nb);

@@ -1,11 +1,12 @@
 // C[M, N] (+)= A[M, K] B[K, N] for one block of C, in the accumulation type: the heart of the expert and linear kernels.
 //
-// Three ways, chosen by the number of rows and B's layout, so that weights are read as they are stored:
+// Four ways, chosen by the number of rows and B's layout, so that weights are read as they are stored:
 //   blocked  any strides: kBlockK rows of B at a time go into panels of kPanel columns, A into rows of kBlockK; both
 //            convert to the accumulation type on the way. Register tiles of gemm_tile.h do the rest.
 //   dot      few rows, B contiguous along K (x W^T with W as stored): vectors run along K, nothing is packed.
 //   axpy     very few rows, B contiguous along N: rows of B are scaled and added to C, which stays in cache.
-// The order of the sum of one element depends on K and the way alone, not on how C was cut into blocks or threads.
+//   panels   B packed before the call (WeightMatrix): its panels are read where they lie, converted in registers.
+// The order of the sum of one element depends on K, the way and its group's rows, not on how C was cut for the threads.
 #pragma once
 #include "../common/parallel.h"
 #include "gemm_tile.h"
@@ -13,7 +14,6 @@
 
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 
-constexpr int64_t kPanel = 16;     // columns of a packed panel: one cache line of float, whatever the ISA
 constexpr int64_t kBlockK = 256;   // rows of a packed panel: 16 KB, half of a first-level cache
 constexpr int64_t kBlockM = 96;    // rows of A packed at once: 96 KB
 constexpr int64_t kPackAhead = 16; // rows of B fetched ahead while packing
@@ -35,15 +35,22 @@ struct MatrixA {
   int64_t stride_m, stride_k;
   const int32_t* rows;
 };
-struct MatrixB {  // B[K, N]
+struct MatrixB {  // B[K, N], see WeightMatrix
   DType dtype;
   const void* data;
-  int64_t stride_k, stride_n;
+  int64_t stride_k, stride_n, panel = 0;
+  bool int8 = false;
+  const float* scale = nullptr;
 };
+inline MatrixB expert_matrix(const WeightMatrix& w, int64_t e) {
+  const void* data = w.int8 ? static_cast<const int8_t*>(w.data) + e * w.stride_e : element(w.data, w.dtype, e * w.stride_e);
+  return {w.dtype, data, w.stride_k, w.stride_n, w.panel, w.int8, w.scale ? w.scale + e * w.scale_stride_e : nullptr};
+}
 
-enum class GemmWay { blocked, dot, axpy };
+enum class GemmWay { blocked, dot, axpy, panels };
 
 inline GemmWay gemm_way(int64_t M, int64_t K, int64_t N, const MatrixB& b) {
+  if (b.panel) return GemmWay::panels;
   if (M <= (size_of(b.dtype) == 2 ? kDotRows / 2 : kDotRows) && K > 1 && b.stride_k == 1) return GemmWay::dot;
   if (M <= kAxpyRows && N > 1 && b.stride_n == 1) return GemmWay::axpy;
   return GemmWay::blocked;
@@ -94,26 +101,26 @@ template <class A> inline void pack_b(const MatrixB& b, int64_t k, int64_t kc, i
   }
 }
 
-// What to fetch while a tile is summed: `step` bytes further with every step of K.
+// What to fetch while a tile is summed: `step` bytes further with every step of K; a register tile's panels `across` apart.
 struct Fetch {
   const char* at;
-  int64_t step;
+  int64_t step, across;
 };
 
-// c += the product of R rows of packed A and one register tile's columns of panels.
-template <int R, bool kFetch, class A>
-TZ_INLINE void multiply_panels(Tile<A, R>& c, const A* a, const A* b0, const A* b1, int64_t kc, Fetch fetch) {
+// c += the product of R rows of A and one register tile's columns of panels, whose elements convert in registers.
+template <int R, bool kFetch, class A, class S>
+TZ_INLINE void multiply_panels(Tile<A, R>& c, const A* a, int64_t lda, const S* b0, const S* b1, int64_t kc, Fetch fetch) {
 #pragma GCC unroll 4
   for (int64_t k = 0; k < kc; k++) {
     if (kFetch) {
 #pragma GCC unroll 8
-      for (int64_t line = 0; line < kTileCols<A>; line += kPanel) prefetch_l2(fetch.at + line * sizeof(A));
+      for (int64_t line = 0; line < kTileCols<A>; line += kPanel) prefetch_l2(fetch.at + line / kPanel * fetch.across);
       fetch.at += fetch.step;
     }
     const Vec<A> v0 = Vec<A>::load(b0), v1 = Vec<A>::load(b1);
 #pragma GCC unroll 8
     for (int i = 0; i < R; i++) {
-      const Vec<A> s(a[i * kBlockK + k]);
+      const Vec<A> s(a[i * lda + k]);
       c.c[i][0] = fma(s, v0, c.c[i][0]);
       c.c[i][1] = fma(s, v1, c.c[i][1]);
     }
@@ -122,28 +129,28 @@ TZ_INLINE void multiply_panels(Tile<A, R>& c, const A* a, const A* b0, const A* 
   }
 }
 
-// C[mc rows] (+)= packed A times the packed columns. Meanwhile the rows of B that the next call packs are fetched, each
-// register tile its share of them, so that memory is read while the multipliers work.
-template <class A>
-inline void multiply_block(const A* packed_a, int64_t mc, const A* panels, int64_t kc, int64_t nb, A* c, int64_t ldc, bool first, Fetch fetch,
-                           int64_t column_bytes) {
-  constexpr int64_t NR = kTileCols<A>;
+// C[mc rows] (+)= A times panels; column(j) is where column j of the panels begins. Meanwhile what fetch(j) says comes
+// nearer, each register tile its share of it, so that memory is read while the multipliers work.
+template <class A, class Column, class Ahead>
+inline void multiply_block(const A* packed_a, int64_t lda, int64_t mc, int64_t kc, int64_t nb, A* c, int64_t ldc, bool first, const Column& column,
+                           const Ahead& ahead) {
   const int64_t tiles = ceil_div(mc, kTileRows);
-  const auto column = [&](int64_t at) { return panels + at / kPanel * panel_stride(kc) + at % kPanel; };
-  for (int64_t j = 0; j < nb; j += NR) {
-    const A *b0 = column(j), *b1 = column(j + Vec<A>::size);
+  for (int64_t j = 0; j < nb; j += kTileCols<A>) {
+    const auto *b0 = column(j), *b1 = column(j + Vec<A>::size);
+    const Fetch fetch = ahead(j);
     int64_t t = 0;
     for_row_tiles(mc, [&](int64_t row, auto height) TZ_LAMBDA {
-      Tile<A, decltype(height)::value> tile;
-      const A* a = packed_a + row * kBlockK;
+      constexpr int R = decltype(height)::value;
+      Tile<A, R> tile;
+      const A* a = packed_a + row * lda;
       A* at = c + row * ldc + j;
       if (first) tile.zero();
       else tile.load(at, ldc);
       const int64_t begin = fetch.at ? t * kc / tiles : kc, end = fetch.at ? (t + 1) * kc / tiles : kc;
-      const Fetch rows{fetch.at + j * column_bytes + begin * fetch.step, fetch.step};
-      multiply_panels<decltype(height)::value, false>(tile, a, b0, b1, begin, rows);
-      multiply_panels<decltype(height)::value, true>(tile, a + begin, b0 + begin * kPanel, b1 + begin * kPanel, end - begin, rows);
-      multiply_panels<decltype(height)::value, false>(tile, a + end, b0 + end * kPanel, b1 + end * kPanel, kc - end, rows);
+      const Fetch share{fetch.at + begin * fetch.step, fetch.step, fetch.across};
+      multiply_panels<R, false>(tile, a, lda, b0, b1, begin, share);
+      multiply_panels<R, true>(tile, a + begin, lda, b0 + begin * kPanel, b1 + begin * kPanel, end - begin, share);
+      multiply_panels<R, false>(tile, a + end, lda, b0 + end * kPanel, b1 + end * kPanel, kc - end, share);
       tile.store(at, ldc);
       t++;
     });
@@ -162,10 +169,11 @@ inline void gemm_blocked(const MatrixA& a, int64_t m, int64_t rows, const Matrix
     for (int64_t i = 0; i < rows; i += kBlockM) {
       const int64_t mc = min_of(kBlockM, rows - i);
       pack_a(a, m + i, mc, k, kc, packed_a, kBlockK);
-      Fetch fetch{nullptr, 0};
-      if (i == 0 && b.stride_n == 1 && k + kc < K)
-        fetch = {static_cast<const char*>(element(b.data, b.dtype, (k + kc) * b.stride_k + n)), b.stride_k * size};
-      multiply_block(packed_a, mc, panels, kc, nb, c + i * ldc, ldc, k == 0 && !accumulate, fetch, size);
+      const bool fetch = i == 0 && b.stride_n == 1 && k + kc < K;  // the rows of B that are packed next
+      const char* rows = static_cast<const char*>(element(b.data, b.dtype, (k + kc) * b.stride_k + n));
+      multiply_block(packed_a, kBlockK, mc, kc, nb, c + i * ldc, ldc, k == 0 && !accumulate,
+                     [&](int64_t j) { return panels + j / kPanel * panel_stride(kc) + j % kPanel; },
+                     [&](int64_t j) { return Fetch{fetch ? rows + j * size : nullptr, b.stride_k * size, kPanel * size}; });
     }
   }
 }
@@ -257,7 +265,7 @@ inline void dot_rows(const A* a, int64_t lda, int64_t rows, const S* w, int64_t 
   if (rows <= kStreamRows) {
     call_with_rows<kStreamRows>(rows, 0, [&](int64_t, auto height) TZ_LAMBDA {
       constexpr int R = decltype(height)::value;
-      for (int64_t j = 0; j < nb; j++) dot_tile<R, 1, R == 1 ? 8 : R == 2 ? 4 : 2>(a, lda, w + j * ldw, ldw, K, {address(j) + kStreamAhead, step}, c + j, ldc, accumulate);
+      for (int64_t j = 0; j < nb; j++) dot_tile<R, 1, R == 1 ? 8 : R == 2 ? 4 : 2>(a, lda, w + j * ldw, ldw, K, Fetch{address(j) + kStreamAhead, step, 0}, c + j, ldc, accumulate);
     });
     return;
   }
@@ -272,7 +280,7 @@ inline void dot_rows(const A* a, int64_t lda, int64_t rows, const S* w, int64_t 
       for_row_tiles<kDotTileRows>(rows, [&](int64_t row, auto height) TZ_LAMBDA {
         constexpr int R = decltype(height)::value;
         const int64_t part = tile++ * W * kc / tiles;
-        const Fetch fetch{address(j + 2 * W + part / kc) + (k + part % kc) * static_cast<int64_t>(sizeof(S)), share};
+        const Fetch fetch{address(j + 2 * W + part / kc) + (k + part % kc) * static_cast<int64_t>(sizeof(S)), share, 0};
         const A* x = a + row * lda + k;
         const S* y = w + j * ldw + k;
         A* out = c + row * ldc + j;
@@ -370,6 +378,74 @@ inline void gemm_axpy(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& 
   });
 }
 
+// ---- panels: B packed before the call ------------------------------------------------------------------------
+
+// Few rows read each panel from end to end, one sequential stream a register tile; U sums hide the multiplier's latency.
+template <int R, int U, class A, class S>
+TZ_INLINE void panel_stream(const A* a, int64_t lda, const S* b0, const S* b1, int64_t K, int64_t across, A* c, int64_t ldc) {
+  Tile<A, R> sum[U];
+#pragma GCC unroll 4
+  for (int u = 0; u < U; u++) sum[u].zero();
+  int64_t k = 0;
+  for (; k + U <= K; k += U)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; u++) {
+      const Fetch fetch{reinterpret_cast<const char*>(b0 + (k + u) * kPanel) + kStreamAhead, 0, across};
+      multiply_panels<R, true>(sum[u], a + k + u, lda, b0 + (k + u) * kPanel, b1 + (k + u) * kPanel, 1, fetch);
+    }
+  multiply_panels<R, false>(sum[0], a + k, lda, b0 + k * kPanel, b1 + k * kPanel, K - k, Fetch{});
+#pragma GCC unroll 4
+  for (int u = 1; u < U; u++)
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+      sum[0].c[i][0] = sum[0].c[i][0] + sum[u].c[i][0];
+      sum[0].c[i][1] = sum[0].c[i][1] + sum[u].c[i][1];
+    }
+  sum[0].store(c, ldc);
+}
+
+template <class A, class S>
+inline void panel_rows(const MatrixA& a, int64_t m, int64_t rows, const S* panels, int64_t panel, int64_t n, int64_t nb, int64_t K, A* c, int64_t ldc) {
+  const auto column = [&](int64_t j, int64_t k) { return panels + (n + j) / kPanel * panel + k * kPanel + (n + j) % kPanel; };
+  constexpr int64_t size = sizeof(S);
+  if (rows <= kTileRows) {
+    A* packed = scratch<A>(kSlotA, rows * K);
+    pack_a(a, m, rows, 0, K, packed, K);
+    call_with_rows<kTileRows>(rows, 0, [&](int64_t, auto height) TZ_LAMBDA {
+      constexpr int R = decltype(height)::value;
+      for (int64_t j = 0; j < nb; j += kTileCols<A>)
+        panel_stream<R, R == 1 ? 4 : R <= 3 ? 2 : 1>(packed, K, column(j, 0), column(j + Vec<A>::size, 0), K, panel * size, c + j, ldc);
+    });
+    return;
+  }
+  A* packed = scratch<A>(kSlotA, kBlockM * kBlockK);
+  for (int64_t k = 0; k < K; k += kBlockK) {
+    const int64_t kc = min_of(kBlockK, K - k);
+    for (int64_t i = 0; i < rows; i += kBlockM) {
+      const int64_t mc = min_of(kBlockM, rows - i);
+      pack_a(a, m + i, mc, k, kc, packed, kBlockK);
+      const auto ahead = [&](int64_t j) {  // the block to the right, then the one below
+        const S* next = j + kTileCols<A> < nb ? column(j + kTileCols<A>, k) : k + kc < K ? column(0, k + kc) : nullptr;
+        return Fetch{i == 0 ? reinterpret_cast<const char*>(next) : nullptr, kPanel * size, panel * size};
+      };
+      multiply_block(packed, kBlockK, mc, kc, nb, c + i * ldc, ldc, k == 0, [&](int64_t j) { return column(j, k); }, ahead);
+    }
+  }
+}
+
+template <class A>
+inline void gemm_panels(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& b, int64_t n, int64_t nb, int64_t K, A* c, int64_t ldc) {
+  const auto run = [&](auto t) {
+    using S = decltype(t);
+    if constexpr (std::is_same_v<A, double> == std::is_same_v<S, double>)  // float64 goes with float64 only
+      panel_rows(a, m, rows, static_cast<const S*>(b.data), b.panel, n, nb, K, c, ldc);
+  };
+  if (b.int8) run(int8_t{});
+  else with_type(b.dtype, run);
+  for (int64_t i = 0; i < rows && b.scale; i++)
+    for (int64_t j = 0; j < nb; j += Vec<A>::size) (Vec<A>::load(c + i * ldc + j) * load_n<A>(b.scale + n + j, nb - j)).store(c + i * ldc + j);
+}
+
 // ---- one block, and the blocks of a call ---------------------------------------------------------------------
 
 // C[rows, nb] (+)= A[m, m + rows) B[:, n, n + nb). c has room for round_up(nb, kTileCols<A>)
@@ -381,6 +457,7 @@ inline void gemm_block(GemmWay way, const MatrixA& a, int64_t m, int64_t rows, c
     case GemmWay::blocked: return gemm_blocked(a, m, rows, b, n, nb, K, c, ldc, accumulate);
     case GemmWay::dot: return gemm_dot(a, m, rows, b, n, nb, K, c, ldc, accumulate);
     case GemmWay::axpy: return gemm_axpy(a, m, rows, b, n, nb, K, c, ldc, accumulate);
+    case GemmWay::panels: return gemm_panels(a, m, rows, b, n, nb, K, c, ldc);  // products of the forward: never accumulated
   }
 }
 

@@ -39,11 +39,10 @@ template <class A> void finish_block(const GroupedGemmParams& p, int64_t e, int6
 template <class A> void run(const GroupedGemmParams& p) {
   const Groups groups{p.E, p.offs};
   const MatrixA a{p.a_dtype, p.a, p.a_stride_m, p.a_stride_k, nullptr};
-  const auto matrix = [&](int64_t e) { return MatrixB{p.b_dtype, element(p.b, p.b_dtype, e * p.b_stride_e), p.b_stride_k, p.b_stride_n}; };
-  for_blocks(groups, p.N, p.K, matrix(0), kSlotTasks, [&](int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, GemmWay way) {
+  for_blocks(groups, p.N, p.K, expert_matrix(p.b, 0), kSlotTasks, [&](int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, GemmWay way) {
     const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
     A* c = scratch<A>(kSlotC, rows * ldc);
-    gemm_block(way, a, row, rows, matrix(e), n, nb, p.K, c, ldc);
+    gemm_block(way, a, row, rows, expert_matrix(p.b, e), n, nb, p.K, c, ldc);
     finish_block(p, e, row, rows, n, nb, c, ldc);
   });
   const int64_t used = groups.total();

@@ -38,6 +38,7 @@ TZ_INLINE uint32_t float_to_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); 
 
 TZ_INLINE float to_acc(float v) { return v; }
 TZ_INLINE double to_acc(double v) { return v; }
+TZ_INLINE float to_acc(int8_t v) { return v; }
 TZ_INLINE float to_acc(bf16 v) { return bits_to_float(static_cast<uint32_t>(v.bits) << 16); }
 TZ_INLINE float to_acc(f16 v) {
   // Shift the 15 magnitude bits into a float and rescale by 2^112: exact for subnormals too.
@@ -99,6 +100,15 @@ template <> struct Vec<float> {
     return Vec((native)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
 #else
     Vec r; for (int i = 0; i < size; i++) r.v[i] = to_acc(p[i]); return r;
+#endif
+  }
+  TZ_INLINE static Vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+    return Vec((native)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
+#elif defined(__AVX2__)
+    return Vec((native)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))));
+#else
+    Vec r; for (int i = 0; i < size; i++) r.v[i] = p[i]; return r;
 #endif
   }
   TZ_INLINE void store(float* p) const { std::memcpy(p, &v, kVecBytes); }
