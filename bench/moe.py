@@ -47,6 +47,29 @@ def _ours(backend, E):
     return run
 
 
+class _Prepared:
+    """make(weights) once for each set of weights and again when their values changed."""
+
+    def __init__(self, make):
+        self.make, self.kept = make, {}
+
+    def __call__(self, w1, v1, w2):
+        key, state = w1.data_ptr(), (w1._version, w1.dtype)
+        if self.kept.get(key, (None,))[0] != state:
+            self.kept[key] = state, self.make(w1, v1, w2)
+        return self.kept[key][1]
+
+
+def _packed(E, weight_format=None):
+    """The same from weights packed before the call; inference alone."""
+    prepared = _Prepared(lambda w1, v1, w2: terrazzo.pack_expert_weights(w1, w2, w_up=v1, num_experts=E, weight_format=weight_format))
+
+    def run(x, w1, v1, w2, topk_weights, topk_indices):
+        return terrazzo.fused_experts(x, prepared(w1, v1, w2), None, topk_weights, topk_indices, backend="cpu")
+
+    return run
+
+
 def _hf_eager(E, F_):
     try:
         from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU, DbrxExperts
@@ -69,14 +92,14 @@ def _hf_grouped(E):
         from transformers.integrations.moe import grouped_mm_experts_forward
     except ImportError as error:
         raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
-    kept = {}
+    def side_by_side(w1, v1, w2):
+        w1, v1, w2 = (w.view(E, -1, w.shape[1]) for w in (w1, v1, w2))
+        return torch.cat([w1, v1], 1), w2.mT
+
+    prepared = _Prepared(side_by_side)
 
     def run(x, w1, v1, w2, topk_weights, topk_indices):
-        key = (w1.data_ptr(), w1._version)
-        if key not in kept or w1.requires_grad:
-            kept.clear()
-            kept[key] = torch.cat([w1.view(E, -1, x.shape[1]), v1.view(E, -1, x.shape[1])], 1), w2.view(E, -1, x.shape[1]).mT
-        gate_up, down = kept[key]
+        gate_up, down = side_by_side(w1, v1, w2) if w1.requires_grad else prepared(w1, v1, w2)
         module = SimpleNamespace(num_experts=E, gate_up_proj=gate_up, down_proj=down, has_gate=True, has_bias=False, is_transposed=False, act_fn=F.silu,
                                  has_post_expert_norm=False, _is_expert_parallel=False,
                                  _apply_gate=lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1])
@@ -94,10 +117,11 @@ def _experts_cases(preset):
                          Provider("hf", lambda E=E, F_=F_: _hf_eager(E, F_)), Provider("hf-grouped", lambda E=E: _hf_grouped(E)))
             for T in tokens:
                 for load in LOADS:
+                    inference = (Provider("terrazzo-packed", lambda E=E: _packed(E), ours=True), Provider("terrazzo-int8", lambda E=E: _packed(E, "int8")))
                     for mode, passes in (("fwd", 1), *((("bwd", 3),) if T in TRAIN_TOKENS else ())):
                         work = Work(flops=passes * 6 * T * A * D * F_, bytes=passes * dtype.itemsize * (3 * touched[T, load] * D * F_ + 2 * T * D), traffic="read")
                         yield Case("fused_experts", f"{T} tokens {D}x{F_} {E}x{A} {load}", mode, name, work,
-                                   _inputs(T, D, F_, E, A, load, dtype, mode == "bwd"), providers, lambda E=E: _ours("reference", E),
+                                   _inputs(T, D, F_, E, A, load, dtype, mode == "bwd"), providers + (inference if mode == "fwd" else ()), lambda E=E: _ours("reference", E),
                                    differentiable=("x", "w1", "v1", "w2", "topk_weights"))
 
 

@@ -21,7 +21,7 @@ OPS = {
     "model": model,
     "low_precision": low_precision,
 }
-PROVIDERS = ("terrazzo", "reference", "reference-compiled", "torch", "hf", "hf-compiled", "hf-grouped")
+PROVIDERS = ("terrazzo", "terrazzo-packed", "terrazzo-int8", "reference", "reference-compiled", "torch", "hf", "hf-compiled", "hf-grouped")
 CACHE_BYTES = 32 << 20       # a last-level cache; cold runs rotate over three of them
 MAX_COLD_SETS = 64
 
