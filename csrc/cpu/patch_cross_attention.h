@@ -59,8 +59,8 @@ template <class A> TZ_INLINE CrossItem cross_item(const PatchCrossAttentionParam
 }
 constexpr int64_t kSerialProducts = 65536;
 template <class A> TZ_INLINE int64_t cross_grain(const PatchCrossAttentionParams& p) {
-  const int64_t rows = ceil_div(p.L, p.S) + 1;
-  return max_of(1, kSerialProducts / (rows * p.K * min_of(p.window, p.S) * p.H * p.P / head_chunks<A>(p) + 1));
+  const int64_t rows = ceil_div(p.L, max_of(p.S, 1)) + 1;
+  return max_of(1, kSerialProducts / (rows * p.K * min_of(p.window, p.S + 1) * p.H * p.P / head_chunks<A>(p) + 1));
 }
 
 // Up to Vec::size query heads from `begin`, and where each finds its key head.
