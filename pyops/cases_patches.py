@@ -134,4 +134,6 @@ def make_cases(Case):
     """Every case of these ops; Case is cases.Case, which imports this module."""
     found = [Case("patch_reduce", name, build, ("h",)) for name, build in REDUCE.items()]
     found += [Case("patch_cross_attention", name, build, ("q", "k", "v")) for name, build in _cross_cases()]
-    return found + [Case("local_attention", name, build, ("q", "k", "v")) for name, build in LOCAL.items()]
+    # With a single key the gradients of q and k are zero; what rounding leaves has no scale to be judged by.
+    return found + [Case("local_attention", name, build, ("v",) if name in ("window_of_one", "one_position") else ("q", "k", "v"))
+                    for name, build in LOCAL.items()]
