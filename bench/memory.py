@@ -61,11 +61,11 @@ def peak_in_fresh_process(op, size, mode, dtype, threads):
 def _report(op, size, mode, dtype, threads):
     import torch
 
-    from .cases import clone_inputs, runner, tensors_of
+    from .cases import PRESETS, clone_inputs, runner, tensors_of
     from .suite import all_cases
 
     torch.set_num_threads(threads)
-    case = next(c for c in all_cases("bamba-9b") if (c.op, c.size, c.mode, c.dtype) == (op, size, mode, dtype))
+    case = next(c for preset in PRESETS for c in all_cases(preset) if (c.op, c.size, c.mode, c.dtype) == (op, size, mode, dtype))
     fn = next(p for p in case.providers if p.ours).build()
     inputs = clone_inputs(case.inputs(1))
     result = []

@@ -5,7 +5,21 @@ from dataclasses import dataclass
 
 import torch
 
-from . import accuracy, causal_conv1d, chunk_scan, grouped_gemm, linear, low_precision, model, moe, rmsnorm_gated, state_update
+from . import (
+    accuracy,
+    causal_conv1d,
+    chunk_scan,
+    grouped_gemm,
+    linear,
+    local_attention,
+    low_precision,
+    model,
+    moe,
+    patch_cross_attention,
+    patch_reduce,
+    rmsnorm_gated,
+    state_update,
+)
 from .cases import PRESETS, Unavailable, clone_inputs, runner
 from .timer import interleave
 
@@ -18,6 +32,9 @@ OPS = {
     "grouped_gemm": grouped_gemm,
     "moe": moe,
     "linear": linear,
+    "patch_reduce": patch_reduce,
+    "patch_cross_attention": patch_cross_attention,
+    "local_attention": local_attention,
     "model": model,
     "low_precision": low_precision,
 }

@@ -9,7 +9,7 @@ from . import memory
 from .cases import select
 from .suite import PROVIDERS, all_cases, measure
 
-PRESETS = ("bamba-9b", "dbrx", "mixtral")
+PRESETS = ("bamba-9b", "dbrx", "mixtral", "blt")
 THREADS = 2
 PACKED = "packed limit"  # as "limit", with weights packed before the call
 PER_FLOP = "flops of "  # against another case: at least `bar` times its rate
@@ -50,6 +50,7 @@ def _targets(op, sizes, mode, dtype, **bars):
 
 
 GROUPED, EXPERTS, LINEAR = "grouped_mm", "fused_experts", "linear"
+CROSS = "patch_cross_attention"
 DBRX = "1024x1792 16x4 balanced"
 SCAN, CONV, CONV_UPDATE, UPDATE = "mamba_chunk_scan_combined", "causal_conv1d_fn", "causal_conv1d_update", "selective_state_update"
 TARGETS = (
@@ -97,6 +98,14 @@ TARGETS = (
     *_targets("bf16_model", ("dbrx decode 1x1",), "model", "bf16", hf=6),
     *_targets("bf16_model", ("blenderbot generate 8x1",), "model", "bf16", hf=4),
     *_targets("bamba_block", ("training step 1x1024 hidden 1024",), "model", "fp32", hf=1.7),
+    # patches and local attention
+    *_targets("patch_reduce", ("amax 4096 bytes 1024",), "fwd", "fp32", hf=20, limit=3),
+    *_targets(CROSS, ("patches 4096 bytes 16x64", "bytes 4096 bytes 16x64"), "fwd", "fp32", hf=100),
+    *_targets(CROSS, ("patches 8192 bytes 16x64", "bytes 8192 bytes 16x64"), "fwd", "fp32", limit=2.7),
+    *_targets(CROSS, ("patches 8192 bytes 16x64", "bytes 8192 bytes 16x64"), "bwd", "fp32", limit=4),
+    *_targets(CROSS, ("patches 131072 bytes 16x64", "bytes 131072 bytes 16x64"), "fwd", "fp32", limit=2.7, memory=1.5),
+    *_targets("local_attention", ("4096 window 512 16/16x64",), "fwd", "fp32", torch=3, memory=1.5),
+    *_targets("local_attention", ("16384 window 512 16/16x64",), "fwd", "fp32", torch=10, memory=1.5),
 )  # fmt: skip
 
 

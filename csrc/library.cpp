@@ -32,6 +32,13 @@ STABLE_TORCH_LIBRARY(terrazzo, m) {
   m.def("moe_permute(Tensor indices, int num_experts) -> (Tensor, Tensor, Tensor)");
   m.def("moe_unpermute_fwd(Tensor rows, Tensor inverse, Tensor weights) -> Tensor");
   m.def("moe_unpermute_bwd(Tensor dy, Tensor rows, Tensor inverse, Tensor weights) -> (Tensor, Tensor)");
+  // patches and local attention: q is (B, queries, H, P), k and v (B, keys, Hk, P), patch_ids (B, L)
+  m.def("patch_reduce_fwd(Tensor h, Tensor patch_ids, int num_patches, int reduce) -> Tensor");
+  m.def("patch_reduce_bwd(Tensor dy, Tensor h, Tensor y, Tensor patch_ids, int reduce) -> Tensor");
+  m.def("patch_cross_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor patch_ids, int num_patches, bool bytes_ask, int k_per_patch, float scale, int window, Tensor? key_mask, Tensor? cu_seqlens) -> Tensor");
+  m.def("patch_cross_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor patch_ids, int num_patches, bool bytes_ask, int k_per_patch, float scale, int window, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)");
+  m.def("local_attention_fwd(Tensor q, Tensor k, Tensor v, int window, bool causal, float scale, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor)");
+  m.def("local_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, int window, bool causal, float scale, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)");
   // measuring this machine: see bench/roofline.py
   m.def("calibrate(Tensor(a!) buffer, int kind, int iterations) -> float");
 }
@@ -62,6 +69,12 @@ STABLE_TORCH_LIBRARY_IMPL(terrazzo, CPU, m) {
   TZ_IMPL(moe_permute);
   TZ_IMPL(moe_unpermute_fwd);
   TZ_IMPL(moe_unpermute_bwd);
+  TZ_IMPL(patch_reduce_fwd);
+  TZ_IMPL(patch_reduce_bwd);
+  TZ_IMPL(patch_cross_attention_fwd);
+  TZ_IMPL(patch_cross_attention_bwd);
+  TZ_IMPL(local_attention_fwd);
+  TZ_IMPL(local_attention_bwd);
   TZ_IMPL(calibrate);
 #undef TZ_IMPL
 }

@@ -12,8 +12,11 @@ from .dispatch import BackendError, can_run, counters, pick, reset_counters, use
 from .fused_experts import fused_experts
 from .grouped_gemm import gmm, grouped_mm
 from .linear import linear
+from .local_attention import local_attention
 from .moe import load_balancing_loss, moe_permute, moe_route, moe_unpermute, router_z_loss
 from .packing import PackedExperts, PackedWeight, pack_expert_weights, pack_weight
+from .patch_cross_attention import patch_cross_attention
+from .patch_reduce import patch_reduce
 from .rmsnorm_gated import rmsnorm_gated
 from .state_update import selective_state_update
 
@@ -38,6 +41,7 @@ __all__ = [
     "grouped_mm",
     "linear",
     "load_balancing_loss",
+    "local_attention",
     "mamba_chunk_scan_combined",
     "mamba_split_conv1d_scan_combined",
     "moe_permute",
@@ -46,6 +50,8 @@ __all__ = [
     "pack_expert_weights",
     "pack_weight",
     "patch",
+    "patch_cross_attention",
+    "patch_reduce",
     "pick",
     "reset_counters",
     "rmsnorm_gated",

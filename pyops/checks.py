@@ -96,3 +96,46 @@ def check_slots(fn, name, indices, B, num_slots, like):
     for row, slot in enumerate(indices.tolist()):
         if not -1 <= slot < num_slots:
             fail(fn, f"{name} must be -1 or below {num_slots}, the number of slots, got {slot} at row {row}")
+
+
+# ---- patches and local attention ---------------------------------------------------------------------------
+
+
+def check_count(fn, name, value, low):
+    if isinstance(value, torch.SymInt):
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        fail(fn, f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+def check_heads(fn, q, k, v):
+    """q (B, Lq, H, P), k and v (B, Lk, Hk, P) with Hk a divisor of H."""
+    check_tensor(fn, "q", q, 4, "(B, Lq, H, P)")
+    check_tensor(fn, "k", k, 4, "(B, Lk, Hk, P)", q)
+    check_tensor(fn, "v", v, 4, "(B, Lk, Hk, P)", q)
+    B, _, H, P = q.shape
+    check_positive(fn, H=H, Hk=k.shape[2], P=P)
+    check_shape(fn, "k", k, (B, None, None, P), "(B, Lk, Hk, P)")
+    check_shape(fn, "v", v, tuple(k.shape), "(B, Lk, Hk, P)")
+    if H % k.shape[2]:
+        fail(fn, f"the heads of k must divide the {H} heads of q, got {k.shape[2]}")
+    check_float64(fn, q=q, k=k, v=v)
+
+
+def check_patch_ids(fn, patch_ids, B, L, like, cu_seqlens=None):
+    """(B, L) int32 or int64; not decreasing along a row, negative ids aside; no patch in two sequences."""
+    check_tensor(fn, "patch_ids", patch_ids, 2, "(B, L)", like, dtypes=(torch.int32, torch.int64))
+    check_shape(fn, "patch_ids", patch_ids, (B, L), "(B, L)")
+    if torch.compiler.is_compiling() or patch_ids.device.type != "cpu" or L < 2 or B == 0:
+        return  # values are checked by the kernel itself; reading them here would break the graph or synchronise
+    before = patch_ids.cummax(1)[0][:, :-1]  # a negative id says nothing
+    wrong = (patch_ids[:, 1:] >= 0) & (patch_ids[:, 1:] < before)
+    if wrong.any():
+        row, place = (int(i) for i in wrong.nonzero()[0])
+        fail(fn, f"patch_ids must not decrease along a row, got {int(before[row, place])} then {int(patch_ids[row, place + 1])} "
+                 f"at position {place + 1} of row {row}")
+    if cu_seqlens is not None:
+        for begin in cu_seqlens[1:-1].tolist():
+            live = patch_ids[0, begin:][patch_ids[0, begin:] >= 0]
+            if 0 < begin < L and live.numel() and int(live[0]) == int(before[0, begin - 1]):
+                fail(fn, f"a patch must not lie in two sequences of cu_seqlens, patch {int(live[0])} does at position {begin}; let ids count on")

@@ -5,7 +5,7 @@ import torch
 
 import terrazzo
 
-from . import cases, cases_moe, dispatch
+from . import cases, cases_moe, cases_patches, dispatch
 
 # op -> (builder of its arguments, what the sizes of --shape are called there)
 CALLS = {
@@ -18,6 +18,7 @@ CALLS = {
     "moe_route": (cases_moe.route, ("T", "E")),
     "moe_unpermute": (cases_moe.unpermute, ("T", "A", "D")),
     "fused_experts": (cases_moe.experts, ("T", "D")),
+    "local_attention": (cases_patches.local, ("B", "L", "H", "P")),
 }
 
 

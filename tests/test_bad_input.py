@@ -244,6 +244,77 @@ def test_bad_input(call, kwargs, error, message):
         assert torch.equal(kwargs[name], value)
 
 
+PATCHES = torch.tensor([[0, 0, 1, 1, 2]], dtype=i32)
+
+
+def reduce(**kw):
+    return terrazzo.patch_reduce(**(dict(h=torch.randn(1, 5, 4), patch_ids=PATCHES, num_patches=3) | kw))
+
+
+def cross(**kw):
+    args = dict(q=torch.randn(1, 6, 4, 8), k=torch.randn(1, 5, 2, 8), v=torch.randn(1, 5, 2, 8), patch_ids=PATCHES, k_per_patch=2) | kw
+    return terrazzo.patch_cross_attention(**args)
+
+
+def local(**kw):
+    return terrazzo.local_attention(**(dict(q=torch.randn(1, 5, 4, 8), k=torch.randn(1, 5, 2, 8), v=torch.randn(1, 5, 2, 8), window=3) | kw))
+
+
+UNSORTED, CROSSING = torch.tensor([[0, 1, -1, 0, 2]], dtype=i32), torch.tensor([0, 3, 5], dtype=i32)
+BAD_PATCHES = [
+    (reduce, dict(h=torch.randn(5, 4)), ValueError, r"h must be \(B, L, D\), got \(5, 4\)"),
+    (reduce, dict(h=torch.randn(1, 5, 0)), ValueError, "D must be positive"),
+    (reduce, dict(num_patches=-1), ValueError, "num_patches must be an integer of at least 0, got -1"),
+    (reduce, dict(num_patches=2.0), ValueError, "num_patches must be an integer"),
+    (reduce, dict(reduce="sum"), ValueError, "reduce must be one of amax, mean, amin, got 'sum'"),
+    (reduce, dict(patch_ids=UNSORTED), ValueError, "patch_ids must not decrease along a row, got 1 then 0 at position 3 of row 0"),
+    (reduce, dict(patch_ids=PATCHES[:, 1:]), ValueError, r"patch_ids must be \(B, L\) = \(1, 5\), got \(1, 4\)"),
+    (reduce, dict(patch_ids=PATCHES.float()), TypeError, "patch_ids must be int32, int64, got float32"),
+    (cross, dict(q=torch.randn(6, 4, 8)), ValueError, r"q must be \(B, Lq, H, P\)"),
+    (cross, dict(k=torch.randn(1, 5, 3, 8), v=torch.randn(1, 5, 3, 8)), ValueError, "the heads of k must divide the 4 heads of q, got 3"),
+    (cross, dict(v=torch.randn(1, 4, 2, 8)), ValueError, "v must be"),
+    (cross, dict(k=torch.randn(1, 5, 2, 7)), ValueError, "k must be"),
+    (cross, dict(k=torch.randn(1, 5, 2, 8).double()), TypeError, "float64 goes with float64 only"),
+    (cross, dict(queries="tokens"), ValueError, "queries must be 'patches' or 'bytes', got 'tokens'"),
+    (cross, dict(queries="bytes"), ValueError, r"k must hold num_patches \* k_per_patch = 2 \* 2 rows, got 5"),
+    (cross, dict(k_per_patch=0), ValueError, "k_per_patch must be an integer of at least 1, got 0"),
+    (cross, dict(num_patches=4), ValueError, r"q must hold num_patches \* k_per_patch = 4 \* 2 rows, got 6"),
+    (cross, dict(window=0), ValueError, "window must be an integer of at least 1, got 0"),
+    (cross, dict(patch_ids=UNSORTED), ValueError, "patch_ids must not decrease"),
+    (cross, dict(cu_seqlens=CROSSING), ValueError, "a patch must not lie in two sequences of cu_seqlens, patch 1 does at position 3"),
+    (cross, dict(cu_seqlens=torch.tensor([0, 4], dtype=i32)), ValueError, "must start at 0 and end at 5"),
+    (cross, dict(cu_seqlens=torch.tensor([0, 2, 5], dtype=i32), window=2), ValueError, "window and cu_seqlens don't go together"),
+    (cross, dict(key_mask=torch.ones(1, 5)), TypeError, "key_mask must be bool"),
+    (cross, dict(key_mask=torch.ones(1, 6, dtype=torch.bool)), ValueError, "key_mask must be"),
+    (local, dict(window=0), ValueError, "window must be an integer of at least 1, got 0"),
+    (local, dict(window=None), ValueError, "window must be an integer"),
+    (local, dict(k=torch.randn(1, 4, 2, 8), v=torch.randn(1, 4, 2, 8)), ValueError, r"k must be \(B, L, Hk, P\) = \(1, 5, \*, 8\)"),
+    (local, dict(q=torch.randn(1, 5, 4, 0), k=torch.randn(1, 5, 2, 0), v=torch.randn(1, 5, 2, 0)), ValueError, "P must be positive"),
+    (local, dict(cu_seqlens=torch.tensor([0, 6], dtype=i32)), ValueError, "must start at 0 and end at 5"),
+    (local, dict(key_mask=torch.ones(1, 4, dtype=torch.bool)), ValueError, "key_mask must be"),
+    (local, dict(backend="cuda"), terrazzo.BackendError, "cannot run"),
+]
+
+
+@pytest.mark.parametrize("call, kwargs, error, message", BAD_PATCHES, ids=[f"{c.__name__}-{m}" for c, _, _, m in BAD_PATCHES])
+def test_bad_patches(call, kwargs, error, message):
+    test_bad_input(call, kwargs, error, message)
+
+
+def test_patch_kernels_check_for_themselves():
+    ops, heads = torch.ops.terrazzo, (torch.randn(1, 6, 4, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8))
+    with pytest.raises(RuntimeError, match="terrazzo.patch_reduce: patch_ids must not decrease along a row, got 1 then 0 at position 3 of row 0"):
+        ops.patch_reduce_fwd(torch.randn(1, 5, 4), UNSORTED, 3, 0)
+    with pytest.raises(RuntimeError, match="terrazzo.patch_reduce: reduce must be 0 to 2, got 3"):
+        ops.patch_reduce_fwd(torch.randn(1, 5, 4), PATCHES, 3, 3)
+    with pytest.raises(RuntimeError, match="terrazzo.patch_cross_attention: q must hold num_patches"):
+        ops.patch_cross_attention_fwd(*heads, PATCHES, 4, False, 2, 1.0, 1, None, None)
+    with pytest.raises(RuntimeError, match="patch 1 does at position 3"):
+        ops.patch_cross_attention_fwd(*heads, PATCHES, 3, False, 2, 1.0, 1, None, CROSSING)
+    with pytest.raises(RuntimeError, match="terrazzo.local_attention: k must have as many positions as q, 6, got 5"):
+        ops.local_attention_fwd(*heads, 3, True, 1.0, None, None)
+
+
 def test_kernels_check_for_themselves():
     """torch.ops callers and compiled graphs skip the Python checks: the native layer refuses what would touch foreign memory."""
     ops = torch.ops.terrazzo

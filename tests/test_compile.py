@@ -11,9 +11,12 @@ SMALL = {"causal_conv1d_fn": ("channel_last", "packed_states", "width_3_channel_
          "rmsnorm_gated": ("gate_first", "groups_norm_first", "no_gate"),
          "grouped_mm": ("bias_transposed_rows_behind", "mixed_sizes"), "gmm": ("trans_b", "trans_a"), "linear": ("three_dimensions", "no_bias"),
          "moe_route": ("dbrx", "gpt_oss", "deepseek_v3"), "moe_permute": ("sentinels",), "moe_unpermute": ("two_dimensions",),
-         "fused_experts": ("hf", "gpt_oss", "separate_bias", "no_gate", "sentinels", "many_tokens_dbrx")}
+         "fused_experts": ("hf", "gpt_oss", "separate_bias", "no_gate", "sentinels", "many_tokens_dbrx"),
+         # patches and local attention
+         "patch_reduce": ("amax", "ragged_mean"), "patch_cross_attention": ("patches_two_a_patch", "bytes_window_ragged_masked", "patches_packed"),
+         "local_attention": ("causal", "packed_grouped_masked")}
 CHOSEN = [c for c in cases.CASES if c.name in SMALL[c.op]]
-INDUCTOR = [c for c in CHOSEN if c.name in ("channel_last", "hf_layout", "plain", "mamba2", "gate_first", "dbrx", "hf", "mixed_sizes", "no_bias")]
+INDUCTOR = [c for c in CHOSEN if c.name in ("channel_last", "hf_layout", "plain", "mamba2", "gate_first", "dbrx", "hf", "mixed_sizes", "no_bias", "amax", "patches_two_a_patch", "causal")]
 compiled_cases = pytest.mark.parametrize("case, compiler", [(c, "aot_eager") for c in CHOSEN] + [(c, "inductor") for c in INDUCTOR],
                                          ids=lambda v: str(v))
 
@@ -60,6 +63,7 @@ def op_arguments(name):
     scan = [leaf(2, 9, 4, 3), torch.rand(2, 9, 4).requires_grad_(), (-torch.rand(4)).requires_grad_(), leaf(2, 9, 2, 5), leaf(2, 9, 2, 5), leaf(4)]
     states = leaf(2, 4, 3, 5)
     ends = torch.tensor([4, 7], dtype=torch.int32)
+    patch_ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, -1, 2, 2, 3, 3]], dtype=torch.int32)
     experts = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]], dtype=torch.int32)
     seq_idx = torch.tensor([[0] * 4 + [1] * 5, [2] * 9], dtype=torch.int32)
     return {
@@ -86,6 +90,14 @@ def op_arguments(name):
                                None, 2, False, 1.7, 7.0, False)],
         "fused_experts_bwd": [(torch.randn(4, 5), torch.randn(4, 5), torch.randn(3, 12, 5), None, torch.randn(3, 6, 5).mT, torch.rand(4, 2), experts,
                                torch.randn(3, 12), None, torch.randn(3, 5), 1, False, 1.7, 7.0, torch.randn(8, 12), True, True)],
+        "patch_reduce_fwd": [(leaf(2, 9, 6), patch_ids, 3, 0), (leaf(2, 9, 6), patch_ids, 2, 1)],
+        "patch_reduce_bwd": [(torch.randn(2, 3, 6), torch.randn(2, 9, 6), torch.randn(2, 3, 6), patch_ids, 1)],
+        "patch_cross_attention_fwd": [(leaf(2, 6, 4, 5), leaf(2, 9, 2, 5), leaf(2, 9, 2, 5), patch_ids, 3, False, 2, 0.4, 1, None, None),
+                                      (leaf(2, 9, 4, 5), leaf(2, 6, 2, 5), leaf(2, 6, 2, 5), patch_ids, 3, True, 2, 0.4, 2, torch.ones(2, 6, dtype=torch.bool), None)],
+        "patch_cross_attention_bwd": [tuple(torch.randn(2, n, h, 5) for n, h in ((6, 4), (6, 4), (9, 2), (9, 2)))
+                                      + (patch_ids, 3, False, 2, 0.4, 1, None, None)],
+        "local_attention_fwd": [(leaf(1, 9, 4, 5), leaf(1, 9, 2, 5), leaf(1, 9, 2, 5), 3, True, 0.4, None, cu)],
+        "local_attention_bwd": [tuple(torch.randn(1, 9, h, 5) for h in (4, 4, 2, 2, 4)) + (torch.randn(1, 4, 9), 3, False, 0.4, None, None)],
         "moe_permute": [(torch.tensor([[0, 5], [1, 0]], dtype=torch.int32), 3)],
         "moe_unpermute_fwd": [(leaf(4, 3), torch.tensor([2, 0, 1, 3], dtype=torch.int32), leaf(2, 2))],
         "moe_unpermute_bwd": [(torch.randn(2, 3), torch.randn(4, 3), torch.tensor([2, 0, 1, 3], dtype=torch.int32), torch.rand(2, 2))],
@@ -96,7 +108,9 @@ def op_arguments(name):
 @pytest.mark.parametrize("name", ["causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update", "causal_conv1d_varlen_states", "chunk_scan_fwd",
                                   "chunk_scan_bwd", "selective_state_update", "rmsnorm_gated_fwd", "rmsnorm_gated_bwd", "moe_route_fwd", "moe_route_bwd",
                                   "moe_permute", "moe_unpermute_fwd", "moe_unpermute_bwd", "grouped_gemm_fwd", "grouped_gemm_bwd",
-                                  "grouped_wgrad_fwd", "grouped_wgrad_bwd", "linear_fwd", "linear_bwd", "fused_experts_fwd", "fused_experts_bwd"])
+                                  "grouped_wgrad_fwd", "grouped_wgrad_bwd", "linear_fwd", "linear_bwd", "fused_experts_fwd", "fused_experts_bwd",
+                                  "patch_reduce_fwd", "patch_reduce_bwd", "patch_cross_attention_fwd", "patch_cross_attention_bwd",
+                                  "local_attention_fwd", "local_attention_bwd"])
 def test_opcheck(name):
     for args in op_arguments(name):
         torch.library.opcheck(getattr(ops, name).default, args)

@@ -105,7 +105,11 @@ GRADCHECK = [c for c in cases.CASES if c.grads and c.name in (
     "states", "packed_states", "packed_states_channel_first", "width_3_channel_first", "mixed", "odd_sizes", "gated_states", "varlen",
     "dt_limit", "D_per_channel", "gate_first", "groups_norm_first", "no_gate", "padding_first", "bias_transposed_rows_behind", "trans_a", "trans_b",
     "several_tiles", "three_dimensions", "norm_2", "norm_inf", "gpt_oss", "deepseek_v3", "deepseek_v2", "two_dimensions", "dbrx", "separate_bias",
-    "no_gate_bias", "sentinels", "nothing_but_sentinels")]
+    "no_gate_bias", "sentinels", "nothing_but_sentinels",
+    # patches and local attention
+    "amax", "mean", "amin", "ragged_mean", "patches_two_a_patch", "bytes_two_a_patch", "patches_grouped_heads", "bytes_grouped_heads", "patches_ragged",
+    "patches_window_ragged_masked", "bytes_window_ragged_masked", "bytes_packed", "causal", "both_sides", "one_key_head", "right_padding_both_sides",
+    "nothing_seen", "packed_grouped_masked")]
 
 
 @pytest.mark.parametrize("case", GRADCHECK, ids=str)

@@ -174,6 +174,18 @@ Tensor moe_route_bwd(const Tensor& dweights, const Tensor& logits, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> moe_permute(const Tensor& indices, int64_t num_experts);
 Tensor moe_unpermute_fwd(const Tensor& rows, const Tensor& inverse, const Tensor& weights);
 std::tuple<Tensor, Tensor> moe_unpermute_bwd(const Tensor& dy, const Tensor& rows, const Tensor& inverse, const Tensor& weights);
+// patches and local attention
+Tensor patch_reduce_fwd(const Tensor& h, const Tensor& patch_ids, int64_t num_patches, int64_t reduce);
+Tensor patch_reduce_bwd(const Tensor& dy, const Tensor& h, const Tensor& y, const Tensor& patch_ids, int64_t reduce);
+Tensor patch_cross_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& patch_ids, int64_t num_patches,
+    bool bytes_ask, int64_t k_per_patch, double scale, int64_t window, const OptTensor& key_mask, const OptTensor& cu_seqlens);
+std::tuple<Tensor, Tensor, Tensor> patch_cross_attention_bwd(const Tensor& dy, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& patch_ids, int64_t num_patches, bool bytes_ask, int64_t k_per_patch, double scale, int64_t window,
+    const OptTensor& key_mask, const OptTensor& cu_seqlens);
+std::tuple<Tensor, Tensor> local_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window, bool causal, double scale,
+    const OptTensor& key_mask, const OptTensor& cu_seqlens);
+std::tuple<Tensor, Tensor, Tensor> local_attention_bwd(const Tensor& dy, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& y,
+    const Tensor& lse, int64_t window, bool causal, double scale, const OptTensor& key_mask, const OptTensor& cu_seqlens);
 double calibrate(const Tensor& buffer, int64_t kind, int64_t iterations);
 
 }  // namespace terrazzo

@@ -249,4 +249,70 @@ struct CalibrateParams {
   double* checksum;                    // written, so that no loop can be optimised away
 };
 
+// ---- patches and local attention ---------------------------------------------------------------------------
+// Patch ids [B, L] do not decrease along a row, negative ones aside: those belong to no patch, nor do ids >= S. Patch s of
+// row b lies within the bytes [starts[b, s], starts[b, s + 1]).
+
+// One row for each patch: the largest, the mean or the smallest of its bytes' rows; zeros where a patch is empty.
+enum class PatchReduction : int32_t { amax, mean, amin };
+constexpr int64_t kPatchReductions = 3;
+struct PatchReduceParams {
+  DType dtype;                                                          // h, y, dy, dh
+  PatchReduction reduce;
+  int64_t B, L, S, D;
+  const int32_t* ids;                                                   // [B, L] contiguous
+  const int32_t* starts;                                                // [B, S + 1]
+  const void* h;  int64_t h_stride_b, h_stride_l;                       // [B, L, D] unit stride d
+  void* y;                                                              // [B, S, D] contiguous; read by the backward
+  // backward only
+  const void* dy;                                                       // [B, S, D] contiguous
+  void* dh;                                                             // [B, L, D] contiguous
+};
+
+// Attention between patches and bytes. Each patch has K rows on the patch side. A query of patch s sees the keys of the
+// patches s - window + 1 .. s; without a key its output is zero. Query head h reads key head h / (H / Hk).
+struct PatchCrossAttentionParams {
+  DType dtype;                                                          // every tensor but stats
+  bool bytes_ask;                                                       // queries are bytes, keys patches; or the reverse
+  int64_t B, L, S, K, H, Hk, P, Lq, Lk, window;                         // {Lq, Lk} = {L, S * K} when bytes ask
+  double scale;
+  const int32_t* ids;                                                   // [B, L] contiguous
+  const int32_t* starts;                                                // [B, S + 1]
+  const uint8_t* key_mask;                                              // [B, Lk] 0 = not seen, or null
+  const void* q;  int64_t q_stride_b, q_stride_l, q_stride_h;           // [B, Lq, H, P] unit stride p
+  const void* k;  int64_t k_stride_b, k_stride_l, k_stride_h;           // [B, Lk, Hk, P] unit stride p
+  const void* v;  int64_t v_stride_b, v_stride_l, v_stride_h;           // [B, Lk, Hk, P] unit stride p
+  void* y;                                                              // [B, Lq, H, P] contiguous
+  // backward only; gradients are contiguous
+  const void* dy;                                                       // [B, Lq, H, P] contiguous
+  void* stats;                                                          // [B, Lq, 3, H] scratch, accumulation type
+  void* dq;  void* dk;  void* dv;                                       // like q, k, v
+};
+
+// Queries [first, last), first a multiple of kAttentionBlock, of the sequence [begin, end) of row `batch`; first and last count from begin.
+constexpr int64_t kAttentionBlock = 64;
+struct AttentionRun {
+  int64_t batch, begin, end, first, last;
+};
+
+// Sliding-window attention: query i sees the keys i - window + 1 .. i of its sequence, or .. i + window - 1 when not causal.
+struct LocalAttentionParams {
+  DType dtype;                                                          // every tensor but lse and delta
+  bool causal;
+  int64_t B, L, H, Hk, P, window;
+  double scale;
+  const AttentionRun* runs;  int64_t num_runs;                          // cover every position once
+  const uint8_t* key_mask;                                              // [B, L] 0 = not seen, or null
+  const void* q;  int64_t q_stride_b, q_stride_l, q_stride_h;           // [B, L, H, P] unit stride p
+  const void* k;  int64_t k_stride_b, k_stride_l, k_stride_h;           // [B, L, Hk, P] unit stride p
+  const void* v;  int64_t v_stride_b, v_stride_l, v_stride_h;           // [B, L, Hk, P] unit stride p
+  void* y;                                                              // [B, L, H, P] contiguous; read by the backward
+  void* lse;                                                            // [B, H, L] log of the sum of exponentials, +inf where
+                                                                        // there is no key; accumulation type, kernel's own units
+  // backward only; gradients are contiguous
+  const void* dy;                                                       // [B, L, H, P] contiguous
+  void* delta;                                                          // [B, H, L] scratch, accumulation type
+  void* dq;  void* dk;  void* dv;                                       // like q, k, v
+};
+
 }  // namespace terrazzo

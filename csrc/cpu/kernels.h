@@ -27,7 +27,14 @@
   X(moe_permute, MoePermuteParams)                     \
   X(moe_unpermute_fwd, MoeUnpermuteParams)             \
   X(moe_unpermute_bwd, MoeUnpermuteParams)             \
-  X(calibrate, CalibrateParams)
+  X(calibrate, CalibrateParams)                        \
+  /* patches and local attention */                    \
+  X(patch_reduce_fwd, PatchReduceParams)               \
+  X(patch_reduce_bwd, PatchReduceParams)               \
+  X(patch_cross_attention_fwd, PatchCrossAttentionParams) \
+  X(patch_cross_attention_bwd, PatchCrossAttentionParams) \
+  X(local_attention_fwd, LocalAttentionParams)         \
+  X(local_attention_bwd, LocalAttentionParams)
 
 namespace terrazzo { namespace cpu {
 

@@ -1,0 +1,51 @@
+"""Cases of patch_reduce: pooling of bytes to patches of 4.5 bytes on average, at BLT's width."""
+import torch
+
+import terrazzo
+
+from .cases import DTYPES, Case, Provider, Unavailable, generator
+from .roofline import Work
+
+SIZES = {"blt": ((1024, 1024), (4096, 1024), (8192, 1024), (32768, 1024)), "tiny": ((40, 16),)}  # bytes, width
+LONGEST = 8  # patches are 1 to 8 bytes long, as likely each
+TRAIN_BYTES = (40, 4096)
+
+
+def patch_ids(L):
+    """(1, L) int32, the same for every seed, and the number of patches."""
+    ids = torch.arange(L).repeat_interleave(torch.randint(1, LONGEST + 1, (L,), generator=generator(0)))[:L]
+    return ids.int()[None], int(ids[-1]) + 1
+
+
+def _ours(backend, S, kind):
+    return lambda h, patch_ids: terrazzo.patch_reduce(h, patch_ids, S, kind, backend=backend)
+
+
+def _hf(S):
+    try:
+        from transformers.models.blt.modeling_blt import BltLocalEncoder
+    except ImportError as error:
+        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+    return lambda h, patch_ids: BltLocalEncoder.patch_reduce(None, h, S, patch_ids.long())
+
+
+def cases(preset):
+    found = []
+    for name, dtype in DTYPES.items():
+        for L, D in SIZES[preset]:
+            ids, S = patch_ids(L)
+            for kind in ("amax", "mean"):
+                for mode in ("fwd", *(("bwd",) if L in TRAIN_BYTES else ())):
+
+                    def inputs(seed, L=L, D=D, S=S, ids=ids, dtype=dtype, mode=mode):
+                        g = generator(seed)
+                        made = {"h": torch.randn(1, L, D, generator=g).to(dtype), "patch_ids": ids.clone()}
+                        return made | ({"grad": torch.randn(1, S, D, generator=g).to(dtype)} if mode == "bwd" else {})
+
+                    rows = L + S if mode == "fwd" else 3 * L + 3 * S
+                    providers = (Provider("terrazzo", lambda S=S, kind=kind: _ours("cpu", S, kind), ours=True),
+                                 Provider("reference", lambda S=S, kind=kind: _ours("reference", S, kind)),
+                                 *((Provider("hf", lambda S=S: _hf(S)),) if kind == "amax" else ()))  # transformers pools by amax alone
+                    found.append(Case("patch_reduce", f"{kind} {L} bytes {D}", mode, name, Work(L * D, dtype.itemsize * rows * D), inputs, providers,
+                                      lambda S=S, kind=kind: _ours("reference", S, kind), differentiable=("h",)))
+    return found

@@ -1,0 +1,171 @@
+// What the forward and the backward of patch_cross_attention share.
+//
+// A patch's queries and the keys they see are two ranges of rows, whichever side the bytes stand on. Heads are lanes: the
+// scores of one query and one key are a vector, a lane for each head, so that the softmax over the few keys of a patch has no
+// horizontal step. Work is shared out by batch, patch and chunk of heads; a chunk holds whole groups of query heads, so each
+// row of dk and dv is one thread's.
+#pragma once
+#include "../common/parallel.h"
+#include "../common/params.h"
+#include "tile.h"
+
+namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
+
+enum CrossScratch { kScoreSlot, kSecondSlot, kListSlot, kQueryListSlot, kSumSlot };
+
+struct Rows { int64_t begin, end; };
+
+// Patches [first, last) on the byte side, and on the patch side.
+TZ_INLINE Rows byte_rows(const PatchCrossAttentionParams& p, int64_t b, int64_t first, int64_t last) {
+  const int32_t* starts = p.starts + b * (p.S + 1);
+  return {starts[first], starts[last]};
+}
+TZ_INLINE Rows patch_rows(const PatchCrossAttentionParams& p, int64_t first, int64_t last) { return {first * p.K, last * p.K}; }
+
+TZ_INLINE Rows query_rows(const PatchCrossAttentionParams& p, int64_t b, int64_t first, int64_t last) {
+  return p.bytes_ask ? byte_rows(p, b, first, last) : patch_rows(p, first, last);
+}
+TZ_INLINE Rows key_rows(const PatchCrossAttentionParams& p, int64_t b, int64_t first, int64_t last) {
+  return p.bytes_ask ? patch_rows(p, first, last) : byte_rows(p, b, first, last);
+}
+TZ_INLINE Rows keys_seen_by(const PatchCrossAttentionParams& p, int64_t b, int64_t s) {
+  return key_rows(p, b, max_of(0, s - p.window + 1), s + 1);
+}
+TZ_INLINE Rows queries_that_see(const PatchCrossAttentionParams& p, int64_t b, int64_t s) {
+  return query_rows(p, b, s, s + min_of(p.window, p.S - s));
+}
+TZ_INLINE bool query_is_live(const PatchCrossAttentionParams& p, int64_t b, int64_t row) { return !p.bytes_ask || p.ids[b * p.L + row] >= 0; }
+TZ_INLINE bool key_is_live(const PatchCrossAttentionParams& p, int64_t b, int64_t row) {
+  return (p.bytes_ask || p.ids[b * p.L + row] >= 0) && (!p.key_mask || p.key_mask[b * p.Lk + row]);
+}
+
+// list[n]: the rows of a range that are live.
+template <class F> TZ_INLINE int64_t list_rows(Rows rows, int32_t* list, const F& is_live) {
+  int64_t n = 0;
+  for (int64_t row = rows.begin; row < rows.end; row++)
+    if (is_live(row)) list[n++] = static_cast<int32_t>(row);
+  return n;
+}
+
+// The patch and the heads of one piece of work.
+struct CrossItem {
+  int64_t b, s, kv_begin, kv_end;  // key heads
+};
+template <class A> TZ_INLINE int64_t kv_heads_in_chunk(const PatchCrossAttentionParams& p) { return max_of(1, Vec<A>::size / (p.H / p.Hk)); }
+template <class A> TZ_INLINE int64_t head_chunks(const PatchCrossAttentionParams& p) { return ceil_div(p.Hk, kv_heads_in_chunk<A>(p)); }
+template <class A> TZ_INLINE CrossItem cross_item(const PatchCrossAttentionParams& p, int64_t index) {
+  const int64_t chunks = head_chunks<A>(p), size = kv_heads_in_chunk<A>(p), patch = index / chunks, first = index % chunks * size;
+  return {patch / p.S, patch % p.S, first, min_of(p.Hk, first + size)};
+}
+constexpr int64_t kSerialProducts = 65536;
+template <class A> TZ_INLINE int64_t cross_grain(const PatchCrossAttentionParams& p) {
+  const int64_t rows = ceil_div(p.L, max_of(p.S, 1)) + 1;
+  return max_of(1, kSerialProducts / (rows * p.K * min_of(p.window, p.S + 1) * p.H * p.P / head_chunks<A>(p) + 1));
+}
+
+// Up to Vec::size query heads from `begin`, and where each finds its key head.
+template <class A> struct HeadBlock {
+  int64_t begin, n, k_offset[Vec<A>::size], v_offset[Vec<A>::size];
+
+  TZ_INLINE HeadBlock(const PatchCrossAttentionParams& p, int64_t h, int64_t end) : begin(h), n(min_of(Vec<A>::size, end - h)) {
+    for (int64_t i = 0; i < n; i++) {
+      k_offset[i] = (h + i) / (p.H / p.Hk) * p.k_stride_h;
+      v_offset[i] = (h + i) / (p.H / p.Hk) * p.v_stride_h;
+    }
+  }
+};
+
+// Lane i of the result: the sum of m[i].
+template <int bit, class A> TZ_INLINE void fold(Vec<A>* m) {
+  if constexpr (bit > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < bit; i++) {
+      swap_blocks<bit>(m[i], m[i + bit], std::make_integer_sequence<int, Vec<A>::size>());
+      m[i] = m[i] + m[i + bit];
+    }
+    fold<bit / 2>(m);
+  }
+}
+
+template <class A, class T> TZ_INLINE Vec<A> partial_dot(const T* a, const T* b, int64_t P) {
+  constexpr int64_t V = Vec<A>::size;
+  Vec<A> sum = Vec<A>::zero();
+  int64_t c = 0;
+  for (; c + V <= P; c += V) sum = fma(Vec<A>::load(a + c), Vec<A>::load(b + c), sum);
+  if (c < P) sum = fma(load_n<A>(a + c, P - c), load_n<A>(b + c, P - c), sum);
+  return sum;
+}
+
+// Lane i: the dot product of head i of a (heads `stride` apart) and of b at offset[i]; zero behind the block's heads.
+template <class A, class T> TZ_INLINE Vec<A> head_dots(const T* a, int64_t stride, const T* b, const int64_t* offset, int64_t n, int64_t P) {
+  constexpr int V = Vec<A>::size;
+  Vec<A> m[V];
+  if (n == V) {
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) m[i] = partial_dot<A>(a + i * stride, b + offset[i], P);
+  } else {
+    for (int i = 0; i < V; i++) m[i] = i < n ? partial_dot<A>(a + i * stride, b + offset[i], P) : Vec<A>::zero();
+  }
+  fold<V / 2>(m);
+  return m[0];
+}
+
+// The sum over i < n of w[i * Vec::size] rows[list[i] * stride .. + P], given to put(c, vector) in pieces of a vector.
+template <class A, class T, class F>
+TZ_INLINE void weighted_sum(const A* w, const T* rows, const int32_t* list, int64_t stride, int64_t n, int64_t P, const F& put) {
+  constexpr int64_t V = Vec<A>::size;
+  int64_t c = 0;
+  for (; c + 4 * V <= P; c += 4 * V) {
+    Vec<A> s0 = Vec<A>::zero(), s1 = s0, s2 = s0, s3 = s0;
+    for (int64_t i = 0; i < n; i++) {
+      const T* row = rows + list[i] * stride + c;
+      const Vec<A> f(w[i * V]);
+      s0 = fma(f, Vec<A>::load(row), s0);
+      s1 = fma(f, Vec<A>::load(row + V), s1);
+      s2 = fma(f, Vec<A>::load(row + 2 * V), s2);
+      s3 = fma(f, Vec<A>::load(row + 3 * V), s3);
+    }
+    put(c, s0), put(c + V, s1), put(c + 2 * V, s2), put(c + 3 * V, s3);
+  }
+  for (; c < P; c += V) {
+    Vec<A> sum = Vec<A>::zero();
+    for (int64_t i = 0; i < n; i++) sum = fma(Vec<A>(w[i * V]), load_n<A>(rows + list[i] * stride + c, P - c), sum);
+    put(c, sum);
+  }
+}
+
+// Scores of one query and n listed keys become exponentials; returns their sum, and the largest score in *top.
+template <class A, class T>
+TZ_INLINE Vec<A> exponentials(const PatchCrossAttentionParams& p, const T* q, const T* k, const int32_t* list, int64_t n, const HeadBlock<A>& heads,
+                              A* scores, Vec<A>* top) {
+  using V = Vec<A>;
+  const V scale(static_cast<A>(p.scale));
+  V highest(static_cast<A>(-INFINITY)), sum = V::zero();
+  for (int64_t i = 0; i < n; i++) {
+    const V s = scale * head_dots<A>(q, p.q_stride_h, k + list[i] * p.k_stride_l, heads.k_offset, heads.n, p.P);
+    s.store(scores + i * V::size);
+    highest = max(s, highest);
+  }
+  for (int64_t i = 0; i < n; i++) {
+    const V e = exp(V::load(scores + i * V::size) - highest);
+    e.store(scores + i * V::size);
+    sum = sum + e;
+  }
+  *top = highest;
+  return sum;
+}
+
+// Rows [begin, end) of a contiguous [B, rows, heads, P] tensor, heads [first, last): zeros.
+template <class T> TZ_INLINE void clear_heads(T* base, int64_t row_begin, int64_t row_end, int64_t H, int64_t P, int64_t first, int64_t last) {
+  for (int64_t row = row_begin; row < row_end; row++)
+    std::memset((void*)(base + (row * H + first) * P), 0, static_cast<size_t>((last - first) * P) * sizeof(T));
+}
+
+// Bytes in front of the first patch and behind the last one: fn(begin, end), by whoever has that patch.
+template <class F> TZ_INLINE void for_bytes_outside(const PatchCrossAttentionParams& p, int64_t b, int64_t s, const F& fn) {
+  const int32_t* starts = p.starts + b * (p.S + 1);
+  if (s == 0) fn(0, starts[0]);
+  if (s == p.S - 1) fn(starts[p.S], p.L);
+}
+
+}}}  // namespace terrazzo::cpu::TZ_ISA

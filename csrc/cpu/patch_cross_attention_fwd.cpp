@@ -1,0 +1,57 @@
+// Attention between patches and their bytes, forward:
+//   y[i] = sum over the keys j that i sees of softmax_j(scale q[i] . k[j]) v[j];   zero without such a key.
+//   q [B, Lq, H, P], k and v [B, Lk, Hk, P]. Patches ask (each patch's K queries see its bytes) or bytes ask (each byte sees
+//   its patch's K keys); a window lets them see the patches before as well. (Pagnoni et al. 2024, Byte Latent Transformer.)
+//
+// For each patch and block of heads: scores, a softmax over a handful of keys, and the weighted sum, straight from the rows as
+// they lie. Every row of k and v leaves memory once; there is no mask and nothing of the size bytes x patches.
+#include "patch_cross_attention.h"
+
+namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
+namespace {
+
+template <class T> void forward(const PatchCrossAttentionParams& p) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  parallel_for(0, p.B * p.S * head_chunks<A>(p), cross_grain<A>(p), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; index++) {
+      const CrossItem item = cross_item<A>(p, index);
+      const int64_t b = item.b, group = p.H / p.Hk, h_begin = item.kv_begin * group, h_end = item.kv_end * group;
+      const Rows queries = query_rows(p, b, item.s, item.s + 1), keys = keys_seen_by(p, b, item.s);
+      T* y = static_cast<T*>(p.y) + b * p.Lq * p.H * p.P;
+      if (p.bytes_ask) for_bytes_outside(p, b, item.s, [&](int64_t from, int64_t to) { clear_heads(y, from, to, p.H, p.P, h_begin, h_end); });
+      int32_t* list = scratch<int32_t>(kListSlot, keys.end - keys.begin + 1);
+      const int64_t n = list_rows(keys, list, [&](int64_t row) TZ_LAMBDA { return key_is_live(p, b, row); });
+      A* scores = scratch<A>(kScoreSlot, (n + 1) * V::size);
+      const T* k = static_cast<const T*>(p.k) + b * p.k_stride_b;
+      const T* v = static_cast<const T*>(p.v) + b * p.v_stride_b;
+      for (int64_t h = h_begin; h < h_end; h += V::size) {
+        const HeadBlock<A> heads(p, h, h_end);
+        for (int64_t row = queries.begin; row < queries.end; row++) {
+          if (n == 0 || !query_is_live(p, b, row)) {
+            clear_heads(y, row, row + 1, p.H, p.P, h, h + heads.n);
+            continue;
+          }
+          const T* q = static_cast<const T*>(p.q) + b * p.q_stride_b + row * p.q_stride_l + h * p.q_stride_h;
+          V top;
+          const V sum = exponentials<A>(p, q, k, list, n, heads, scores, &top);
+          alignas(64) A inverse[V::size];
+          (V(A(1)) / sum).store(inverse);
+          for (int64_t i = 0; i < heads.n; i++) {
+            T* out = y + (row * p.H + h + i) * p.P;
+            weighted_sum(scores + i, v + heads.v_offset[i], list, p.v_stride_l, n, p.P,
+                         [&](int64_t c, V value) TZ_LAMBDA { store_n(value * V(inverse[i]), out + c, p.P - c); });
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void patch_cross_attention_fwd(const PatchCrossAttentionParams& p) {
+  with_type(p.dtype, [&](auto t) { forward<decltype(t)>(p); });
+}
+
+}}}  // namespace terrazzo::cpu::TZ_ISA
