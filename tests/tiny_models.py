@@ -67,6 +67,10 @@ MODELS = {
         unpadded_vocab_size=VOCAB, head_dim=8, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8,
         sliding_window_size=8, d_rel=4, rel_extent=16, moe_intermediate_size=16, n_routed_experts=4,
         num_experts_per_tok=2, n_layers_per_attn_res_block=1, intermediate_size=None)),
+    "dbrx": ("DbrxForCausalLM", dict(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=64, hidden_size=None, intermediate_size=None, num_hidden_layers=None,
+        num_attention_heads=None, num_key_value_heads=None, attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
+        ffn_config=dict(hidden_size=32, ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2, moe_jitter_eps=None))),
     "lfm2": ("Lfm2ForCausalLM", dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
     "lfm2_moe": ("Lfm2MoeForCausalLM", dict(
         layer_types=["conv", "full_attention"], moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
