@@ -96,7 +96,7 @@ EXPERT_MODELS = {
     "phimoe": ("PhimoeForCausalLM", LOCAL),
     "glm4_moe": ("Glm4MoeForCausalLM", ROUTED | dict(head_dim=8, first_k_dense_replace=1)),
     "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", DEEPSEEK),
-    "dots1": ("Dots1ForCausalLM", ROUTED | dict(head_dim=8, first_k_dense_replace=1)),
+    "dots1": ("Dots1ForCausalLM", ROUTED | dict(head_dim=8, first_k_dense_replace=1, n_shared_experts=1)),
     "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", dict(
         moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=0)),
     "minimax": ("MiniMaxForCausalLM", LOCAL | dict(head_dim=8, block_size=8)),
@@ -115,30 +115,25 @@ EXPERT_MODELS = {
         num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)),
     "hy_v4": ("HYV4ForCausalLM", dict(
         num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)),
-    "beam": ("BeamForCausalLM", MOE | ROUTED | dict(head_dim=8)),
+    "beam": ("BeamForCausalLM", MOE | ROUTED | dict(head_dim=8, mlp_layer_types=["dense", "sparse"])),
+    "flint": ("FlintForCausalLM", MOE | ROUTED | dict(head_dim=8, mlp_only_layers=[])),
+    "zaya": ("ZayaForCausalLM", MOE | dict(head_dim=8, num_experts_per_tok=1)),
     "mistral4": ("Mistral4ForCausalLM", DEEPSEEK),
     "muse_spark": ("MuseSparkTextModel", MOE | LOCAL | dict(head_dim=8)),
     "deepseek_v4": ("DeepseekV4ForCausalLM", ROUTED),
     "minimax_m3_vl": ("MiniMaxM3VLForCausalLM", LOCAL | dict(head_dim=8)),
     "axk1": ("AXK1ForCausalLM", DEEPSEEK),
     "axk2": ("AXK2ForCausalLM", DEEPSEEK),
-    "flint": ("FlintForCausalLM", MOE | ROUTED | dict(head_dim=8)),
     "granitemoe_swa": ("GraniteMoeSWAForCausalLM", LOCAL | dict(sliding_window=8)),
     "kolibri1": ("Kolibri1ForCausalLM", MOE | ROUTED | dict(head_dim=8)),
     "laguna": ("LagunaForCausalLM", MOE | dict(head_dim=8)),
     "mellum": ("MellumForCausalLM", MOE | dict(head_dim=8)),
     "mimo_v2_flash": ("MiMoV2FlashForCausalLM", ROUTED | dict(head_dim=8)),
-    "zaya": ("ZayaForCausalLM", MOE | dict(head_dim=8)),
-    "glm4v_moe": ("Glm4vMoeTextModel", ROUTED | dict(head_dim=8, first_k_dense_replace=1)),
     "deepseek_v32": ("DeepseekV32ForCausalLM", DEEPSEEK),
     "glm_moe_dsa": ("GlmMoeDsaForCausalLM", DEEPSEEK),
-    "dots3_note": ("Dots3NoteForCausalLM", ROUTED | dict(head_dim=8)),
-    "diffusion_gemma": ("DiffusionGemmaTextModel", MOE | dict(head_dim=8)),
     "gemma4": ("Gemma4ForCausalLM", dict(
         enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16, head_dim=8, global_head_dim=8,
         hidden_size_per_layer_input=8, vocab_size_per_layer_input=64)),
-    "ernie4_5_vl_moe": ("Ernie4_5_VLMoeTextModel", dict(
-        moe_num_experts=4, moe_k=2, moe_intermediate_size=[16, 16])),
     "qwen3_omni_moe": ("Qwen3OmniMoeThinkerTextModel", MOE | dict(head_dim=8)),
 }
 
