@@ -1,16 +1,23 @@
 """The functions terrazzo.patch puts in the place of transformers' own: the same parameters, calling terrazzo's ops.
 
 Each factory takes the replaced function and the backend asked for (None: automatic). A call that no native backend
-can serve (a convolution of 7 taps, a GELU, a decode step that needs gradients, no compiled extension) goes to the
-replaced function, so that a patched model is never slower. Packed sequences (seq_idx), which transformers' own code
+can serve (a convolution of 7 taps, a decode step that needs gradients, no compiled extension) goes to the replaced
+function, so that a patched model is never slower. Packed sequences (seq_idx), which transformers' own code
 refuses, always run here.
 """
+import inspect
+import os
+
 import torch
 from torch import nn
 
 from . import dispatch
 from .causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from .chunk_scan import mamba_chunk_scan_combined
+from .fused_experts import fused_experts
+from .grouped_gemm import grouped_mm
+from .linear import linear as linear_op
+from .moe import moe_permute, moe_unpermute
 from .rmsnorm_gated import rmsnorm_gated
 from .state_update import selective_state_update
 
@@ -136,11 +143,208 @@ def norm_falcon_h1(original, backend):
     return forward
 
 
+# ---- experts -------------------------------------------------------------------------------------------------
+
+# transformers' activations, by class and module -> terrazzo's name
+ACTIVATIONS = {
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "transformers.activations.SiLUActivation": "silu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.ReLUSquaredActivation": "relu2",
+}
+# Gates that are act_fn(gate) * up; the second computes it in float32, as terrazzo always does.
+PLAIN_GATES = (
+    "transformers.integrations.moe._default_apply_gate",
+    "transformers.models.beam.modeling_beam.BeamExperts._apply_gate",
+)
+# Gates that are "swiglu_oai" -> (interleaved, attribute of alpha, attribute of the limit)
+CLAMPED_GATES = {
+    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts._apply_gate": (True, "alpha", "limit"),
+    "transformers.models.openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts._apply_gate":
+        (False, "alpha", "limit"),
+    "transformers.models.minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts._apply_gate":
+        (False, "swiglu_alpha", "swiglu_limit"),
+}
+
+
+def _full_name(thing):
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+@torch.compiler.assume_constant_result
+def gate_name(cls):
+    """The full name of the gate of a class of experts."""
+    return _full_name(cls._apply_gate)
+
+
+@torch.compiler.assume_constant_result
+def activation_name(cls):
+    """terrazzo's name of an activation module of this class, or None where it has none."""
+    return ACTIVATIONS.get(_full_name(cls))
+
+
+def fused_options(module):
+    """fused_experts' options for these experts, or None: their gate, activation or norm is not one of its own."""
+    if module.has_post_expert_norm:
+        return None
+    gate = gate_name(type(module)) if module.has_gate else PLAIN_GATES[0]
+    if gate in CLAMPED_GATES:
+        interleaved, alpha, limit = CLAMPED_GATES[gate]
+        return dict(activation="swiglu_oai", interleaved=interleaved, alpha=getattr(module, alpha), limit=getattr(module, limit))
+    name = activation_name(type(module.act_fn)) if gate in PLAIN_GATES else None
+    return None if name is None else dict(activation=name)
+
+
+def _expert_weights(module):
+    """(w_gate_up or w_up alone, w_down, their biases or None) of experts behind transformers' ExpertsInterface."""
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    biases = (getattr(module, first + "_bias"), module.down_proj_bias) if module.has_bias else (None, None)
+    return getattr(module, first), module.down_proj, *biases
+
+
+def _plain_tensors(*tensors):
+    """False where a tensor subclass (quantised, sharded) keeps its values elsewhere."""
+    return all(t is None or type(t) in (torch.Tensor, nn.Parameter) for t in tensors)
+
+
+def experts(original, backend):
+    """The forward of experts behind transformers' ExpertsInterface, also what is registered there."""
+    def terrazzo_experts(self, hidden_states, top_k_index, top_k_weights):
+        w1, w2, bias1, bias2 = _expert_weights(self)
+        if hidden_states.dim() != 2 or not _plain_tensors(w1, w2, bias1, bias2):
+            return original(self, hidden_states, top_k_index, top_k_weights)
+        options = fused_options(self)
+        if options is None:
+            chosen, _ = serving("grouped_mm", hidden_states, w1, w2, bias1, bias2, backend=backend)
+            if chosen is not None:
+                return _grouped_experts(self, hidden_states, top_k_index, top_k_weights, chosen)
+            return original(self, hidden_states, top_k_index, top_k_weights)
+        tensors = (hidden_states, w1, None, w2, top_k_weights, bias1, None, bias2)
+        chosen, _ = serving("fused_experts", *tensors, backend=backend)
+        if chosen is None:
+            return original(self, hidden_states, top_k_index, top_k_weights)
+        return fused_experts(
+            hidden_states, w1, w2, top_k_weights, top_k_index, bias_gate_up=bias1, bias_down=bias2,
+            transposed=self.is_transposed, backend=chosen, **options,
+        )
+
+    return terrazzo_experts
+
+
+def _grouped_experts(module, x, indices, weights, backend):
+    """The module's own gate, activation and norm between two grouped products."""
+    w1, w2, bias1, bias2 = _expert_weights(module)
+    if not module.is_transposed:
+        w1, w2 = w1.mT, w2.mT
+    order, inverse, offs = moe_permute(indices, w2.shape[0], backend=backend)
+    rows = grouped_mm(x[order // indices.shape[1]], w1, offs, bias1, backend=backend)
+    rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    rows = grouped_mm(rows, w2, offs, bias2, backend=backend)
+    if module.has_post_expert_norm:
+        rows = module.post_expert_norm(rows)
+    return moe_unpermute(rows, inverse, weights, backend=backend)
+
+
+def dbrx_experts(original, backend):
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        w1, v1, w2 = self.mlp.w1, self.mlp.v1, self.mlp.w2
+        name = activation_name(type(self.mlp.activation_fn))
+        chosen = None
+        if name is not None and _plain_tensors(w1, v1, w2):
+            chosen, _ = serving("fused_experts", hidden_states, w1, v1, w2, top_k_weights, backend=backend)
+        if chosen is None:
+            return original(self, hidden_states, top_k_index, top_k_weights)
+        y = fused_experts(
+            hidden_states.reshape(-1, self.hidden_size), w1, w2, top_k_weights, top_k_index, w_up=v1, activation=name,
+            num_experts=self.num_experts, backend=chosen,
+        )
+        return y.view(hidden_states.shape[0], -1, self.hidden_size)
+
+    return forward
+
+
+# ---- linear layers -------------------------------------------------------------------------------------------
+
+HALF = (torch.bfloat16, torch.float16)
+# Values of ONEDNN_MAX_CPU_ISA under which oneDNN may use neither AVX512-BF16 nor AMX.
+_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+def _torch_is_fast():
+    """None, or why torch's own linear layers in 16 bits are left to it."""
+    highest = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
+    if highest in _WITHOUT_BF16:
+        return None
+    for name, has in (("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported")):
+        if getattr(torch.cpu, has, lambda: False)():
+            return f"torch uses this CPU's {name}"
+    return None
+
+
+TORCH_IS_FAST = _torch_is_fast()
+
+
+def linear_serving(x, weight, bias, backend):
+    """serving() for a linear layer: 16-bit weights or inputs, where torch has no instructions for them."""
+    if x.dtype not in HALF and weight.dtype not in HALF:
+        return None, f"{str(weight.dtype).removeprefix('torch.')} stays with torch"
+    if not _plain_tensors(weight, bias):
+        return None, f"the weight is a {type(weight).__name__}"
+    if torch.is_autocast_enabled(x.device.type):
+        return None, "under autocast"
+    if TORCH_IS_FAST and x.device.type == "cpu" and dispatch._wanted(dispatch.OPS["linear"], backend)[0] is None:
+        return None, TORCH_IS_FAST
+    return serving("linear", x, weight, bias, backend=backend)
+
+
+def linear(original, backend):
+    def forward(self, input):
+        chosen, _ = linear_serving(input, self.weight, self.bias, backend)
+        return original(self, input) if chosen is None else linear_op(input, self.weight, self.bias, backend=chosen)
+
+    return forward
+
+
+# ---- what a report says --------------------------------------------------------------------------------------
+
+
+def judged(swap, cls, module, backend):
+    """(op, backend or None, note): what will serve the calls of this module, or of any of its class (module None)."""
+    why = why_not(swap, module)
+    if why is not None:
+        return swap.op, None, why
+    parameter = next(module.parameters(), None) if module is not None else None
+    dtype, device = (torch.float32, "cpu") if parameter is None else (parameter.dtype, parameter.device)
+    with torch.no_grad():
+        tensors = probe(swap, module, dtype, device)
+        if swap.adapter == "linear":
+            return swap.op, *linear_serving(*tensors, backend)
+        if swap.adapter == "experts" and not (_fusable(cls) if module is None else fused_options(module)):
+            chosen, why = serving("grouped_mm", *tensors, backend=backend)
+            return "grouped_mm", chosen, why or "its own gate or norm runs between two grouped products"
+        return swap.op, *serving(swap.op, *tensors, backend=backend)
+
+
+def _fusable(cls):
+    """fused_options() as far as a class of experts can tell: the activation is known of its instances alone."""
+    decorated = inspect.getclosurevars(cls.__init__).nonlocals
+    if decorated.get("has_post_expert_norm"):
+        return False
+    return not decorated.get("has_gate", True) or gate_name(cls) in (*PLAIN_GATES, *CLAMPED_GATES)
+
+
 def probe(swap, module, dtype, device):
     """Tensors like those `module` will pass (module None: of usual sizes), for serving() to judge in a report."""
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device=device)
 
+    if swap.adapter == "linear":
+        return empty(1, module.in_features), module.weight, module.bias
+    if swap.op == "fused_experts":
+        return (empty(1, 8), *(() if module is None else module.parameters()))
     if swap.adapter in ("conv", "conv_update"):
         taps = next((m.weight.squeeze(1) for m in _convolutions(module)), empty(8, 4))
         x = empty(1, taps.shape[0], 1)
@@ -169,4 +373,8 @@ def why_not(swap, module):
     activation = getattr(module, "activation", None)
     if isinstance(activation, str) and activation not in SILU and swap.adapter in ("conv", "conv_update", "norm_first"):
         return f"activation {activation!r} is not served, only silu"
+    if swap.adapter == "dbrx_experts" and module is not None and activation_name(type(module.mlp.activation_fn)) is None:
+        return f"activation {type(module.mlp.activation_fn).__name__} is not one of fused_experts'"
+    if swap.op == "fused_experts" and module is not None and not _plain_tensors(*module.parameters()):
+        return "its weights are no plain tensors"
     return None

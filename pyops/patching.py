@@ -1,12 +1,13 @@
 """terrazzo.patch: a Hugging Face model runs on terrazzo's ops, and can be put back.
 
-How: transformers' mixers call module-level functions (causal_conv1d_fn, mamba2_chunk_scan, ...) by name.
+How: transformers' mixers call module-level functions (causal_conv1d_fn, mamba2_chunk_scan, ...) by name; norms,
+experts and linear layers are replaced by their forward.
   instance scope   a mixer gets a subclass of its class whose methods look those names up under an alias
                    (`_terrazzo_causal_conv1d_fn_auto`) in the same module; nothing else of the object changes: no
                    attribute, no parameter, no state_dict key. Other models stay as they are. Copies and pickles of a
                    patched module stay patched.
-  class scope      the functions themselves are replaced in transformers' module: every model of the type, made
-                   before or after.
+  class scope      the functions themselves, and the forwards, are replaced in transformers' module: every model of
+                   the type, made before or after. torch's linear layers are left alone there.
 undo() gives back the very same class and function objects; handles may overlap and be undone in any order.
 """
 import functools
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 from . import adapters, dispatch, rebinding
-from .recipes import BY_MODULE, RECIPES, modeling_name
+from .recipes import ANYWHERE, BY_MODULE, RECIPES, SUPPORTED, VERSIONS, modeling_name
 
 
 class PatchError(RuntimeError):
@@ -49,12 +50,16 @@ class Report(list):
     def __str__(self):
         if not self:
             return "nothing to patch"
-        times = Counter((re.sub(r"\b\d+\b", "*", row.module), row.op, row.backend, row.note) for row in self)
+        times = Counter((_folded(row), row.op, row.backend, row.note) for row in self)
         table = [("modules", "", "op", "backend", "note")]
         table += [(module, f"x{n}", op, backend, note) for (module, op, backend, note), n in times.items()]
         widths = [max(len(line[i]) for line in table) for i in range(4)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(line, widths)), line[4]]).rstrip() for line in table]
         return "\n".join([lines[0], "-" * min(max(map(len, lines)), 120), *lines[1:]])
+
+
+def _folded(row):
+    return "nn.Linear" if row.op == "linear" else re.sub(r"\b\d+\b", "*", row.module)
 
 
 class Handle:
@@ -106,8 +111,9 @@ def patch(model_or_model_type, ops="all", backend=None, strict=True, *, scope=No
     """Makes a Hugging Face model run on terrazzo's ops; the numbers stay the same to rounding.
 
     Args:
-        model_or_model_type: a model (any nn.Module that contains transformers' mixers), a model type such as
-            "bamba", or a directory with a config.json.
+        model_or_model_type: a model (any nn.Module that contains transformers' mixers or experts, or linear layers in
+            16 bits on a CPU without instructions for them), a model type such as "bamba", or a directory with a
+            config.json.
         ops: "all", or names of public ops and op families to replace, e.g. ["causal_conv1d", "rmsnorm_gated"].
         backend: forces one backend for the patched calls; None chooses per call, and leaves to transformers the
             calls that no native backend serves.
@@ -132,15 +138,24 @@ def patch(model_or_model_type, ops="all", backend=None, strict=True, *, scope=No
     if scope == "instance" and not is_model and not dry_run:
         raise ValueError(f"terrazzo.patch: scope 'instance' needs a model, got {model_or_model_type!r}; pass the model")
     wanted = _wanted_ops(ops)
+    if not dry_run:
+        register_experts()
     if is_model:
-        sites = _sites_of_model(model_or_model_type, strict)
+        sites = _sites_of_model(model_or_model_type, strict, backend)
     else:
         sites = _sites_of_types(_recipe_keys(model_or_model_type, strict))
     rows, targets = [], {}
     for site in sites:
-        problem = _problem(site.key) or _shadowed(site)
+        shadowed = _shadowed(site)
         for name, swap in site.swaps.items():
             if swap.op not in wanted:
+                continue
+            problem = (_problem_anywhere(name) if name in ANYWHERE else _problem(site.key)) or shadowed
+            if name == "linear":
+                row = _linear_row(site, swap, backend, scope, problem)
+                rows.append(row)
+                if row.backend != "transformers":
+                    targets.setdefault(site.path, _Instance(site.module)).chosen[name] = backend
                 continue
             if problem:
                 if strict:
@@ -151,7 +166,8 @@ def patch(model_or_model_type, ops="all", backend=None, strict=True, *, scope=No
             if scope == "instance":
                 targets.setdefault(site.path, _Instance(site.module)).chosen[name] = backend
             else:
-                targets[site.key, name] = _Global(site.key, name, backend)
+                owner, attribute = _global_name(site, name)
+                targets[owner, attribute] = _Global(owner, attribute, swap, backend)
         rows += [Row(site.path, name, "transformers", why) for name, why in site.left.items()]
     handle = Handle(rows, list(targets.values()))
     return handle if dry_run else handle._apply()
@@ -159,7 +175,9 @@ def patch(model_or_model_type, ops="all", backend=None, strict=True, *, scope=No
 
 def _wanted_ops(ops):
     known = {}
-    for swap in (swap for recipe in RECIPES.values() for swap in [*recipe.functions.values(), *recipe.norms.values()]):
+    recipes = [*RECIPES.values()]
+    swaps = [swap for recipe in recipes for swap in [*recipe.functions.values(), *recipe.forwards.values()]]
+    for swap in (*swaps, *ANYWHERE.values()):
         family = dispatch.OPS[swap.op].family if swap.op in dispatch.OPS else "chunk_scan"  # the fused op has no own
         for name in (swap.op, family):
             known.setdefault(name, set()).add(swap.op)
@@ -170,6 +188,24 @@ def _wanted_ops(ops):
         if name not in known:
             raise ValueError(f"terrazzo.patch: unknown op {name!r}; ops and families are {', '.join(sorted(known))}")
     return set().union(*(known[name] for name in names))
+
+
+def register_experts():
+    """Makes `experts_implementation="terrazzo"` known to transformers; terrazzo.patch does it too.
+
+    For models loaded or switched that way (`model.set_experts_implementation("terrazzo")`) every class of experts
+    behind transformers' ExpertsInterface runs on terrazzo; what no native backend can serve runs as "grouped_mm".
+
+    Raises:
+        PatchError: the installed transformers has another ExpertsInterface.
+    """
+    problem = _problem_anywhere("experts")
+    if problem:
+        raise PatchError(f"terrazzo.patching.register_experts: {problem}")
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if "terrazzo" not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register("terrazzo", adapters.experts(ALL_EXPERTS_FUNCTIONS["grouped_mm"], None))
 
 
 # ---- what there is to patch ----------------------------------------------------------------------------------
@@ -188,27 +224,46 @@ class _Site:
 
 
 def _site(path, cls, module=None):
-    """The site of a module or class that a recipe knows; None for any other."""
+    """The site of a module or class in which there is something to replace; None for any other."""
     cls = _plain(cls)
-    base = next((base for base in cls.__mro__ if base.__module__ in BY_MODULE), None)
-    if base is None:
-        return None
-    key = BY_MODULE[base.__module__]
-    recipe = RECIPES[key]
-    called = rebinding.globals_called(cls, base.__module__)
-    swaps = {name: swap for name, swap in recipe.functions.items() if name in called}
-    classes = {owner.__name__ for owner in cls.__mro__}
-    swaps |= {name: swap for name, swap in recipe.norms.items() if name in classes}
-    left = {name: why for name, why in recipe.left.items() if name in (called if name.islower() else classes)}
+    base = _recipe_base(cls)
+    key = base and BY_MODULE[base.__module__]
+    swaps, left = {}, {}
+    if key:
+        recipe = RECIPES[key]
+        called = rebinding.globals_called(cls, base.__module__)
+        classes = {owner.__name__ for owner in cls.__mro__}
+        swaps = {name: swap for name, swap in recipe.functions.items() if name in called}
+        swaps |= {name: swap for name, swap in recipe.forwards.items() if name in classes}
+        left = {name: why for name, why in recipe.left.items() if name in (called if name.islower() else classes)}
+    if _is_experts(cls):
+        swaps["experts"] = ANYWHERE["experts"]
+    elif cls is nn.Linear:
+        swaps["linear"] = ANYWHERE["linear"]
     return _Site(key, path, cls, module, swaps, left) if swaps or left else None
 
 
-def _sites_of_model(model, strict):
+def _recipe_base(cls):
+    """The class nearest to `cls` that a modeling file with a recipe defines, or None."""
+    return next((base for base in cls.__mro__ if base.__module__ in BY_MODULE), None)
+
+
+def _is_experts(cls):
+    """Whether use_experts_implementation decorated the forward of this class: its wrapper stands in transformers' moe.py."""
+    forward = _original(getattr(cls, "forward", None))
+    known = getattr(forward, "__globals__", {}).get("__name__") == "transformers.integrations.moe"
+    return known and hasattr(cls, "_apply_gate")
+
+
+def _sites_of_model(model, strict, backend):
     sites = [_site(path or type(module).__name__, type(module), module) for path, module in model.named_modules()]
     sites = [site for site in sites if site is not None]
-    if not sites and strict:
+    linears = [adapters.judged(ANYWHERE["linear"], site.cls, site.module, backend) for site in sites if "linear" in site.swaps]
+    only_linears = len(linears) == len(sites)
+    if strict and only_linears and not any(chosen for _, chosen, _ in linears):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise ValueError(_unsupported(kind))
+        reasons = dict.fromkeys(why for _, _, why in linears)
+        raise ValueError(_unsupported(kind) + (f" (its linear layers: {'; '.join(reasons)})" if reasons else ""))
     return sites
 
 
@@ -225,11 +280,11 @@ def _sites_of_types(keys):
 
 
 def _unsupported(kind):
-    return f"terrazzo.patch: no recipe for model type {kind!r}; supported: {', '.join(sorted(RECIPES))}"
+    return f"terrazzo.patch: no recipe for model type {kind!r}; supported: {', '.join(SUPPORTED)}"
 
 
 def _recipe_keys(model_type, strict):
-    """Recipes for a model type or for the config.json of a directory, the sub-models of composite ones included."""
+    """Supported types of a model type or of the config.json of a directory, the sub-models of composite ones included."""
     name = os.fspath(model_type)
     config_file = os.path.join(name, "config.json")
     if os.path.isfile(config_file):
@@ -241,11 +296,11 @@ def _recipe_keys(model_type, strict):
 
     keys = dict.fromkeys(found)
     for kind in found:
-        if kind not in RECIPES and kind in CONFIG_MAPPING:
+        if kind not in SUPPORTED and kind in CONFIG_MAPPING:
             config = CONFIG_MAPPING[kind]
             keys[config.__module__.split(".")[-2]] = None  # qwen3_5_text lives in the package qwen3_5
             keys.update(dict.fromkeys(_model_types(config().to_dict())))
-    keys = [key for key in keys if key in RECIPES]
+    keys = [key for key in keys if key in SUPPORTED]
     if not keys and strict:
         raise ValueError(_unsupported(" / ".join(dict.fromkeys(found)) or name))
     return keys
@@ -263,22 +318,46 @@ def _model_types(config):
 @functools.cache
 def _problem(key):
     """None, or why the installed transformers doesn't fit the recipe."""
+    recipe = RECIPES[key]
+    modeling = importlib.import_module(modeling_name(key))
+    problem = _wrong_version(recipe.versions)
+    for name, swap in (recipe.functions | recipe.forwards).items():
+        present = getattr(modeling, name, None)
+        if present is None:
+            problem = problem or f"{modeling.__name__} has no {name}"
+        else:
+            problem = problem or _wrong_parameters(name, present.forward if name in recipe.forwards else present, swap)
+    return problem
+
+
+@functools.cache
+def _problem_anywhere(name):
+    """None, or why what is replaced in models of any type isn't as expected."""
+    if name == "linear":
+        return _wrong_parameters("nn.Linear.forward", nn.Linear.forward, ANYWHERE[name])
+    problem = _wrong_version(VERSIONS)
+    if problem is None:
+        from transformers.integrations.moe import grouped_mm_experts_forward as present
+
+        problem = _wrong_parameters(present.__name__, present, ANYWHERE[name])
+    return problem
+
+
+def _wrong_version(versions):
     from packaging.version import Version
     from transformers import __version__
 
-    recipe = RECIPES[key]
-    low, high = recipe.versions
-    if not Version(low) <= Version(Version(__version__).base_version) < Version(high):
-        return f"the recipe is for transformers >= {low}, < {high}, not {__version__}"
-    modeling = importlib.import_module(modeling_name(key))
-    for name, swap in (recipe.functions | recipe.norms).items():
-        present = getattr(modeling, name, None)
-        if present is None:
-            return f"{modeling.__name__} has no {name}"
-        parameters = tuple(inspect.signature(_original(present.forward if name in recipe.norms else present)).parameters)
-        if parameters != swap.parameters:
-            return f"{name} takes ({', '.join(parameters)}), the recipe expects ({', '.join(swap.parameters)})"
-    return None
+    low, high = versions
+    if Version(low) <= Version(Version(__version__).base_version) < Version(high):
+        return None
+    return f"the recipe is for transformers >= {low}, < {high}, not {__version__}"
+
+
+def _wrong_parameters(name, present, swap):
+    parameters = tuple(inspect.signature(_original(present)).parameters)
+    if parameters == swap.parameters:
+        return None
+    return f"{name} takes ({', '.join(parameters)}), the recipe expects ({', '.join(swap.parameters)})"
 
 
 def _shadowed(site):
@@ -292,15 +371,15 @@ def _shadowed(site):
 def _row(site, swap, backend):
     if swap.adapter == "split_scan":
         return Row(site.path, swap.op, "unfused", "declined: convolution, scan and norm run one by one, padding-safe")
-    why = adapters.why_not(swap, site.module)
-    if why is None:
-        parameter = next(site.module.parameters(), None) if site.module is not None else None
-        dtype, device = (torch.float32, "cpu") if parameter is None else (parameter.dtype, parameter.device)
-        with torch.no_grad():
-            chosen, why = adapters.serving(swap.op, *adapters.probe(swap, site.module, dtype, device), backend=backend)
-    else:
-        chosen = None
-    return Row(site.path, swap.op, chosen or "transformers", why)
+    op, chosen, note = adapters.judged(swap, site.cls, site.module, backend)
+    return Row(site.path, op, chosen or "transformers", note)
+
+
+def _linear_row(site, swap, backend, scope, problem):
+    """Linear layers are replaced only where that gains something, and never by class: every program has them."""
+    if scope == "class":
+        problem = "linear layers are patched in instance scope alone"
+    return Row(site.path, swap.op, "transformers", problem) if problem else _row(site, swap, backend)
 
 
 # ---- instance scope: a subclass whose methods look the functions up under an alias --------------------------
@@ -314,10 +393,8 @@ def _plain(cls):
 @functools.cache
 def _variant(cls, chosen):
     """The subclass of `cls` that runs `chosen`, a tuple of (replaced name, backend)."""
-    base = next(base for base in cls.__mro__ if base.__module__ in BY_MODULE)
-    modeling, key = sys.modules[base.__module__], BY_MODULE[base.__module__]
-    recipe = RECIPES[key]
-    aliases = {name: _alias(key, modeling, name, backend) for name, backend in chosen if name in recipe.functions}
+    base = _recipe_base(cls)
+    recipe = RECIPES[BY_MODULE[base.__module__]] if base else None
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -326,18 +403,22 @@ def _variant(cls, chosen):
         "_terrazzo_plain": cls,
         "_terrazzo_chosen": chosen,
     }
-    namespace |= rebinding.renamed_methods(cls, modeling, aliases)
+    if recipe:
+        modeling, functions = sys.modules[base.__module__], recipe.functions
+        aliases = {name: _alias(modeling, name, functions[name], backend) for name, backend in chosen if name in functions}
+        namespace |= rebinding.renamed_methods(cls, modeling, aliases)
+    forwards = ANYWHERE | (recipe.forwards if recipe else {})
     for name, backend in chosen:
-        if name in recipe.norms:
-            namespace["forward"] = _replacement(key, name, backend, _original(cls.forward))
+        if name in forwards:
+            namespace["forward"] = _replacement(forwards[name], backend, _original(cls.forward))
     return type(cls)(cls.__name__, (cls,), namespace)
 
 
-def _alias(key, modeling, name, backend):
+def _alias(modeling, name, swap, backend):
     """Puts the replacement of a function into its module under a name of its own, which then stays there."""
     alias = f"_terrazzo_{name}_{backend or 'auto'}"
     if alias not in vars(modeling):
-        setattr(modeling, alias, _replacement(key, name, backend, _original(getattr(modeling, name))))
+        setattr(modeling, alias, _replacement(swap, backend, _original(getattr(modeling, name))))
     return alias
 
 
@@ -401,24 +482,29 @@ def _original(function):
     return getattr(function, "_terrazzo_original", function)
 
 
-def _replacement(key, name, backend, original):
-    swap = (RECIPES[key].functions | RECIPES[key].norms)[name]
+def _replacement(swap, backend, original):
     function = getattr(adapters, swap.adapter)(original, backend)
     function._terrazzo_original = original
     return function
 
 
+def _global_name(site, name):
+    """(module or class, attribute) that holds what `name` stands for in a site."""
+    if name in ANYWHERE:
+        return next(base for base in site.cls.__mro__ if "forward" in vars(base)), "forward"
+    modeling = importlib.import_module(modeling_name(site.key))
+    return (getattr(modeling, name), "forward") if name in RECIPES[site.key].forwards else (modeling, name)
+
+
 class _Global:
-    """A function of a transformers module, or the forward of a norm class, under class scope."""
+    """A function of a transformers module, or the forward of one of its classes, under class scope."""
 
     active = {}  # (owner, attribute) -> {token: replacement}
 
-    def __init__(self, key, name, backend):
-        modeling = importlib.import_module(modeling_name(key))
-        norm = name in RECIPES[key].norms
-        self.owner, self.attribute = (getattr(modeling, name), "forward") if norm else (modeling, name)
-        self.original = _original(getattr(self.owner, self.attribute))
-        self.replacement = _replacement(key, name, backend, self.original)
+    def __init__(self, owner, attribute, swap, backend):
+        self.owner, self.attribute = owner, attribute
+        self.original = _original(getattr(owner, attribute))
+        self.replacement = _replacement(swap, backend, self.original)
 
     def add(self, token):
         layers = self.active.setdefault((self.owner, self.attribute), {})

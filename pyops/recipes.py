@@ -1,8 +1,9 @@
 """What terrazzo.patch replaces in Hugging Face transformers, as data: one line per model type.
 
-A recipe names functions of transformers.models.<type>.modeling_<type> and classes of gated norms there, and for
-each the public op, the adapter that calls it and the parameters the replaced function must have. Written against
-transformers 5.23.0; patch() checks the version range and every signature before it touches anything.
+A recipe names functions of transformers.models.<type>.modeling_<type> and classes there whose forward is replaced,
+and for each the public op, the adapter that calls it and the parameters the replaced function must have. What stands
+in ANYWHERE needs no recipe: every class of experts behind transformers' ExpertsInterface, and torch's linear layers.
+Written against transformers 5.23.0; patch() checks the version range and every signature before it touches anything.
 """
 from dataclasses import dataclass, field
 
@@ -20,10 +21,10 @@ class Swap:
 
 @dataclass(frozen=True)
 class Recipe:
-    """functions: module-level name -> Swap; norms: class -> Swap of its forward; left: name -> why it is not replaced."""
+    """functions: module-level name -> Swap; forwards: class -> Swap of its forward; left: name -> why it is not replaced."""
 
-    functions: dict[str, Swap]
-    norms: dict[str, Swap] = field(default_factory=dict)
+    functions: dict[str, Swap] = field(default_factory=dict)
+    forwards: dict[str, Swap] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     versions: tuple[str, str] = VERSIONS
 
@@ -60,6 +61,13 @@ MAMBA2 = CONV | {
 GATE_FIRST = _swap("rmsnorm_gated", "norm_gate_first", "self hidden_states gate")
 NORM_FIRST = _swap("rmsnorm_gated", "norm_first", "self hidden_states gate")
 FALCON_NORM = _swap("rmsnorm_gated", "norm_falcon_h1", "self hidden_states gate")
+DBRX_EXPERTS = _swap("fused_experts", "dbrx_experts", "self hidden_states top_k_index top_k_weights")
+
+# Replaced in models of any type, name of the kind -> Swap of the forward.
+ANYWHERE = {
+    "experts": _swap("fused_experts", "experts", "self hidden_states top_k_index top_k_weights"),
+    "linear": _swap("linear", "linear", "self input"),
+}
 
 SELECTIVE_SCAN = {"mamba_selective_scan": "Mamba-1's selective scan is not an op of terrazzo"}
 DELTA_RULE = {
@@ -93,10 +101,22 @@ RECIPES = {
     "kimi_linear": Recipe(CONV, left=DELTA_ATTENTION | {"KimiLinearRMSNormGated": SIGMOID_NORM}),
     "inkling": Recipe(CONV),
     "inkling2": Recipe(CONV, left={"Inkling2DynamicShortConvolution": "its taps change with every token"}),
+    "dbrx": Recipe(forwards={"DbrxExperts": DBRX_EXPERTS}),
     "lfm2": Recipe(CONV),
     "lfm2_moe": Recipe(CONV),
     "lfm3": Recipe(CONV),  # 7 taps by default: such calls stay with transformers, see adapters.py
 }
+
+# Model types with experts decorated by transformers.integrations.moe.use_experts_implementation.
+EXPERTS = tuple("""
+    afmoe aria axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4
+    diffusion_gemma dots1 dots3_note ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint gemma4 glm4_moe glm4_moe_lite
+    glm4v_moe glm5_next glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3
+    hy_v4 inkling inkling2 jamba kimi_linear kolibri1 laguna lfm2_moe mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl
+    mistral4 mistral_large4 mixtral muse_spark nemotron_h olmoe openai_privacy_filter phimoe qwen2_moe qwen3_5_moe qwen3_moe
+    qwen3_next qwen3_omni_moe qwen3_vl_moe qwen4_exp solar_open unlimited_ocr zaya
+""".split())
+SUPPORTED = sorted({*RECIPES, *EXPERTS})
 
 
 def modeling_name(key):

@@ -67,6 +67,10 @@ MODELS = {
         unpadded_vocab_size=VOCAB, head_dim=8, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8,
         sliding_window_size=8, d_rel=4, rel_extent=16, moe_intermediate_size=16, n_routed_experts=4,
         num_experts_per_tok=2, n_layers_per_attn_res_block=1, intermediate_size=None)),
+    "dbrx": ("DbrxForCausalLM", dict(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=64, hidden_size=None, intermediate_size=None, num_hidden_layers=None,
+        num_attention_heads=None, num_key_value_heads=None, attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
+        ffn_config=dict(hidden_size=32, ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2, moe_jitter_eps=None))),
     "lfm2": ("Lfm2ForCausalLM", dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
     "lfm2_moe": ("Lfm2MoeForCausalLM", dict(
         layer_types=["conv", "full_attention"], moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
@@ -74,10 +78,69 @@ MODELS = {
     "lfm3": ("Lfm3ForCausalLM", dict(layer_types=["conv", "full_attention"], head_dim=8, conv_L_cache=4)),
 }
 
+# Model types without a recipe, whose experts terrazzo.patch serves.
+ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=2, topk_group=1)
+DEEPSEEK = MLA | ROUTED | dict(q_lora_rank=16, num_key_value_heads=4, first_k_dense_replace=1)
+LOCAL = dict(num_local_experts=4, num_experts_per_tok=2)
+EXPERT_MODELS = {
+    "mixtral": ("MixtralForCausalLM", LOCAL),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", MOE),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", MOE | dict(head_dim=8)),
+    "olmoe": ("OlmoeForCausalLM", dict(num_experts=4, num_experts_per_tok=2)),
+    "flex_olmo": ("FlexOlmoForCausalLM", dict(num_experts=4, num_experts_per_tok=2)),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", DEEPSEEK),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", DEEPSEEK),
+    "gpt_oss": ("GptOssForCausalLM", LOCAL | dict(head_dim=8, sliding_window=8)),
+    "granitemoe": ("GraniteMoeForCausalLM", LOCAL),
+    "granitemoeshared": ("GraniteMoeSharedForCausalLM", LOCAL | dict(shared_intermediate_size=16)),
+    "phimoe": ("PhimoeForCausalLM", LOCAL),
+    "glm4_moe": ("Glm4MoeForCausalLM", ROUTED | dict(head_dim=8, first_k_dense_replace=1)),
+    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", DEEPSEEK),
+    "dots1": ("Dots1ForCausalLM", ROUTED | dict(head_dim=8, first_k_dense_replace=1, n_shared_experts=1)),
+    "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", dict(
+        moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=0)),
+    "minimax": ("MiniMaxForCausalLM", LOCAL | dict(head_dim=8, block_size=8)),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", LOCAL | dict(head_dim=8)),
+    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", dict(num_experts=4, moe_topk=2, head_dim=8)),
+    "aria": ("AriaTextForCausalLM", dict(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)),
+    "afmoe": ("AfmoeForCausalLM", dict(
+        num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8, num_dense_layers=1,
+        sliding_window=8)),
+    "qwen3_vl_moe": ("Qwen3VLMoeTextModel", MOE | dict(head_dim=8)),
+    "solar_open": ("SolarOpenForCausalLM", ROUTED | dict(head_dim=8)),
+    "exaone_moe": ("ExaoneMoeForCausalLM", ROUTED | dict(num_experts=4, head_dim=8, first_k_dense_replace=1, sliding_window=8)),
+    "cohere2_moe": ("Cohere2MoeForCausalLM", dict(num_experts=4, num_experts_per_tok=2, head_dim=8)),
+    "openai_privacy_filter": ("OpenAIPrivacyFilterModel", LOCAL | dict(head_dim=8, sliding_window=8)),
+    "hy_v3": ("HYV3ForCausalLM", dict(
+        num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)),
+    "hy_v4": ("HYV4ForCausalLM", dict(
+        num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)),
+    "beam": ("BeamForCausalLM", MOE | ROUTED | dict(head_dim=8, mlp_layer_types=["dense", "sparse"])),
+    "flint": ("FlintForCausalLM", MOE | ROUTED | dict(head_dim=8, mlp_only_layers=[])),
+    "zaya": ("ZayaForCausalLM", MOE | dict(head_dim=8, num_experts_per_tok=1)),
+    "mistral4": ("Mistral4ForCausalLM", DEEPSEEK),
+    "muse_spark": ("MuseSparkTextModel", MOE | LOCAL | dict(head_dim=8)),
+    "deepseek_v4": ("DeepseekV4ForCausalLM", ROUTED),
+    "minimax_m3_vl": ("MiniMaxM3VLForCausalLM", LOCAL | dict(head_dim=8)),
+    "axk1": ("AXK1ForCausalLM", DEEPSEEK),
+    "axk2": ("AXK2ForCausalLM", DEEPSEEK),
+    "granitemoe_swa": ("GraniteMoeSWAForCausalLM", LOCAL | dict(sliding_window=8)),
+    "kolibri1": ("Kolibri1ForCausalLM", MOE | ROUTED | dict(head_dim=8)),
+    "laguna": ("LagunaForCausalLM", MOE | dict(head_dim=8)),
+    "mellum": ("MellumForCausalLM", MOE | dict(head_dim=8)),
+    "mimo_v2_flash": ("MiMoV2FlashForCausalLM", ROUTED | dict(head_dim=8)),
+    "deepseek_v32": ("DeepseekV32ForCausalLM", DEEPSEEK),
+    "glm_moe_dsa": ("GlmMoeDsaForCausalLM", DEEPSEEK),
+    "gemma4": ("Gemma4ForCausalLM", dict(
+        enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16, head_dim=8, global_head_dim=8,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=64)),
+    "qwen3_omni_moe": ("Qwen3OmniMoeThinkerTextModel", MOE | dict(head_dim=8)),
+}
+
 
 def make_config(model_type, **options):
     """The tiny configuration of a model type, with options of its own."""
-    name, own = MODELS[model_type]
+    name, own = (MODELS | EXPERT_MODELS)[model_type]
     modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     cls = getattr(modeling, name)
     merged = {key: value for key, value in (BASE | own | options).items() if value is not None or key.endswith("token_id")}
