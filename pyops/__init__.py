@@ -14,7 +14,7 @@ from .grouped_gemm import gmm, grouped_mm
 from .linear import linear
 from .local_attention import local_attention
 from .moe import load_balancing_loss, moe_permute, moe_route, moe_unpermute, router_z_loss
-from .packing import PackedExperts, PackedWeight, pack_expert_weights, pack_weight
+from .packing import PackedExperts, PackedWeight, pack_expert_weights, pack_experts, pack_weight
 from .patch_cross_attention import patch_cross_attention
 from .patch_reduce import patch_reduce
 from .rmsnorm_gated import rmsnorm_gated
@@ -48,6 +48,7 @@ __all__ = [
     "moe_route",
     "moe_unpermute",
     "pack_expert_weights",
+    "pack_experts",
     "pack_weight",
     "patch",
     "patch_cross_attention",

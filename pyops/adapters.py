@@ -11,7 +11,7 @@ import os
 import torch
 from torch import nn
 
-from . import dispatch
+from . import dispatch, packing
 from .causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from .chunk_scan import mamba_chunk_scan_combined
 from .fused_experts import fused_experts
@@ -226,6 +226,11 @@ def experts(original, backend):
         chosen, _ = serving("fused_experts", *tensors, backend=backend)
         if chosen is None:
             return original(self, hidden_states, top_k_index, top_k_weights)
+        packed = packing.attached(self, tensors)
+        if packed is not None:
+            return fused_experts(
+                hidden_states, packed, None, top_k_weights, top_k_index, bias_gate_up=bias1, bias_down=bias2, backend=chosen, **options
+            )
         return fused_experts(
             hidden_states, w1, w2, top_k_weights, top_k_index, bias_gate_up=bias1, bias_down=bias2,
             transposed=self.is_transposed, backend=chosen, **options,
@@ -257,13 +262,23 @@ def dbrx_experts(original, backend):
             chosen, _ = serving("fused_experts", hidden_states, w1, v1, w2, top_k_weights, backend=backend)
         if chosen is None:
             return original(self, hidden_states, top_k_index, top_k_weights)
-        y = fused_experts(
-            hidden_states.reshape(-1, self.hidden_size), w1, w2, top_k_weights, top_k_index, w_up=v1, activation=name,
-            num_experts=self.num_experts, backend=chosen,
-        )
+        x, options = hidden_states.reshape(-1, self.hidden_size), dict(activation=name, backend=chosen)
+        packed = packing.attached(self, (x, w1, v1, w2, top_k_weights))
+        if packed is not None:
+            y = fused_experts(x, packed, None, top_k_weights, top_k_index, **options)
+        else:
+            y = fused_experts(x, w1, w2, top_k_weights, top_k_index, w_up=v1, num_experts=self.num_experts, **options)
         return y.view(hidden_states.shape[0], -1, self.hidden_size)
 
     return forward
+
+
+def expert_layout(module):
+    """(w_gate_up, w_down, options of pack_expert_weights) of experts that fused_experts serves."""
+    if hasattr(module, "mlp"):  # DbrxExperts
+        return module.mlp.w1, module.mlp.w2, dict(w_up=module.mlp.v1, num_experts=module.num_experts)
+    w1, w2, _, _ = _expert_weights(module)
+    return w1, w2, dict(interleaved=fused_options(module).get("interleaved", False), transposed=module.is_transposed)
 
 
 # ---- linear layers -------------------------------------------------------------------------------------------

@@ -4,12 +4,16 @@ A packed weight holds panels of 16 columns, each contiguous along K, zero beyond
 dtype, or become int8 with one factor for each expert and column (symmetric: round(127 w / max |w|)), which moves half of
 bfloat16's bytes; an element is then off by at most half a step, max |w| / 254 of its column.
 """
+import logging
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from . import checks
+from . import checks, dispatch
+
+logger = logging.getLogger("terrazzo")
 
 PANEL = 16
 FORMATS = (None, "int8")
@@ -120,6 +124,95 @@ def pack_expert_weights(w_gate_up, w_down, *, w_up=None, interleaved=False, tran
         w1, w_up = w1.chunk(2, 1)
     packed = [None if w is None else pack_weight(w.mT, weight_format) for w in (w1, w_up, w2)]
     return PackedExperts(*packed, gated)
+
+
+class PackedHandle:
+    """What pack_experts did: report() says where, nbytes what it takes, undo() reverts it; usable as a context manager."""
+
+    def __init__(self, handle, modules):
+        self._handle, self._modules = handle, modules
+
+    def report(self):
+        return self._handle.report()
+
+    @property
+    def nbytes(self):
+        return sum(module.__dict__[_ATTRIBUTE][0].nbytes for module in self._modules)
+
+    def undo(self):
+        """Drops the packed weights and reverts the patch; a second call does nothing."""
+        for module in self._modules:
+            module.__dict__.pop(_ATTRIBUTE, None)
+        self._modules = []
+        self._handle.undo()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.undo()
+
+
+def pack_experts(model, weight_format=None):
+    """Packs the experts of a Hugging Face model once, for repeated inference, and patches them (`terrazzo.patch`) to use that.
+
+    The model's own weights stay: state_dict, saving and training go on as before, and calls that need gradients run on
+    them. Where a weight changed since, its layer runs on the weight itself and a warning says so.
+
+    Args:
+        model: an nn.Module with experts that `fused_experts` serves on the CPU (DBRX's, and those behind transformers'
+            ExpertsInterface).
+        weight_format: None keeps the elements; "int8" rounds them, see `pack_weight`.
+
+    Returns:
+        PackedHandle: `.undo()`, `.report()`, `.nbytes` (extra memory).
+
+    Raises:
+        ValueError: no such experts, or an unknown format.
+    """
+    from . import adapters, patching
+
+    op = "pack_experts"
+    if not isinstance(model, nn.Module):
+        checks.fail(op, f"model must be an nn.Module, got {type(model).__name__}")
+    _check_format(op, weight_format)
+    handle = patching.patch(model, ops=["fused_experts"])
+    try:
+        paths = [row.module for row in handle.report() if row.op == "fused_experts" and row.backend == "cpu"]
+        named = dict(model.named_modules())
+        modules = [named.get(path, model) for path in paths]
+        if not modules:
+            checks.fail(op, f"model has no experts that fused_experts serves on the cpu; terrazzo.patch(model).report() says why:\n{handle.report()}")
+        for module in modules:
+            w_gate_up, w_down, options = adapters.expert_layout(module)
+            packed = pack_expert_weights(w_gate_up, w_down, weight_format=weight_format, **options)
+            module.__dict__[_ATTRIBUTE] = packed, _state((w_gate_up, options.get("w_up"), w_down))
+    except Exception:
+        handle.undo()
+        raise
+    return PackedHandle(handle, modules)
+
+
+_ATTRIBUTE = "_terrazzo_packed"  # of a module: (PackedExperts, the state of the weights they were made from)
+
+
+def _state(weights):
+    return tuple((w.data_ptr(), w._version) for w in weights if w is not None)
+
+
+def attached(module, tensors):
+    """The module's packed experts for a call on `tensors` (x, weights, routing), or None: none, outdated, or gradients are needed."""
+    kept = module.__dict__.get(_ATTRIBUTE)
+    if kept is None or dispatch.needs_grad(*tensors):
+        return None
+    packed, state = kept
+    if not torch.compiler.is_compiling():
+        present = {(t.data_ptr(), t._version) for t in tensors if isinstance(t, nn.Parameter)}
+        if not present.issuperset(state):
+            logger.warning("terrazzo.pack_experts: the weights of a %s changed since they were packed; it runs on the weights themselves", type(module).__name__)
+            del module.__dict__[_ATTRIBUTE]
+            return None
+    return packed
 
 
 def _check_format(op, weight_format):

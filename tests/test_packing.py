@@ -137,3 +137,53 @@ W = torch.randn(3, 4, 5)
 def test_bad_input(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+# ---- inside models -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_format, far", [(None, 2e-5), ("int8", 0.05)])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "dbrx", "nemotron_h"])
+def test_pack_experts(model_type, weight_format, far):
+    pytest.importorskip("transformers")
+    from tiny_models import make_model, tokens
+
+    model, ids = make_model(model_type), tokens(2, 9)
+    keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
+    with torch.no_grad():
+        want = model(ids).logits
+        handle = terrazzo.pack_experts(model, weight_format)
+        assert handle.nbytes > 0 and list(model.state_dict()) == keys
+        got = model(ids).logits
+        assert (got - want).abs().max() <= far * want.abs().max()
+        if weight_format == "int8":
+            assert not torch.equal(got, want)  # the packed weights are what ran
+    model(ids).logits.sum().backward()  # on the weights themselves
+    assert all(p.grad is not None for name, p in model.named_parameters() if "experts" in name and "bias" not in name)
+    handle.undo()
+    handle.undo()
+    assert [type(m) for m in model.modules()] == classes
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, want)
+
+
+def test_changed_weights_are_not_served_from_the_pack(caplog):
+    pytest.importorskip("transformers")
+    from tiny_models import make_model, tokens
+
+    model, ids = make_model("mixtral"), tokens(1, 5)
+    with torch.no_grad(), terrazzo.pack_experts(model, "int8"):
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.mul_(0.5)
+        got = model(ids).logits
+        assert "changed since they were packed" in caplog.text
+        with terrazzo.patch(model):
+            assert torch.equal(model(ids).logits, got)
+
+
+def test_models_without_experts():
+    with pytest.raises(ValueError, match="no recipe|no experts|supported"):
+        terrazzo.pack_experts(torch.nn.Linear(3, 3))
+    with pytest.raises((TypeError, ValueError), match="model must be an nn.Module"):
+        terrazzo.pack_experts("mixtral")
