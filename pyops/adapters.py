@@ -145,8 +145,9 @@ def norm_falcon_h1(original, backend):
 
 # ---- experts -------------------------------------------------------------------------------------------------
 
-# transformers' activations, by class and module -> terrazzo's name
+# transformers' activations, the full names of their classes or functions -> terrazzo's name
 ACTIVATIONS = {
+    "torch.nn.functional.silu": "silu",
     "torch.nn.modules.activation.SiLU": "silu",
     "torch.nn.modules.activation.ReLU": "relu",
     "transformers.activations.SiLUActivation": "silu",
@@ -171,7 +172,7 @@ CLAMPED_GATES = {
 
 
 def _full_name(thing):
-    return f"{thing.__module__}.{thing.__qualname__}"
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}"
 
 
 @torch.compiler.assume_constant_result
@@ -181,9 +182,13 @@ def gate_name(cls):
 
 
 @torch.compiler.assume_constant_result
-def activation_name(cls):
-    """terrazzo's name of an activation module of this class, or None where it has none."""
-    return ACTIVATIONS.get(_full_name(cls))
+def _known_activation(kind):
+    return ACTIVATIONS.get(_full_name(kind))
+
+
+def activation_name(activation):
+    """terrazzo's name of an activation, a module or a function; None where it has none."""
+    return _known_activation(type(activation) if isinstance(activation, nn.Module) else activation)
 
 
 def fused_options(module):
@@ -194,7 +199,7 @@ def fused_options(module):
     if gate in CLAMPED_GATES:
         interleaved, alpha, limit = CLAMPED_GATES[gate]
         return dict(activation="swiglu_oai", interleaved=interleaved, alpha=getattr(module, alpha), limit=getattr(module, limit))
-    name = activation_name(type(module.act_fn)) if gate in PLAIN_GATES else None
+    name = activation_name(module.act_fn) if gate in PLAIN_GATES else None
     return None if name is None else dict(activation=name)
 
 
@@ -256,7 +261,7 @@ def _grouped_experts(module, x, indices, weights, backend):
 def dbrx_experts(original, backend):
     def forward(self, hidden_states, top_k_index, top_k_weights):
         w1, v1, w2 = self.mlp.w1, self.mlp.v1, self.mlp.w2
-        name = activation_name(type(self.mlp.activation_fn))
+        name = activation_name(self.mlp.activation_fn)
         chosen = None
         if name is not None and _plain_tensors(w1, v1, w2):
             chosen, _ = serving("fused_experts", hidden_states, w1, v1, w2, top_k_weights, backend=backend)
@@ -388,7 +393,7 @@ def why_not(swap, module):
     activation = getattr(module, "activation", None)
     if isinstance(activation, str) and activation not in SILU and swap.adapter in ("conv", "conv_update", "norm_first"):
         return f"activation {activation!r} is not served, only silu"
-    if swap.adapter == "dbrx_experts" and module is not None and activation_name(type(module.mlp.activation_fn)) is None:
+    if swap.adapter == "dbrx_experts" and module is not None and activation_name(module.mlp.activation_fn) is None:
         return f"activation {type(module.mlp.activation_fn).__name__} is not one of fused_experts'"
     if swap.op == "fused_experts" and module is not None and not _plain_tensors(*module.parameters()):
         return "its weights are no plain tensors"
