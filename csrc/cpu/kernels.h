@@ -27,7 +27,16 @@
   X(moe_permute, MoePermuteParams)                     \
   X(moe_unpermute_fwd, MoeUnpermuteParams)             \
   X(moe_unpermute_bwd, MoeUnpermuteParams)             \
-  X(calibrate, CalibrateParams)
+  X(calibrate, CalibrateParams)                        \
+  X(entropy_patch_fwd, EntropyPatchParams)             \
+  X(entropy_patch_bwd, PatchEntropyParams)             \
+  X(patch_cut, PatchParams)                            \
+  X(patch_cut_tokens, PatchParams)                     \
+  X(patcher_update, PatcherUpdateParams)               \
+  X(patch_ids, PatchIdsParams)                         \
+  X(byte_hash_ids, ByteHashParams)                     \
+  X(byte_hash_embedding_fwd, ByteHashParams)           \
+  X(byte_hash_embedding_bwd, ByteHashParams)
 
 namespace terrazzo { namespace cpu {
 
