@@ -8,7 +8,7 @@ from typing import Callable
 
 import torch
 
-from . import cases_moe
+from . import cases_bytes, cases_moe
 
 
 @dataclass(frozen=True)
@@ -371,4 +371,5 @@ CASES = (
     *_state_update_cases(),
     *_norm_cases(),
     *cases_moe.make_cases(Case),
+    *cases_bytes.make_cases(Case),
 )

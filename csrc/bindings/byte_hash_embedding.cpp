@@ -118,7 +118,9 @@ std::tuple<Tensor, Tensor, Tensor> byte_hash_embedding_bwd(const Tensor& dy_in, 
   }
   std::optional<SortedRows> sorted;
   if (need_table) {
-    const Tensor ids = byte_hash_ids(call.tokens, call.group_sizes, num_functions, vocab, cu_seqlens);
+    const Tensor ids = empty(call.tokens, {call.pairs()}, ScalarType::Long);
+    p.ids = static_cast<int64_t*>(mutable_data(ids));
+    if (call.pairs()) cpu::run_byte_hash_rows(p);
     sorted.emplace(static_cast<const int64_t*>(data(ids)), call.pairs(), table_rows);
     p.num_rows = static_cast<int64_t>(sorted->rows.size()), p.sparse = sparse_grad;
     p.order = sorted->order.data(), p.runs = sorted->runs.data(), p.rows = sorted->rows.data();

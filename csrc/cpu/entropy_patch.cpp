@@ -133,6 +133,7 @@ template <class T> TZ_INLINE Softmax<acc_t<T>> block_softmax(const T* x, int64_t
   if (whole < n) {
     a[0] = floored(tail - m);
     exp_below<1>(a, e);
+    e[0] = V(a[0].v <= V(kFloor<A>).v ? V::zero().v : e[0].v);  // the lanes outside add nothing at all
     sum[1] = sum[1] + e[0], dot[1] = fma(e[0], a[0], dot[1]);
   }
   return {highest, reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])), reduce_add((dot[0] + dot[1]) + (dot[2] + dot[3]))};

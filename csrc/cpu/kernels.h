@@ -35,6 +35,7 @@
   X(patcher_update, PatcherUpdateParams)               \
   X(patch_ids, PatchIdsParams)                         \
   X(byte_hash_ids, ByteHashParams)                     \
+  X(byte_hash_rows, ByteHashParams)                    \
   X(byte_hash_embedding_fwd, ByteHashParams)           \
   X(byte_hash_embedding_bwd, ByteHashParams)
 

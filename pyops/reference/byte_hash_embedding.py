@@ -13,6 +13,8 @@ def byte_hash_ids(tokens, group_sizes, num_functions, vocab, cu_seqlens=None):
         rows = [byte_hash_ids(text, group_sizes, num_functions, vocab) for text in tokens.split(cu_seqlens.diff().tolist(), dim=1)]
         return torch.cat(rows, 1)
     found = []
+    if tokens.shape[1] == 0:
+        return tokens.new_empty((*tokens.shape, num_functions * len(group_sizes)), dtype=torch.int64)
     for prime in (PRIMES[f % len(PRIMES)] for f in range(num_functions)):
         for size in group_sizes:
             windows = F.pad(tokens.long(), (size - 1, 0)).unfold(1, size, 1)
