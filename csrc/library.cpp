@@ -39,6 +39,15 @@ STABLE_TORCH_LIBRARY(terrazzo, m) {
   m.def("patch_cross_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor patch_ids, int num_patches, bool bytes_ask, int k_per_patch, float scale, int window, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)");
   m.def("local_attention_fwd(Tensor q, Tensor k, Tensor v, int window, bool causal, float scale, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor)");
   m.def("local_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, int window, bool causal, float scale, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)");
+  // byte-latent: patches (rule is PatchRule; lengths come zero-padded to the width of ids) and hash embeddings
+  m.def("entropy_patch_fwd(Tensor logits, float threshold, int rule, float threshold_add, float patch_size, int max_length, Tensor? cu_seqlens, Tensor? valid_lengths, bool next) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("entropy_patch_bwd(Tensor dentropies, Tensor logits, Tensor? valid_lengths) -> Tensor");
+  m.def("patch_cut(Tensor source, float threshold, int rule, float threshold_add, float patch_size, int max_length, int offset, Tensor? cu_seqlens, Tensor? valid_lengths, bool next) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("patcher_update(Tensor entropies, Tensor(a!) state, Tensor(b!) before, float threshold, int rule, float threshold_add, int max_length) -> (Tensor, Tensor)");
+  m.def("patch_ids(Tensor lengths, int length) -> Tensor");
+  m.def("byte_hash_ids(Tensor tokens, int[] group_sizes, int num_functions, int vocab, Tensor? cu_seqlens) -> Tensor");
+  m.def("byte_hash_embedding_fwd(Tensor tokens, Tensor table, Tensor byte_embedding, int[] group_sizes, int num_functions, int vocab, Tensor? cu_seqlens, bool sparse_grad) -> Tensor");
+  m.def("byte_hash_embedding_bwd(Tensor dy, Tensor tokens, Tensor table_like, int table_rows, Tensor byte_like, int byte_rows, int[] group_sizes, int num_functions, int vocab, Tensor? cu_seqlens, bool sparse_grad, bool need_table, bool need_bytes) -> (Tensor, Tensor, Tensor)");
   // measuring this machine: see bench/roofline.py
   m.def("calibrate(Tensor(a!) buffer, int kind, int iterations) -> float");
 }
@@ -75,6 +84,14 @@ STABLE_TORCH_LIBRARY_IMPL(terrazzo, CPU, m) {
   TZ_IMPL(patch_cross_attention_bwd);
   TZ_IMPL(local_attention_fwd);
   TZ_IMPL(local_attention_bwd);
+  TZ_IMPL(entropy_patch_fwd);
+  TZ_IMPL(entropy_patch_bwd);
+  TZ_IMPL(patch_cut);
+  TZ_IMPL(patcher_update);
+  TZ_IMPL(patch_ids);
+  TZ_IMPL(byte_hash_ids);
+  TZ_IMPL(byte_hash_embedding_fwd);
+  TZ_IMPL(byte_hash_embedding_bwd);
   TZ_IMPL(calibrate);
 #undef TZ_IMPL
 }

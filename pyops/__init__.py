@@ -1,6 +1,7 @@
 """terrazzo: kernels for hybrid, mixture-of-experts and byte-level language models behind one set of PyTorch operators."""
 from importlib.metadata import PackageNotFoundError, version
 
+from .byte_hash_embedding import byte_hash_embedding, byte_hash_ids
 from .causal_conv1d import (
     causal_conv1d_fn,
     causal_conv1d_update,
@@ -9,6 +10,17 @@ from .causal_conv1d import (
 )
 from .chunk_scan import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 from .dispatch import BackendError, can_run, counters, pick, reset_counters, use_backend
+from .entropy_patch import (
+    Patches,
+    PatcherState,
+    entropy_patch,
+    hf_patch_lengths,
+    patch_ids_from_lengths,
+    patch_lengths_from_entropies,
+    patch_lengths_from_tokens,
+    patches_from_entropies,
+    split_patch_lengths,
+)
 from .fused_experts import fused_experts
 from .grouped_gemm import gmm, grouped_mm
 from .linear import linear
@@ -29,6 +41,10 @@ __all__ = [
     "BackendError",
     "PackedExperts",
     "PackedWeight",
+    "PatcherState",
+    "Patches",
+    "byte_hash_embedding",
+    "byte_hash_ids",
     "can_run",
     "causal_conv1d_fn",
     "causal_conv1d_update",
@@ -36,9 +52,11 @@ __all__ = [
     "causal_conv1d_varlen_states",
     "compat",
     "counters",
+    "entropy_patch",
     "fused_experts",
     "gmm",
     "grouped_mm",
+    "hf_patch_lengths",
     "linear",
     "load_balancing_loss",
     "local_attention",
@@ -53,11 +71,16 @@ __all__ = [
     "patch",
     "patch_cross_attention",
     "patch_reduce",
+    "patch_ids_from_lengths",
+    "patch_lengths_from_entropies",
+    "patch_lengths_from_tokens",
+    "patches_from_entropies",
     "pick",
     "reset_counters",
     "rmsnorm_gated",
     "router_z_loss",
     "selective_state_update",
+    "split_patch_lengths",
     "use_backend",
 ]
 

@@ -8,7 +8,7 @@ from typing import Callable
 
 import torch
 
-from . import cases_moe, cases_patches
+from . import cases_bytes, cases_moe, cases_patches
 
 
 @dataclass(frozen=True)
@@ -372,4 +372,5 @@ CASES = (
     *_norm_cases(),
     *cases_moe.make_cases(Case),
     *cases_patches.make_cases(Case),
+    *cases_bytes.make_cases(Case),
 )

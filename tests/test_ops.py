@@ -109,7 +109,9 @@ GRADCHECK = [c for c in cases.CASES if c.grads and c.name in (
     # patches and local attention
     "amax", "mean", "amin", "ragged_mean", "patches_two_a_patch", "bytes_two_a_patch", "patches_grouped_heads", "bytes_grouped_heads", "patches_ragged",
     "patches_window_ragged_masked", "bytes_window_ragged_masked", "bytes_packed", "causal", "both_sides", "one_key_head", "right_padding_both_sides",
-    "nothing_seen", "packed_grouped_masked")]
+    "nothing_seen", "packed_grouped_masked",
+    # byte-latent: patches and hash embeddings
+    "valid", "functions", "packed")]
 
 
 @pytest.mark.parametrize("case", GRADCHECK, ids=str)
@@ -120,7 +122,7 @@ def test_gradcheck(case):
 
     def call(*values):
         result = function(**(kwargs | dict(zip(names, values))), backend="cpu")
-        return result[0] if case.op == "moe_route" else result  # the indices have no gradient
+        return result[0] if case.op in ("moe_route", "entropy_patch") else result  # indices have no gradient
 
     leaves = [kwargs[n].detach().clone(memory_format=torch.preserve_format).requires_grad_() for n in names]
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)

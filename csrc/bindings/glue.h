@@ -186,6 +186,21 @@ std::tuple<Tensor, Tensor> local_attention_fwd(const Tensor& q, const Tensor& k,
     const OptTensor& key_mask, const OptTensor& cu_seqlens);
 std::tuple<Tensor, Tensor, Tensor> local_attention_bwd(const Tensor& dy, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& y,
     const Tensor& lse, int64_t window, bool causal, double scale, const OptTensor& key_mask, const OptTensor& cu_seqlens);
+// byte-latent
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd(const Tensor& logits, double threshold, int64_t rule, double threshold_add,
+    double patch_size, int64_t max_length, const OptTensor& cu_seqlens, const OptTensor& valid_lengths, bool next);
+Tensor entropy_patch_bwd(const Tensor& dentropies, const Tensor& logits, const OptTensor& valid_lengths);
+std::tuple<Tensor, Tensor, Tensor, Tensor> patch_cut(const Tensor& source, double threshold, int64_t rule, double threshold_add, double patch_size,
+    int64_t max_length, int64_t offset, const OptTensor& cu_seqlens, const OptTensor& valid_lengths, bool next);
+std::tuple<Tensor, Tensor> patcher_update(const Tensor& entropies, const Tensor& state, const Tensor& before, double threshold, int64_t rule,
+    double threshold_add, int64_t max_length);
+Tensor patch_ids(const Tensor& lengths, int64_t length);
+Tensor byte_hash_ids(const Tensor& tokens, std::vector<int64_t> group_sizes, int64_t num_functions, int64_t vocab, const OptTensor& cu_seqlens);
+Tensor byte_hash_embedding_fwd(const Tensor& tokens, const Tensor& table, const Tensor& byte_embedding, std::vector<int64_t> group_sizes,
+    int64_t num_functions, int64_t vocab, const OptTensor& cu_seqlens, bool sparse_grad);
+std::tuple<Tensor, Tensor, Tensor> byte_hash_embedding_bwd(const Tensor& dy, const Tensor& tokens, const Tensor& table_like, int64_t table_rows,
+    const Tensor& byte_like, int64_t byte_rows, std::vector<int64_t> group_sizes, int64_t num_functions, int64_t vocab, const OptTensor& cu_seqlens,
+    bool sparse_grad, bool need_table, bool need_bytes);
 double calibrate(const Tensor& buffer, int64_t kind, int64_t iterations);
 
 }  // namespace terrazzo

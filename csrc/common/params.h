@@ -313,6 +313,88 @@ struct LocalAttentionParams {
   const void* dy;                                                       // [B, L, H, P] contiguous
   void* delta;                                                          // [B, H, L] scratch, accumulation type
   void* dq;  void* dk;  void* dv;                                       // like q, k, v
+// ---- byte-latent: patches and hash embeddings ----
+// Where a position starts a patch, from the entropies before it or from tokens: see csrc/cpu/entropy_patch.cpp.
+enum class PatchRule : int32_t { threshold, monotonic, combined, top, bytes, fixed, space };
+constexpr int64_t kPatchRules = 7;
+
+// Entropy of the softmax of every row of logits, in nats: H = log sum e^x - sum p x.
+struct PatchEntropyParams {
+  DType dtype;                                                          // logits and their gradient
+  int64_t B, L, V;
+  const void* logits;  int64_t logits_stride_b, logits_stride_l;        // [B, L, V], V unit stride
+  const int32_t* valid_lengths;                                         // [B] or null; padding behind has entropy 0
+  void* entropies;                                                      // [B, L] accumulation type, contiguous
+  // backward only
+  const void* dentropies;                                               // [B, L] accumulation type, contiguous
+  void* dlogits;                                                        // [B, L, V] contiguous
+};
+
+// Positions cut into patches. A row has N = L positions, or L + 1 with `next`: that of the byte behind the last.
+struct PatchParams {
+  DType dtype;                                                          // entropies
+  PatchRule rule;
+  double threshold, threshold_add, patch_size;
+  int64_t max_length;                                                   // 0: none
+  int64_t offset;                                                       // token of byte 0 (space)
+  int64_t B, L;
+  bool next;
+  const void* entropies;  int64_t entropies_stride_b, entropies_stride_l;  // [B, L], or null
+  const int64_t* tokens;                                                // [B, L] contiguous, or null
+  const Segment* segments;  int64_t num_segments;                       // one for each row, or all of them of row 0
+  uint8_t* starts;                                                      // [B, N]
+  int32_t* ids;                                                         // [B, N]; -1 is padding
+  int32_t* lengths;                                                     // [B, N]; zeros behind the last patch
+  int32_t* counts;                                                      // [B]
+};
+
+// Entropies first, patches from them.
+struct EntropyPatchParams {
+  PatchEntropyParams entropy;
+  PatchParams cut;                                                      // its entropies are the first one's
+};
+
+// The same decisions for K more positions of each row, from where the last call left off.
+struct PatcherUpdateParams {
+  DType dtype;                                                          // entropies and `before`
+  PatchRule rule;                                                       // threshold, monotonic or combined
+  double threshold, threshold_add;
+  int64_t max_length;
+  int64_t B, K;
+  const void* entropies;                                                // [B, K] contiguous
+  int64_t* state;                                                       // [B, 3]: entropies seen, length and id of the open patch
+  void* before;                                                         // [B] the last entropy seen
+  uint8_t* starts;                                                      // [B, K] the byte behind each starts a patch
+  int32_t* ids;                                                         // [B, K] the patch of the byte behind each
+};
+
+// ids[b, t]: how many patches start at or before t, less one.
+struct PatchIdsParams {
+  int64_t B, S, L;
+  const int64_t* lengths;                                               // [B, S] contiguous
+  int32_t* ids;                                                         // [B, L]
+};
+
+// y[t] = byte_embedding[token] + sum over n-gram sizes and hash functions of table[row(n-gram that ends at t)].
+struct ByteHashParams {
+  DType dtype, table_dtype;                                             // y, byte_embedding, dy | table, and their gradients
+  int64_t B, L, D, byte_rows, table_rows;
+  int64_t groups, functions, vocab;
+  const int64_t* group_sizes;                                           // [groups]
+  const int64_t* tokens;                                                // [B, L] contiguous
+  const Segment* segments;  int64_t num_segments;                       // n-grams stay inside one
+  int64_t* ids;                                                         // [B, L, functions * groups] rows of the table, or null
+  const void* table;  int64_t table_stride;                             // [table_rows, D]
+  const void* byte_embedding;  int64_t byte_stride;                     // [byte_rows, D]
+  void* y;                                                              // [B, L, D] contiguous
+  // backward only
+  const void* dy;                                                       // [B, L, D] contiguous
+  void* dbytes;                                                         // [byte_rows, D] accumulation type, zeros on entry, or null
+  const int32_t* order;                                                 // [runs[U]] pairs (position, id) sorted by row, positions rising
+  const int64_t* runs;                                                  // [U + 1] where the pairs of each row begin
+  const int64_t* rows;                                                  // [U] the rows
+  int64_t num_rows;                                                     // U
+  void* dtable;  bool sparse;                                           // [U, D], or [table_rows, D] zeros on entry
 };
 
 }  // namespace terrazzo

@@ -34,7 +34,18 @@
   X(patch_cross_attention_fwd, PatchCrossAttentionParams) \
   X(patch_cross_attention_bwd, PatchCrossAttentionParams) \
   X(local_attention_fwd, LocalAttentionParams)         \
-  X(local_attention_bwd, LocalAttentionParams)
+  X(local_attention_bwd, LocalAttentionParams)         \
+  /* byte-latent: patches and hash embeddings */       \
+  X(entropy_patch_fwd, EntropyPatchParams)             \
+  X(entropy_patch_bwd, PatchEntropyParams)             \
+  X(patch_cut, PatchParams)                            \
+  X(patch_cut_tokens, PatchParams)                     \
+  X(patcher_update, PatcherUpdateParams)               \
+  X(patch_ids, PatchIdsParams)                         \
+  X(byte_hash_ids, ByteHashParams)                     \
+  X(byte_hash_rows, ByteHashParams)                    \
+  X(byte_hash_embedding_fwd, ByteHashParams)           \
+  X(byte_hash_embedding_bwd, ByteHashParams)
 
 namespace terrazzo { namespace cpu {
 
