@@ -215,6 +215,17 @@ def _plain_tensors(*tensors):
     return all(t is None or type(t) in (torch.Tensor, nn.Parameter) for t in tensors)
 
 
+# Pairs of token and choice for each expert, above which the products of 16-bit weights compute more than they read.
+FEW_ROWS = 24
+
+
+def _better_left(indices, weight, num_experts, backend):
+    """Whether transformers' own experts are faster: 16 bits, many rows, and instructions for them that only torch uses."""
+    many = indices.numel() > FEW_ROWS * num_experts
+    asked = backend is not None or dispatch._wanted(dispatch.OPS["fused_experts"], None)[0] is not None
+    return many and weight.dtype in HALF and weight.is_cpu and bool(TORCH_IS_FAST) and not asked
+
+
 def experts(original, backend):
     """The forward of experts behind transformers' ExpertsInterface, also what is registered there."""
     def terrazzo_experts(self, hidden_states, top_k_index, top_k_weights):
@@ -229,7 +240,7 @@ def experts(original, backend):
             return original(self, hidden_states, top_k_index, top_k_weights)
         tensors = (hidden_states, w1, None, w2, top_k_weights, bias1, None, bias2)
         chosen, _ = serving("fused_experts", *tensors, backend=backend)
-        if chosen is None:
+        if chosen is None or _better_left(top_k_index, w1, w2.shape[0], backend):
             return original(self, hidden_states, top_k_index, top_k_weights)
         packed = packing.attached(self, tensors)
         if packed is not None:
@@ -265,7 +276,7 @@ def dbrx_experts(original, backend):
         chosen = None
         if name is not None and _plain_tensors(w1, v1, w2):
             chosen, _ = serving("fused_experts", hidden_states, w1, v1, w2, top_k_weights, backend=backend)
-        if chosen is None:
+        if chosen is None or _better_left(top_k_index, w1, self.num_experts, backend):
             return original(self, hidden_states, top_k_index, top_k_weights)
         x, options = hidden_states.reshape(-1, self.hidden_size), dict(activation=name, backend=chosen)
         packed = packing.attached(self, (x, w1, v1, w2, top_k_weights))

@@ -332,3 +332,17 @@ def test_every_class_of_experts_takes_three_tensors():
 
 def test_dbrx_is_a_recipe_and_tested_with_the_others():
     assert "DbrxExperts" in RECIPES["dbrx"].forwards and "dbrx" in MODELS
+
+
+@pytest.mark.parametrize("fast, backend, rows, ours", [
+    ("torch uses this CPU's AMX", None, 4, True), ("torch uses this CPU's AMX", None, 200, False), ("torch uses this CPU's AMX", "cpu", 200, True),
+    (None, None, 200, True),
+])  # fmt: skip
+@every(["mixtral", "dbrx"])
+def test_many_rows_in_16_bits_stay_where_torch_is_faster(model_type, fast, backend, rows, ours, monkeypatch):
+    monkeypatch.setattr(adapters, "TORCH_IS_FAST", fast)
+    model, ids = make_model(model_type, dtype=torch.bfloat16), tokens(1, rows)
+    with torch.no_grad(), terrazzo.patch(model, ops=["fused_experts"], backend=backend):
+        terrazzo.reset_counters()
+        run(model, ids)
+    assert ("fused_experts" in ops_that_ran()) == ours

@@ -313,6 +313,8 @@ struct LocalAttentionParams {
   const void* dy;                                                       // [B, L, H, P] contiguous
   void* delta;                                                          // [B, H, L] scratch, accumulation type
   void* dq;  void* dk;  void* dv;                                       // like q, k, v
+};
+
 // ---- byte-latent: patches and hash embeddings ----
 // Where a position starts a patch, from the entropies before it or from tokens: see csrc/cpu/entropy_patch.cpp.
 enum class PatchRule : int32_t { threshold, monotonic, combined, top, bytes, fixed, space };
