@@ -14,7 +14,7 @@ from .roofline import Work
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 MODES = ("fwd", "bwd", "decode", "model")
-PRESETS = ("bamba-9b", "dbrx", "mixtral", "tiny")
+PRESETS = ("bamba-9b", "dbrx", "mixtral", "blt-1b", "tiny")
 
 
 class Unavailable(Exception):

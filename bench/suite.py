@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import accuracy, causal_conv1d, chunk_scan, grouped_gemm, linear, low_precision, model, moe, rmsnorm_gated, state_update
+from . import accuracy, byte_hash_embedding, causal_conv1d, chunk_scan, entropy_patch, grouped_gemm, linear, low_precision, model, moe, rmsnorm_gated, state_update
 from .cases import PRESETS, Unavailable, clone_inputs, runner
 from .timer import interleave
 
@@ -18,6 +18,8 @@ OPS = {
     "grouped_gemm": grouped_gemm,
     "moe": moe,
     "linear": linear,
+    "entropy_patch": entropy_patch,
+    "byte_hash_embedding": byte_hash_embedding,
     "model": model,
     "low_precision": low_precision,
 }

@@ -9,7 +9,7 @@ from . import memory
 from .cases import select
 from .suite import PROVIDERS, all_cases, measure
 
-PRESETS = ("bamba-9b", "dbrx", "mixtral")
+PRESETS = ("bamba-9b", "dbrx", "mixtral", "blt-1b")
 THREADS = 2
 PER_FLOP = "flops of "  # against another case: at least `bar` times its rate
 
@@ -96,6 +96,11 @@ TARGETS = (
     *_targets("bf16_model", ("dbrx decode 1x1",), "model", "bf16", hf=6),
     *_targets("bf16_model", ("blenderbot generate 8x1",), "model", "bf16", hf=4),
     *_targets("bamba_block", ("training step 1x1024 hidden 1024",), "model", "fp32", hf=1.7),
+    *_targets("entropy_patch", ("1x8192x260", "1x131072x260"), "fwd", "fp32", hf=8.5, limit=1.7),
+    *_targets("patch_lengths_from_entropies", ("1x8192 with ids",), "fwd", "fp32", hf=500),
+    *_targets("byte_hash_embedding", ("1x1024x1024",), "fwd", "fp32", hf=3, limit=5),
+    *_targets("byte_hash_embedding", ("1x8192x1024",), "fwd", "fp32", hf=5, limit=15),
+    *_targets("byte_hash_embedding", ("1x1024x1024", "1x8192x1024"), "bwd", "fp32", hf=5),
 )  # fmt: skip
 
 
