@@ -7,8 +7,10 @@ import torch
 
 from . import (
     accuracy,
+    byte_hash_embedding,
     causal_conv1d,
     chunk_scan,
+    entropy_patch,
     grouped_gemm,
     linear,
     local_attention,
@@ -35,6 +37,8 @@ OPS = {
     "patch_reduce": patch_reduce,
     "patch_cross_attention": patch_cross_attention,
     "local_attention": local_attention,
+    "entropy_patch": entropy_patch,
+    "byte_hash_embedding": byte_hash_embedding,
     "model": model,
     "low_precision": low_precision,
 }

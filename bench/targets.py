@@ -106,6 +106,11 @@ TARGETS = (
     *_targets(CROSS, ("patches 131072 bytes 16x64", "bytes 131072 bytes 16x64"), "fwd", "fp32", limit=2.7, memory=1.5),
     *_targets("local_attention", ("4096 window 512 16/16x64",), "fwd", "fp32", torch=3, memory=1.5),
     *_targets("local_attention", ("16384 window 512 16/16x64",), "fwd", "fp32", torch=10, memory=1.5),
+    *_targets("entropy_patch", ("1x8192x260", "1x131072x260"), "fwd", "fp32", hf=8.5, limit=1.7),
+    *_targets("patch_lengths_from_entropies", ("1x8192 with ids",), "fwd", "fp32", hf=500),
+    *_targets("byte_hash_embedding", ("1x1024x1024",), "fwd", "fp32", hf=3, limit=5),
+    *_targets("byte_hash_embedding", ("1x8192x1024",), "fwd", "fp32", hf=5, limit=15),
+    *_targets("byte_hash_embedding", ("1x1024x1024", "1x8192x1024"), "bwd", "fp32", hf=5),
 )  # fmt: skip
 
 

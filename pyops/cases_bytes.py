@@ -128,15 +128,12 @@ HASHES = {
 }
 
 
-def hash_ids(**options):
-    def build(r, dtype):
-        made = hashes(**options)(r, dtype)
-        return {name: made[name] for name in ("tokens", "group_sizes", "num_functions", "vocab", "cu_seqlens")}
-
-    return build
+def hash_ids(B=2, L=30, V=260, group_sizes=(3, 4, 5), num_functions=1, vocab=500002, cu=None):
+    return lambda r, dtype: dict(tokens=torch.randint(0, V, (B, L), generator=r.generator), group_sizes=list(group_sizes), num_functions=num_functions,
+                                 vocab=vocab, cu_seqlens=int32(cu))
 
 
-HASH_IDS = {"blt": hash_ids(group_sizes=(3, 4, 5, 6, 7, 8), vocab=500002, V=260), "functions": hash_ids(num_functions=13, vocab=1000003),
+HASH_IDS = {"blt": hash_ids(group_sizes=(3, 4, 5, 6, 7, 8)), "functions": hash_ids(num_functions=13, vocab=1000003),
             "packed": hash_ids(B=1, L=40, cu=[0, 3, 3, 20, 40]), "many": hash_ids(B=3, L=3000)}
 
 

@@ -82,7 +82,64 @@ def balance(**kw):
     return terrazzo.load_balancing_loss(**(dict(router_logits=torch.randn(6, 4), num_experts=4, top_k=2) | kw))
 
 
+def entropy(**kw):
+    return terrazzo.entropy_patch(**(dict(logits=torch.randn(2, 6, 9), threshold=2.0) | kw))
+
+
+def cut(**kw):
+    return terrazzo.patch_lengths_from_entropies(**(dict(entropies=torch.rand(2, 6), threshold=0.5) | kw))
+
+
+def cut_text(**kw):
+    return terrazzo.patch_lengths_from_tokens(**(dict(tokens=torch.full((2, 6), 100), mode="space") | kw))
+
+
+def patch_ids(**kw):
+    return terrazzo.patch_ids_from_lengths(**(dict(lengths=torch.tensor([[1, 2, 3]]), length=6) | kw))
+
+
+def patcher(block=None, **kw):
+    return terrazzo.PatcherState(**(dict(batch=2, threshold=1.0) | kw)).update(torch.rand(2, 3) if block is None else block)
+
+
+def hashes(**kw):
+    args = dict(tokens=torch.tensor([[1, 2, 3]]), table=torch.randn(14, 4), byte_embedding=torch.randn(5, 4), group_sizes=[2, 3], vocab=7) | kw
+    return terrazzo.byte_hash_embedding(**args)
+
+
 BAD = [
+    (entropy, dict(logits=torch.randn(6, 9)), ValueError, r"logits must be \(B, L, V\), got \(6, 9\)"),
+    (entropy, dict(logits=torch.randn(2, 0, 9)), ValueError, "L must be positive"),
+    (entropy, dict(logits=torch.randn(2, 6, 0)), ValueError, "V must be positive"),
+    (entropy, dict(threshold=float("nan")), ValueError, "threshold must be finite, got nan"),
+    (entropy, dict(threshold=None), ValueError, "None needs patch_size"),
+    (entropy, dict(threshold="high"), TypeError, "threshold must be a number, got 'high'"),
+    (entropy, dict(monotonic=True, threshold_add=0.1), ValueError, "exclude each other"),
+    (entropy, dict(threshold=None, patch_size=4, monotonic=True), ValueError, "need a threshold, got None"),
+    (entropy, dict(threshold=None, patch_size=0.5), ValueError, "patch_size must be at least 1, got 0.5"),
+    (entropy, dict(max_patch_length=0), ValueError, "max_patch_length must be an integer from 1, got 0"),
+    (entropy, dict(max_patches=1), ValueError, "max_patches must be at least"),
+    (entropy, dict(cu_seqlens=torch.tensor([0, 6], dtype=i32)), ValueError, "batch of 1"),
+    (entropy, dict(valid_lengths=torch.tensor([3, 7], dtype=i32)), ValueError, "valid_lengths must be 0 to 6, the number of positions, got 3 to 7"),
+    (entropy, dict(valid_lengths=torch.tensor([3, 6])), TypeError, "valid_lengths must be int32"),
+    (cut, dict(entropies=torch.rand(6)), ValueError, r"entropies must be \(B, L\)"),
+    (cut, dict(entropies=torch.rand(1, 6), cu_seqlens=torch.tensor([0, 6], dtype=i32), include_next=True), ValueError, "cu_seqlens excludes"),
+    (cut_text, dict(mode="words"), ValueError, "mode must be one of space, static, bytes, got 'words'"),
+    (cut_text, dict(mode="static"), ValueError, "patch_size goes with mode 'static'"),
+    (cut_text, dict(tokens=torch.rand(2, 6)), TypeError, "tokens must be int64, int32"),
+    (patch_ids, dict(length=7), ValueError, r"lengths of every row must sum to 7, got \[6\]"),
+    (patch_ids, dict(lengths=torch.tensor([[7, -1]])), ValueError, "lengths must not be negative, got -1"),
+    (patcher, dict(threshold=None), TypeError, "threshold is missing"),
+    (patcher, dict(block=torch.rand(3, 3)), ValueError, r"entropies must be \(B, K\) = \(2, \*\)"),
+    (patcher, dict(dtype=torch.int64), TypeError, "dtype must be float32"),
+    (hashes, dict(table=torch.randn(13, 4)), ValueError, r"table must have at least .* = 1 \* 2 \* 7 = 14 rows, got 13"),
+    (hashes, dict(table=torch.randn(14, 3)), ValueError, r"table must be \(rows, D\) = \(\*, 4\)"),
+    (hashes, dict(table=torch.randn(14, 4).double()), TypeError, "float64 goes with float64 only"),
+    (hashes, dict(tokens=torch.tensor([[1, 5]])), ValueError, "tokens must be 0 to 4, the rows of byte_embedding, got 1 to 5"),
+    (hashes, dict(tokens=torch.tensor([[-1, 2]])), ValueError, "tokens must be 0 to 4"),
+    (hashes, dict(group_sizes=[2, 0]), ValueError, "group_sizes must be integers from 1"),
+    (hashes, dict(group_sizes=3), TypeError, "group_sizes must be a list"),
+    (hashes, dict(vocab=0), ValueError, "vocab must be an integer from 1"),
     (grouped, dict(a=torch.randn(4)), ValueError, r"a must be \(T, K\)"),
     (grouped, dict(b=torch.randn(3, 5, 4)), ValueError, r"b must be \(E, K, N\) = \(\*, 4, \*\)"),
     (grouped, dict(b=torch.randn(0, 4, 5), offs=torch.zeros(0, dtype=i32)), ValueError, "E must be positive"),
@@ -334,5 +391,13 @@ def test_kernels_check_for_themselves():
         ops.moe_route_bwd(torch.randn(1, 1), torch.randn(1, 4), torch.tensor([[4]], dtype=i32), 0.0, True, False, 1.0)
     with pytest.raises(RuntimeError, match="terrazzo.moe_permute: indices must not be negative, got -3"):
         ops.moe_permute(torch.tensor([[1, -3]], dtype=i32), 2)
+    with pytest.raises(RuntimeError, match="terrazzo.byte_hash_embedding: tokens must be 0 to 4, got 9"):
+        ops.byte_hash_embedding_fwd(torch.tensor([[9]]), torch.randn(14, 4), torch.randn(5, 4), [2, 3], 1, 7, None, False)
+    with pytest.raises(RuntimeError, match="terrazzo.byte_hash_embedding: table must have at least"):
+        ops.byte_hash_embedding_fwd(torch.tensor([[1]]), torch.randn(13, 4), torch.randn(5, 4), [2, 3], 1, 7, None, False)
+    with pytest.raises(RuntimeError, match="terrazzo.entropy_patch: valid_lengths must be 0 to 3, got 4"):
+        ops.entropy_patch_fwd(torch.randn(1, 3, 5), 1.0, 0, 0.0, 1.0, 0, None, torch.tensor([4], dtype=i32), False)
+    with pytest.raises(RuntimeError, match="terrazzo.patch_ids_from_lengths: lengths must not be negative"):
+        ops.patch_ids(torch.tensor([[-2, 3]]), 3)
     with pytest.raises(RuntimeError, match="terrazzo.moe_unpermute: inverse must name each of the 2 rows once, got 7"):
         ops.moe_unpermute_fwd(torch.randn(2, 3), torch.tensor([0, 7], dtype=i32), torch.rand(1, 2))

@@ -9,7 +9,7 @@ from .linear import acc_dtype
 def entropy(logits, valid_lengths=None):
     """logits (B, L, V) -> entropies (B, L) in nats, float32 (float64 for float64); 0 on padding."""
     log_p = logits.to(acc_dtype(logits.dtype)).log_softmax(-1)
-    entropies = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+    entropies = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
     if valid_lengths is not None:
         positions = torch.arange(logits.shape[1], device=logits.device)
         entropies = torch.where(positions < valid_lengths[:, None], entropies, 0)
