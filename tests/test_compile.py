@@ -129,7 +129,7 @@ def op_arguments(name):
                                   "moe_permute", "moe_unpermute_fwd", "moe_unpermute_bwd", "grouped_gemm_fwd", "grouped_gemm_bwd",
                                   "grouped_wgrad_fwd", "grouped_wgrad_bwd", "linear_fwd", "linear_bwd", "fused_experts_fwd", "fused_experts_bwd",
                                   "patch_reduce_fwd", "patch_reduce_bwd", "patch_cross_attention_fwd", "patch_cross_attention_bwd",
-                                  "local_attention_fwd", "local_attention_bwd"])
+                                  "local_attention_fwd", "local_attention_bwd",
                                   "entropy_patch_fwd", "entropy_patch_bwd", "patch_cut", "patcher_update", "patch_ids", "byte_hash_ids",
                                   "byte_hash_embedding_fwd", "byte_hash_embedding_bwd"])
 def test_opcheck(name):
