@@ -12,6 +12,7 @@
 // Patching: Pagnoni et al. 2024, "Byte Latent Transformer"; positions 2 and 3 as in facebookresearch/blt's patcher.
 #include "../common/parallel.h"
 #include "../common/params.h"
+#include "reduce_max.h"
 #include "tile.h"
 
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
@@ -78,21 +79,6 @@ template <class A, class T> TZ_INLINE Vec<A> load_tail(const T* x, int64_t count
   return Vec<A>(Vec<A>::load(lane).v < Vec<A>(static_cast<A>(size - n)).v ? Vec<A>(A(-INFINITY)).v : v.v);
 }
 
-template <class A> TZ_INLINE A highest_lane(Vec<A> v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) return _mm512_reduce_max_ps((__m512)v.v);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(A) == 4) {
-    __m128 m = _mm_max_ps(_mm256_castps256_ps128((__m256)v.v), _mm256_extractf128_ps((__m256)v.v, 1));
-    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
-  }
-#endif
-  A m = v.v[0];
-  for (int i = 1; i < Vec<A>::size; i++) m = v.v[i] > m ? v.v[i] : m;
-  return m;
-}
-
 template <class A> struct Softmax {
   A top, sum, dot;  // the highest logit; sum of e^a and of e^a a
   TZ_INLINE A entropy() const { return top == A(-INFINITY) ? A(NAN) : std::log(sum) - dot / sum; }
@@ -113,7 +99,7 @@ template <class T> TZ_INLINE Softmax<acc_t<T>> block_softmax(const T* x, int64_t
   }
   if (whole < n) tail = load_tail<A>(x, n, n - whole);
   top = V(tail.v > top.v ? tail.v : top.v);
-  const A highest = highest_lane(top);
+  const A highest = reduce_max(top);
   const V m(highest == A(-INFINITY) ? A(0) : highest);  // nothing but -inf: nothing to add
   V sum[kLanes], dot[kLanes], a[kLanes], e[kLanes];
   for (int i = 0; i < kLanes; i++) sum[i] = dot[i] = V::zero();

@@ -7,6 +7,7 @@
 #include "../common/parallel.h"
 #include "../common/params.h"
 #include "gemm_tile.h"
+#include "reduce_max.h"
 #include "tile.h"
 
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
@@ -37,21 +38,6 @@ TZ_INLINE Vec<float> exponential(Vec<float> x) {
   return x.v < V(-126.0f).v ? V::native{} : (y * power).v;
 }
 TZ_INLINE Vec<double> exponential(Vec<double> x) { return exp(x); }
-
-template <class A> TZ_INLINE A highest_lane(Vec<A> v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) return _mm512_reduce_max_ps((__m512)v.v);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(A) == 4) {
-    __m128 m = _mm_max_ps(_mm256_castps256_ps128((__m256)v.v), _mm256_extractf128_ps((__m256)v.v, 1));
-    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
-  }
-#endif
-  A m = v.v[0];
-  for (int i = 1; i < Vec<A>::size; i++) m = v.v[i] > m ? v.v[i] : m;
-  return m;
-}
 
 // Row r sees columns r - below .. r + above; [0, length) exist.
 struct Band {

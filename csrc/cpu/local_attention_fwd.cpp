@@ -16,7 +16,7 @@ template <class A> TZ_INLINE void softmax_rows(A* s, int64_t rows, A* top, A* su
   for (int64_t r = 0; r < rows; r++, s += kBlock) {
     V highest = V::load(s);
     for (int64_t c = V::size; c < kBlock; c += V::size) highest = max(V::load(s + c), highest);
-    const A found = highest_lane(highest), next = found > top[r] ? found : top[r], base = next == static_cast<A>(-INFINITY) ? A(0) : next;
+    const A found = reduce_max(highest), next = found > top[r] ? found : top[r], base = next == static_cast<A>(-INFINITY) ? A(0) : next;
     V total = V::zero();
     for (int64_t c = 0; c < kBlock; c += V::size) {
       const V e = exponential(V::load(s + c) - V(base));

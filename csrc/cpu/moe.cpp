@@ -8,6 +8,7 @@
 // Sorting is one thread's work: two passes over 4-byte indices. Every token's result is one thread's, in a fixed order.
 #include "../common/parallel.h"
 #include "../common/params.h"
+#include "reduce_max.h"
 #include "tile.h"
 
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
@@ -17,21 +18,6 @@ enum RouteScratch { kScoreSlot, kChoiceSlot, kChosenSlot, kIdSlot, kGroupSlot };
 constexpr int64_t kSerialElements = 16384;
 
 template <class A> TZ_INLINE int64_t padded(int64_t n) { return ceil_div(n, Vec<A>::size) * Vec<A>::size; }
-
-template <class A> TZ_INLINE A reduce_max(Vec<A> v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) return _mm512_reduce_max_ps((__m512)v.v);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(A) == 4) {
-    __m128 m = _mm_max_ps(_mm256_castps256_ps128((__m256)v.v), _mm256_extractf128_ps((__m256)v.v, 1));
-    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
-  }
-#endif
-  A m = v.v[0];
-  for (int i = 1; i < Vec<A>::size; i++) m = v.v[i] > m ? v.v[i] : m;
-  return m;
-}
 
 // One bit for each lane that equals `value`.
 template <class A> TZ_INLINE uint64_t equal_lanes(Vec<A> v, A value) {
