@@ -48,18 +48,42 @@ template <class F> inline void for_each_part(const CausalConv1dParams& p, const 
   }
 }
 
+// Four rows behind one another, and four more for the prefetch, at ld elements each. The compiler is kept from seeing how
+// the multiples of ld relate: it would give every row a pointer of its own and spill most of them.
+template <class T> struct Rows {
+  T *base, *next;
+  int64_t ld, ld3;
+  TZ_INLINE Rows(T* first, int64_t stride) : base(first), next(first + 4 * stride), ld(stride), ld3(3 * stride) {
+    asm("" : "+r"(next), "+r"(ld3));
+  }
+  TZ_INLINE T* at(int r) const {
+    T* from = r < 4 ? base : next;
+    r %= 4;
+    return r == 3 ? from + ld3 : from + r * ld;
+  }
+};
+
 // The strips take two vectors of channels at a time.
 template <class A> constexpr int64_t kPair = 2 * Vec<A>::size;
 // Channels rounded up to whole pairs of any ISA: the row length of buffers that hold all channels.
 inline int64_t padded(int64_t D) { return ceil_div(D, 32) * 32; }
 
-// [W + 1][padded(D)]: the weights tap by tap, then the bias.
+// Weights of all channels, `rows` vectors for each vector of channels: [D / V][rows][V], of which the first W + 1 are the
+// taps and the bias. Channel c's block is at c * rows (c a whole vector): one pointer with constant offsets serves a
+// strip, where a row per tap would take one each and the compiler runs out of registers.
+template <class A, class Params> void load_weights(const Params& p, int64_t d, int64_t cols, int64_t rows, A* dst) {
+  constexpr int64_t V = Vec<A>::size;
+  for (int64_t c = 0; c < cols; c += V) {
+    const int64_t width = min_of(V, cols - c);
+    A* block = dst + c * rows;
+    load_tile<A>(p.weight_dtype, p.weight, (d + c) * p.weight_stride_d, p.weight_stride_w, p.weight_stride_d, p.W, width, block, V);
+    if (p.bias) load_tile<A>(p.weight_dtype, p.bias, d + c, 0, 1, 1, width, block + p.W * V, V);
+    else fill_tile(block + p.W * V, V, 1, V, A(0));
+  }
+}
 template <class A, class Params> const A* load_weights(const Params& p) {
-  const int64_t ld = padded(p.D);
-  A* weight = scratch<A>(kWeightSlot, (p.W + 1) * ld);
-  load_tile<A>(p.weight_dtype, p.weight, 0, p.weight_stride_w, p.weight_stride_d, p.W, p.D, weight, ld);
-  if (p.bias) load_tile<A>(p.weight_dtype, p.bias, 0, 0, 1, 1, p.D, weight + p.W * ld, ld);
-  else fill_tile(weight + p.W * ld, ld, 1, p.D, A(0));
+  A* weight = scratch<A>(kWeightSlot, (p.W + 1) * padded(p.D));
+  load_weights(p, 0, p.D, p.W + 1, weight);
   return weight;
 }
 

@@ -10,36 +10,36 @@ namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 namespace {
 
 constexpr int kRows = 4;
-constexpr bool kPrefetch = true;
 
 // y[kCount][cols] from x[kCount][cols] and the W-1 rows before it; cols is a multiple of kPair.
 template <class T, class A, int W, bool kSilu, bool kStream, int kCount>
-__attribute__((noinline)) void conv_strip(const T* x, int64_t x_ld, T* y, int64_t y_ld, const A* weight, int64_t weight_ld,
-                                          int64_t cols) {
+__attribute__((noinline)) void conv_strip(const T* x_row, int64_t x_ld, T* y_row, int64_t y_ld, const A* weight, int64_t cols) {
   using V = Vec<A>;
+  const Rows<const T> x(x_row, x_ld), before(x_row - (W - 1) * x_ld, x_ld);
+  const Rows<T> y(y_row, y_ld);
   for (int64_t c = 0; c < cols; c += kPair<A>) {
     V out[2][kCount];
-    if (kPrefetch && kCount > 1)
-      for (int r = 0; r < kCount; r++) prefetch(x + (kCount + r) * x_ld + c);
+    if (kCount > 1)
+      for (int r = 0; r < kCount; r++) prefetch(x.at(kCount + r) + c);
 #pragma GCC unroll 2
     for (int v = 0; v < 2; v++) {
       const int64_t at = c + v * V::size;
+      const A* block = weight + at * (W + 1);
       V in[kCount + W - 1];
 #pragma GCC unroll 16
-      for (int r = 0; r < kCount + W - 1; r++) in[r] = V::load(x + (r - (W - 1)) * x_ld + at);
-      const V bias = V::load(weight + W * weight_ld + at);
+      for (int r = 0; r < kCount + W - 1; r++) in[r] = V::load((r < W - 1 ? before.at(r) : x.at(r - (W - 1))) + at);
 #pragma GCC unroll 8
-      for (int r = 0; r < kCount; r++) out[v][r] = bias;
+      for (int r = 0; r < kCount; r++) out[v][r] = V::load(block + W * V::size);
 #pragma GCC unroll 4
       for (int w = 0; w < W; w++) {
-        const V tap = V::load(weight + w * weight_ld + at);
+        const V tap = V::load(block + w * V::size);
 #pragma GCC unroll 8
         for (int r = 0; r < kCount; r++) out[v][r] = fma(in[r + w], tap, out[v][r]);
       }
       if (kSilu) fast_silu<kCount>(out[v]);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kCount; r++) store_pair<kStream>(out[0][r], out[1][r], y + r * y_ld + c);
+    for (int r = 0; r < kCount; r++) store_pair<kStream>(out[0][r], out[1][r], y.at(r) + c);
   }
 }
 
@@ -48,7 +48,6 @@ template <class T, int W, bool kSilu>
 void conv_tiles(const CausalConv1dParams& p, const Segment& segment, int64_t begin, int64_t end, int64_t d, int64_t cols,
                 const acc_t<T>* weight) {
   using A = acc_t<T>;
-  const int64_t weight_ld = padded(p.D);
   A* in = scratch<A>(kInputSlot, (kTileL + W - 1) * kTileD);
   A* out = scratch<A>(kOutputSlot, kTileL * kTileD);
   for (int64_t c = d; c < d + cols; c += kTileD)
@@ -59,9 +58,9 @@ void conv_tiles(const CausalConv1dParams& p, const Segment& segment, int64_t beg
       const A* x = in + (W - 1) * kTileD;
       int64_t r = 0;
       for (; r + kRows <= rows; r += kRows)
-        conv_strip<A, A, W, kSilu, false, kRows>(x + r * kTileD, kTileD, out + r * kTileD, kTileD, weight + c, weight_ld, whole);
+        conv_strip<A, A, W, kSilu, false, kRows>(x + r * kTileD, kTileD, out + r * kTileD, kTileD, weight + c * (W + 1), whole);
       for (; r < rows; r++)
-        conv_strip<A, A, W, kSilu, false, 1>(x + r * kTileD, kTileD, out + r * kTileD, kTileD, weight + c, weight_ld, whole);
+        conv_strip<A, A, W, kSilu, false, 1>(x + r * kTileD, kTileD, out + r * kTileD, kTileD, weight + c * (W + 1), whole);
       T* y = static_cast<T*>(p.y) + segment.batch * p.y_stride_b + c * p.y_stride_d + l * p.y_stride_l;
       store_tile(out, kTileD, y, p.y_stride_l, p.y_stride_d, rows, width);
     }
@@ -81,8 +80,8 @@ void conv_part(const CausalConv1dParams& p, const Segment& segment, int64_t begi
     for (; l + kRows <= end; l += kRows) {
       const T* in = x + l * p.x_stride_l;
       T* out = y + l * p.y_stride_l;
-      if (stream) conv_strip<T, A, W, kSilu, true, kRows>(in, p.x_stride_l, out, p.y_stride_l, weight + d, padded(p.D), whole);
-      else conv_strip<T, A, W, kSilu, false, kRows>(in, p.x_stride_l, out, p.y_stride_l, weight + d, padded(p.D), whole);
+      if (stream) conv_strip<T, A, W, kSilu, true, kRows>(in, p.x_stride_l, out, p.y_stride_l, weight + d * (W + 1), whole);
+      else conv_strip<T, A, W, kSilu, false, kRows>(in, p.x_stride_l, out, p.y_stride_l, weight + d * (W + 1), whole);
     }
     conv_tiles<T, W, kSilu>(p, segment, l, end, d, whole, weight);
   }

@@ -47,7 +47,6 @@ void update_tile(const CausalConv1dUpdateParams& p, int64_t b, int64_t slot, int
   using A = acc_t<T>;
   using V = Vec<A>;
   const int64_t before = p.W - 1;
-  const int64_t weight_ld = padded(p.D);
   A* in = scratch<A>(kInputSlot, (before + p.L) * kTileD);
   A* out = scratch<A>(kOutputSlot, p.L * kTileD);
   const T* x = static_cast<const T*>(p.x) + b * p.x_stride_b + d * p.x_stride_d;
@@ -59,9 +58,9 @@ void update_tile(const CausalConv1dUpdateParams& p, int64_t b, int64_t slot, int
   load_tile<A>(x, p.x_stride_l, p.x_stride_d, p.L, cols, in + before * kTileD, kTileD);
   for (int64_t l = 0; l < p.L; l++)
     for (int64_t c = 0; c < cols; c += V::size) {
-      V sum = V::load(weight + p.W * weight_ld + d + c);
-      for (int64_t w = p.W - 1; w >= 0; w--)
-        sum = fma(V::load(in + (l + w) * kTileD + c), V::load(weight + w * weight_ld + d + c), sum);
+      const A* block = weight + (d + c) * (p.W + 1);
+      V sum = V::load(block + p.W * V::size);
+      for (int64_t w = p.W - 1; w >= 0; w--) sum = fma(V::load(in + (l + w) * kTileD + c), V::load(block + w * V::size), sum);
       (p.silu ? fast_silu(sum) : sum).store(out + l * kTileD + c);
     }
   with_type(p.state_dtype, [&](auto s) {
