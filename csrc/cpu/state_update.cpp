@@ -2,10 +2,9 @@
 //   dt' = softplus?(dt + dt_bias),  state[p,n] = exp(dt' A) state[p,n] + dt' x[p] B[n],
 //   out[p] = (sum_n C[n] state[p,n] + D x[p]) * silu(z[p]).
 //
-// The state's traffic is all that counts: its rows are walked strictly in order, read and written once, with a
-// prefetch kAhead bytes in front. Where dt, A and dt_bias don't vary inside a head (Mamba-2: stride 0) the decay is
-// one number per head, otherwise (Mamba-1) a vector of exponentials per row. `out` is computed from the new state
-// before it is rounded to the state's type.
+// The state's traffic is all that should count: its rows are walked strictly in order, read and written once. Where dt,
+// A and dt_bias don't vary inside a head (Mamba-2: stride 0) the decay is one number per head, otherwise (Mamba-1) a
+// vector of exponentials per row. `out` is computed from the new state before it is rounded to the state's type.
 #include "../common/parallel.h"
 #include "../common/params.h"
 #include "activation.h"
@@ -15,7 +14,13 @@ namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 namespace {
 
 enum UpdateScratch { kHeadSlot };
-constexpr int64_t kAhead = 4096;
+constexpr int64_t kAhead = 4096;  // bytes
+// Vectors of B and of C that stay in registers beside a row: only AVX-512 has registers to spare.
+#if defined(__AVX512F__)
+constexpr int kHeld = 8;
+#else
+constexpr int kHeld = 0;
+#endif
 // State elements that take about 20 us; less is not worth another thread.
 constexpr int64_t kSerialElements = 65536;
 
@@ -29,10 +34,23 @@ TZ_INLINE bool any_nan(Vec<float> a, Vec<float> b) {
 #endif
 }
 
-// One row of the state: row[n] = decay * row[n] + dtx * Bm[n]; returns sum_n C[n] row[n].
+// out[i] = the sum over the elements of row(i), for P rows in order. A sum inside a vector is a chain of shuffles and
+// additions; a whole vector of rows goes through it together.
+template <class A, class F> TZ_INLINE void sum_rows(int64_t P, A* out, const F& row) {
+  using V = Vec<A>;
+  for (int64_t i = 0; i < P; i += V::size) {
+    V sums[V::size];
+    const int64_t count = min_of(P - i, V::size);
+    for (int64_t r = 0; r < count; r++) sums[r] = row(i + r);
+    for (int64_t r = count; r < V::size; r++) sums[r] = V::zero();
+    store_n(reduce_rows(sums), out + i, count);
+  }
+}
+
+// One row of the state: row[n] = decay * row[n] + dtx * Bm[n]; returns what adds up to sum_n C[n] row[n].
 // decay: one value, or (kDecayRow) exp(dt * A[n]).
 template <bool kDecayRow, class S, class A>
-TZ_INLINE A update_row(S* row, int64_t N, A decay, A dt, const A* a, A dtx, const A* Bm, const A* C) {
+TZ_INLINE Vec<A> update_row(S* row, int64_t N, A decay, A dt, const A* a, A dtx, const A* Bm, const A* C) {
   using V = Vec<A>;
   constexpr int kUnroll = 4;
   V sums[kUnroll];
@@ -52,19 +70,43 @@ TZ_INLINE A update_row(S* row, int64_t N, A decay, A dt, const A* a, A dtx, cons
     for (int u = 0; u < kUnroll; u++) sums[u] = fma(step(n + u * V::size), V::load(C + n + u * V::size), sums[u]);
   }
   for (; n + V::size <= N; n += V::size) sums[0] = fma(step(n), V::load(C + n), sums[0]);
-  A sum = reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; n < N; n++) {
-    const A factor = kDecayRow ? std::exp(dt * a[n]) : decay;
-    const A next = Bm[n] * dtx + factor * load1<A>(row + n);
-    store1(next, row + n);
-    sum += next * C[n];
+  if (n < N) {
+    const V factor = kDecayRow ? exp(dt_v * load_n<A>(a + n, N - n)) : decay_v;
+    const V next = fma(load_n<A>(Bm + n, N - n), dtx_v, factor * load_n<A>(row + n, N - n));
+    store_n(next, row + n, N - n);
+    sums[1] = fma(next, load_n<A>(C + n, N - n), sums[1]);
   }
-  return sum;
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// All rows of a head, kHeld vectors each, ld elements apart: with B and C loaded once a vector of the state costs three
+// multiplications, a load and a store. No prefetch: rows this fast keep the processor's own busy.
+template <class S, class A>
+TZ_INLINE void update_held(S* rows, int64_t ld, int64_t P, A decay, A dt, const A* x, const A* Bm, const A* C, A* out) {
+  using V = Vec<A>;
+  V b[kHeld], c[kHeld];
+  for (int i = 0; i < kHeld; i++) {
+    b[i] = V::load(Bm + i * V::size);
+    c[i] = V::load(C + i * V::size);
+  }
+  const V decay_v(decay);
+  sum_rows(P, out, [&](int64_t r) TZ_LAMBDA {
+    S* row = rows + r * ld;
+    const V dtx(dt * x[r]);
+    V sums[2] = {V::zero(), V::zero()};
+#pragma GCC unroll 8
+    for (int i = 0; i < kHeld; i++) {
+      const V next = fma(b[i], dtx, decay_v * V::load(row + i * V::size));
+      next.store(row + i * V::size);
+      sums[i % 2] = fma(next, c[i], sums[i % 2]);
+    }
+    return sums[0] + sums[1];
+  });
 }
 
 // The same for a bf16 row of which N is a multiple of two vectors, as even and odd elements: their halves of a 32-bit
 // word need a shift or a mask, no shuffle. B and C come split in the same way (split_pairs).
-TZ_INLINE float update_row_pairs(bf16* row, int64_t N, float decay, float dtx, const float* Bm, const float* C) {
+TZ_INLINE Vec<float> update_row_pairs(bf16* row, int64_t N, float decay, float dtx, const float* Bm, const float* C) {
   using V = Vec<float>;
   typedef V::native native;
   typedef V::uints uints;
@@ -87,7 +129,7 @@ TZ_INLINE float update_row_pairs(bf16* row, int64_t N, float decay, float dtx, c
         from_acc(odd.v[i], row + n + 2 * i + 1);
       }
   }
-  return reduce_add(even_sum + odd_sum);
+  return even_sum + odd_sum;
 }
 // Each pair of vectors becomes its even elements, then its odd ones. N is a multiple of two vectors.
 inline void split_pairs(const float* from, int64_t N, float* to) {
@@ -131,24 +173,29 @@ template <class S> void update_head(const StateUpdateParams& p, int64_t b, int64
   };
   if (per_head) {
     const A dt = step_size(0), decay = std::exp(dt * one<A>(p.param_dtype, p.A, h * p.A_stride_h));
-    bool pairs = false;
+    const bool pairs = dtype_of<S>::value == DType::bf16 && p.N % (2 * V::size) == 0;
     if constexpr (dtype_of<S>::value == DType::bf16) {
-      pairs = p.N % (2 * V::size) == 0;
       if (pairs) {
         split_pairs(Bm, p.N, B_split);
         split_pairs(C, p.N, C_split);
-        for (int64_t i = 0; i < p.P; i++)
-          out[i] = update_row_pairs(state + i * p.state_stride_p, p.N, decay, dt * x[i], B_split, C_split);
+        sum_rows(p.P, out, [&](int64_t i) TZ_LAMBDA {
+          return update_row_pairs(state + i * p.state_stride_p, p.N, decay, dt * x[i], B_split, C_split);
+        });
       }
     }
-    for (int64_t i = 0; i < p.P && !pairs; i++)
-      out[i] = update_row<false, S, A>(state + i * p.state_stride_p, p.N, decay, dt, nullptr, dt * x[i], Bm, C);
+    const bool held = !pairs && p.N == kHeld * V::size;
+    if constexpr (kHeld > 0)
+      if (held) update_held(state, p.state_stride_p, p.P, decay, dt, x, Bm, C, out);
+    if (!pairs && !held)
+      sum_rows(p.P, out, [&](int64_t i) TZ_LAMBDA {
+        return update_row<false, S, A>(state + i * p.state_stride_p, p.N, decay, dt, nullptr, dt * x[i], Bm, C);
+      });
   } else {
-    for (int64_t i = 0; i < p.P; i++) {
+    sum_rows(p.P, out, [&](int64_t i) TZ_LAMBDA {
       const A dt = step_size(i);
       const A* a = as_row<A>(p.param_dtype, p.A, h * p.A_stride_h + i * p.A_stride_p, p.A_stride_n, p.N, A_copy);
-      out[i] = update_row<true, S, A>(state + i * p.state_stride_p, p.N, A(0), dt, a, dt * x[i], Bm, C);
-    }
+      return update_row<true, S, A>(state + i * p.state_stride_p, p.N, A(0), dt, a, dt * x[i], Bm, C);
+    });
   }
   if (p.D && p.D_stride_p == 0) {
     const A skip = one<A>(p.param_dtype, p.D, h * p.D_stride_h);

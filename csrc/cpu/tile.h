@@ -51,6 +51,21 @@ template <int bit, class A> TZ_INLINE void transpose_rounds(Vec<A>* m) {
 }
 template <class A> TZ_INLINE void transpose(Vec<A>* m) { transpose_rounds<Vec<A>::size / 2>(m); }
 
+// The sums of a whole vector of rows, m[i] summed to element i: the transpose's swaps, each followed by an addition that halves
+// what is left. m is used up.
+template <int bit = 1, class A> TZ_INLINE Vec<A> reduce_rows(Vec<A>* m) {
+  if constexpr (bit == Vec<A>::size) {
+    return m[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec<A>::size; i += 2 * bit) {
+      swap_blocks<bit>(m[i], m[i + bit], std::make_integer_sequence<int, Vec<A>::size>());
+      m[i] = m[i] + m[i + bit];
+    }
+    return reduce_rows<2 * bit>(m);
+  }
+}
+
 template <class A, class S>
 inline void load_tile(const S* src, int64_t stride_row, int64_t stride_col, int64_t rows, int64_t cols, A* dst, int64_t ld) {
   constexpr int64_t size = Vec<A>::size;
