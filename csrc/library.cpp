@@ -126,10 +126,18 @@ PyObject* isa(PyObject*, PyObject*) {
   }
 }
 
+PyObject* poison_new_tensors(PyObject*, PyObject* poison) {
+  const int truth = PyObject_IsTrue(poison);
+  if (truth < 0) return nullptr;
+  terrazzo::poison_new_tensors(truth == 1);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"kernel_counts", kernel_counts, METH_NOARGS, "How often each native CPU kernel ran."},
     {"reset_kernel_counts", reset_kernel_counts, METH_NOARGS, "Sets every count to zero."},
     {"isa", isa, METH_NOARGS, "The ISA build in use: portable, avx2 or avx512."},
+    {"poison_new_tensors", poison_new_tensors, METH_O, "Whether outputs are filled with NaN before a kernel writes them (for tests)."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -22,7 +22,7 @@ def _cpu_update_limit(x, weight, bias, conv_state):
 
 
 dispatch.register("causal_conv1d_fn", "causal_conv1d", ("causal_conv1d_fwd", "causal_conv1d_bwd"), cpu=_cpu_limit)
-dispatch.register("causal_conv1d_update", "causal_conv1d", ("causal_conv1d_update",), cpu=_cpu_update_limit)
+_UPDATE = dispatch.register("causal_conv1d_update", "causal_conv1d", ("causal_conv1d_update",), cpu=_cpu_update_limit)
 dispatch.register("causal_conv1d_varlen_states", "causal_conv1d", (), cpu=dispatch.cpu_dtypes)  # a copy: no kernel of its own
 
 
@@ -190,13 +190,13 @@ def _update_fast(x, conv_state, weight, bias, activation, cache_seqlens, conv_st
     None when it cannot serve the call or refuses it; the full checks then say why.
     """
     try:
-        if not dispatch.cpu_may_serve("causal_conv1d_update", backend) or dispatch.needs_grad(x, weight, bias, conv_state):
+        if not dispatch.cpu_may_serve(_UPDATE, backend) or dispatch.needs_grad(x, weight, bias, conv_state):
             return None
         silu = ACTIVATIONS[activation]
+        kernel = torch.ops.terrazzo.causal_conv1d_update.default
         if x.dim() == 3:
-            return torch.ops.terrazzo.causal_conv1d_update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
-        y = torch.ops.terrazzo.causal_conv1d_update(x.unsqueeze(-1), conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
-        return y.squeeze(-1)
+            return kernel(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
+        return kernel(x.unsqueeze(-1), conv_state, weight, bias, silu, cache_seqlens, conv_state_indices).squeeze(-1)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
         return None
 

@@ -50,6 +50,7 @@ def register(name, family, kernels, **limits):
     """Declares an op; `limits` maps a backend that serves it to (*tensors) -> None | reason."""
     variables = dict.fromkeys((f"TERRAZZO_BACKEND_{name.upper()}", f"TERRAZZO_BACKEND_{family.upper()}", "TERRAZZO_BACKEND"))
     OPS[name] = Op(name, family, kernels, limits, tuple((v, _environment_key(v)) for v in variables))
+    return OPS[name]
 
 
 def _op(name):
@@ -97,16 +98,19 @@ def _wanted(entry, backend):
     return None, ""
 
 
-def cpu_may_serve(op, backend):
-    """True where the cpu kernel may be tried straight away: asked for by name, or nobody asks for anything.
+def cpu_may_serve(entry, backend):
+    """True where the cpu kernel of an Op may be tried straight away: asked for by name, or nobody asks for anything.
 
     For decoding steps, which cost microseconds: the kernel then refuses what it cannot run, and `pick` says why.
     """
     if not native.available:
         return False
-    if backend is None:
-        return not _forced and not any(_ENVIRONMENT.get(key) for _, key in _op(op).env)
-    return backend == "cpu"
+    if backend is not None:
+        return backend == "cpu"
+    for _, key in entry.env:  # no any(): a generator costs more than the look-ups
+        if _ENVIRONMENT.get(key):
+            return False
+    return not _forced
 
 
 def pick(op, *tensors, backend=None):
@@ -187,4 +191,8 @@ def cpu_dtypes(*tensors):
 
 
 def needs_grad(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False

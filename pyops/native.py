@@ -27,6 +27,12 @@ def reset_kernel_counts():
         _C.reset_kernel_counts()
 
 
+def poison_new_tensors(poison):
+    """Whether native outputs are filled with NaN before a kernel writes them: for tests."""
+    if available:
+        _C.poison_new_tensors(poison)
+
+
 def register_fake(name):
     """Registers the shape function of torch.ops.terrazzo.<name>, when the op exists."""
     return torch.library.register_fake(f"terrazzo::{name}") if available else (lambda fn: fn)

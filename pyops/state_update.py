@@ -17,7 +17,7 @@ def _cpu_limit(x, state, *rest):
     return dispatch.cpu_dtypes(x, state, *rest)
 
 
-dispatch.register(OP, "state_update", ("state_update",), cpu=_cpu_limit)
+_ENTRY = dispatch.register(OP, "state_update", ("state_update",), cpu=_cpu_limit)
 
 
 def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False,
@@ -97,9 +97,11 @@ def _fast(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
     None when it cannot serve the call or refuses it; the full checks then say why.
     """
     try:
-        if not dispatch.cpu_may_serve(OP, backend) or state.dim() != 4 or _cpu_limit(x, state, dt, A, B, C, D, z, dt_bias):
+        if not dispatch.cpu_may_serve(_ENTRY, backend) or state.dim() != 4 or dispatch.needs_grad(state, x, dt, A, B, C, D, z, dt_bias):
             return None
-        return torch.ops.terrazzo.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
+        return torch.ops.terrazzo.selective_state_update.default(
+            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
+        )
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         return None
 

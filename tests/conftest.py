@@ -11,7 +11,9 @@ def poisoned_memory(request):
         return
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    native.poison_new_tensors(True)
     yield
+    native.poison_new_tensors(False)
     torch.use_deterministic_algorithms(False)
 
 

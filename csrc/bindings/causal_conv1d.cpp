@@ -132,6 +132,7 @@ Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Ten
   const ScalarType wt = weight_scalar(xt, weight_in.scalar_type());
   TZ_CHECK((conv_state.scalar_type() == ScalarType::Double) == (xt == ScalarType::Double), kUpdate,
            "conv_state must be float64 exactly when x is");
+  check_float(bias_in, kUpdate, "bias");
   const Tensor weight = cast(weight_in, wt);
   const OptTensor bias = cast_contiguous(bias_in, wt);
   p.x_dtype = dtype_from(xt, kUpdate, "x");

@@ -1,5 +1,6 @@
 #include "glue.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -8,9 +9,35 @@
 
 namespace terrazzo {
 
-void check_shape(const Tensor& t, const std::vector<int64_t>& shape, const char* op, const char* name) {
+namespace {
+std::atomic<bool> g_poison{false};
+}
+
+void poison_new_tensors(bool poison) { g_poison = poison; }
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  int32_t device = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(shape[d], 1);
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), type, device, index, &handle));
+  Tensor t(handle);
+  if (g_poison.load(std::memory_order_relaxed)) std::memset(mutable_data(t), 0xff, static_cast<size_t>(t.numel()) * t.element_size());
+  return t;
+}
+
+void check_shape(const Tensor& t, Shape shape, const char* op, const char* name) {
   bool ok = t.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; ok && i < shape.size(); i++) ok = shape[i] < 0 || t.size(static_cast<int64_t>(i)) == shape[i];
+  int64_t d = 0;
+  for (const int64_t* s = shape.begin(); ok && s != shape.end(); s++, d++) ok = *s < 0 || t.size(d) == *s;
   if (ok) return;
   std::string want, got;
   for (int64_t s : shape) want += (want.empty() ? "" : ", ") + (s < 0 ? std::string("*") : std::to_string(s));
@@ -18,7 +45,7 @@ void check_shape(const Tensor& t, const std::vector<int64_t>& shape, const char*
   TZ_CHECK(false, op, name, " must have shape (", want, "), got (", got, ")");
 }
 
-void check_shape(const OptTensor& t, const std::vector<int64_t>& shape, const char* op, const char* name) {
+void check_shape(const OptTensor& t, Shape shape, const char* op, const char* name) {
   if (t) check_shape(*t, shape, op, name);
 }
 

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -39,9 +40,11 @@ inline ScalarType weight_scalar(ScalarType x, ScalarType weight) {
   return x == ScalarType::Double || weight == ScalarType::Double ? acc_scalar(x) : weight;
 }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
+// A new contiguous tensor on `like`'s device, contents undefined. Straight from the allocator: torch's dispatcher takes another
+// microsecond, a quarter of a decoding step's overhead.
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
+// From now on `empty` fills what it returns with NaN: tests ask for it, so that an output that was never written shows.
+void poison_new_tensors(bool poison);
 inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_zeros(like, shape, dtype);
 }
@@ -69,9 +72,14 @@ inline void* mutable_data(const OptTensor& t) { return t ? t->mutable_data_ptr()
 inline void check_cpu(const Tensor& t, const char* op, const char* name) {
   TZ_CHECK(t.is_cpu(), op, name, " must be on the CPU for the cpu backend");
 }
+inline void check_float(const Tensor& t, const char* op, const char* name) { dtype_from(t.scalar_type(), op, name); }
+inline void check_float(const OptTensor& t, const char* op, const char* name) {
+  if (t) check_float(*t, op, name);
+}
 // Rank and sizes; -1 accepts any size.
-void check_shape(const Tensor& t, const std::vector<int64_t>& shape, const char* op, const char* name);
-void check_shape(const OptTensor& t, const std::vector<int64_t>& shape, const char* op, const char* name);
+using Shape = std::initializer_list<int64_t>;
+void check_shape(const Tensor& t, Shape shape, const char* op, const char* name);
+void check_shape(const OptTensor& t, Shape shape, const char* op, const char* name);
 
 // Weights packed before the call, as a matrix [K, N] for each of E experts: the tensor is (E, panels, K, kPanel), its panels
 // an even number; int8 ones have scale (E, N) float32.

@@ -39,6 +39,8 @@ Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor
   check_shape(D_in, {p.H, p.P}, kOp, "D");
   check_shape(z_in, {p.B, p.H, p.P}, kOp, "z");
   check_shape(dt_bias_in, {p.H, p.P}, kOp, "dt_bias");
+  check_float(A_in, kOp, "A"), check_float(B_in, kOp, "B"), check_float(C_in, kOp, "C");
+  check_float(D_in, kOp, "D"), check_float(z_in, kOp, "z"), check_float(dt_bias_in, kOp, "dt_bias");
   const ScalarType xt = x.scalar_type(), acc = acc_scalar(xt);
   TZ_CHECK((state.scalar_type() == ScalarType::Double) == (xt == ScalarType::Double), kOp, "state must be float64 exactly when x is");
   std::vector<int64_t> sa, sd, sb, st;
