@@ -125,39 +125,10 @@ template <class S, class WT> TZ_INLINE __m256 shift_dot8(S* state, const S* x, c
 }
 #endif
 
-#if defined(__AVX512F__)
-// The same for sixteen channels, four to each of a..d.
-TZ_INLINE __m512 sum_fours(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const auto sum_pairs = [](__m512 u, __m512 v) TZ_LAMBDA {
-    return _mm512_add_ps(_mm512_shuffle_ps(u, v, 0x88), _mm512_shuffle_ps(u, v, 0xdd));
-  };
-  const __m512 sums = sum_pairs(sum_pairs(a, b), sum_pairs(c, d));  // channels 0 4 8 12 | 1 5 9 13 | ..
-  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums);
-}
-// Shifts by reading one element further on; the mask keeps the last read inside the windows.
-TZ_INLINE __m512 shift_dot16(float* state, const float* x, const float* weight) {
-  const __m512 input = _mm512_loadu_ps(x);
-  __m512 product[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    const __m512i pick = _mm512_add_epi32(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), _mm512_set1_epi32(4 * i));
-    const __m512 shifted = _mm512_maskz_loadu_ps(0x7777, state + 16 * i + 1);
-    const __m512 window = _mm512_mask_permutexvar_ps(shifted, 0x8888, pick, input);
-    _mm512_storeu_ps(state + 16 * i, window);
-    product[i] = _mm512_mul_ps(window, _mm512_loadu_ps(weight + 16 * i));
-  }
-  return sum_fours(product[0], product[1], product[2], product[3]);
-}
-#endif
-
 // pre[cols]: the pre-activations without bias; the windows state[cols][4] take x[cols] in.
 template <class T, class WT> void shift_dot(T* state, const T* x, const WT* weight, acc_t<T>* pre, int64_t cols) {
   using A = acc_t<T>;
   int64_t c = 0;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4 && sizeof(WT) == 4)
-    for (; c + 16 <= cols; c += 16) _mm512_storeu_ps(pre + c, shift_dot16(state + 4 * c, x + c, weight + 4 * c));
-#endif
 #if defined(__AVX2__)
   if constexpr (sizeof(T) < 8)
     for (; c + 8 <= cols; c += 8) _mm256_storeu_ps(pre + c, shift_dot8(state + 4 * c, x + c, weight + 4 * c));

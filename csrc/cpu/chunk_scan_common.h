@@ -17,28 +17,6 @@ constexpr int kChunk = 48;
 #endif
 static_assert(kChunk % kTileCols<float> == 0 && kChunk % kTileCols<double> == 0, "chunk columns fill whole panels");
 
-// softplus on a vector: max(x, 0) + log1p(u) with u = exp(-|x|), and log1p(u) = 2 atanh(u / (2 + u)).
-TZ_INLINE Vec<float> softplus(Vec<float> x) {
-  using V = Vec<float>;
-  const V u = exp(min(x, V(0.0f) - x));
-  const V t = u / (u + V(2.0f)), t2 = t * t;
-  V series(2.0f / 15);
-  series = fma(series, t2, V(2.0f / 13));
-  series = fma(series, t2, V(2.0f / 11));
-  series = fma(series, t2, V(2.0f / 9));
-  series = fma(series, t2, V(2.0f / 7));
-  series = fma(series, t2, V(2.0f / 5));
-  series = fma(series, t2, V(2.0f / 3));
-  series = fma(series, t2, V(2.0f));
-  const V y = fma(series, t, max(x, V(0.0f)));
-  return V(x.v > V(20.0f).v ? x.v : y.v);
-}
-TZ_INLINE Vec<double> softplus(Vec<double> x) {
-  Vec<double> r;
-  for (int i = 0; i < Vec<double>::size; i++) r.v[i] = softplus<double>(x.v[i]);
-  return r;
-}
-
 // One head in one chunk. Positions past the end of the chunk hold dt = 0 and the last cumulative decay.
 template <class A> struct ChunkDecay {
   alignas(64) A raw[kChunk];         // dt + dt_bias

@@ -13,7 +13,7 @@
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 namespace {
 
-enum UpdateScratch { kHeadSlot };
+enum UpdateScratch { kHeadSlot, kStepSlot };
 constexpr int64_t kAhead = 4096;  // bytes
 // Vectors of B and of C that stay in registers beside a row: only AVX-512 has registers to spare.
 #if defined(__AVX512F__)
@@ -153,7 +153,30 @@ template <class A> A one(DType dtype, const void* base, int64_t offset) {
   return value;
 }
 
-template <class S> void update_head(const StateUpdateParams& p, int64_t b, int64_t h, int64_t slot, bool per_head) {
+// dt' and exp(dt' A) of the heads first..last of all rows, where neither varies inside a head.
+template <class A> void head_steps(const StateUpdateParams& p, int64_t first, int64_t last, A* dt, A* decay) {
+  using V = Vec<A>;
+  for (int64_t item = first, n; item < last; item += n, dt += n, decay += n) {
+    const int64_t b = item / p.H, h = item % p.H;
+    n = min_of(last - item, p.H - h);
+    load_tile<A>(p.dt_dtype, p.dt, b * p.dt_stride_b + h * p.dt_stride_h, 0, p.dt_stride_h, 1, n, dt, n);
+    if (p.dt_bias) {
+      load_tile<A>(p.param_dtype, p.dt_bias, h * p.dt_bias_stride_h, 0, p.dt_bias_stride_h, 1, n, decay, n);
+      for (int64_t i = 0; i < n; i++) dt[i] += decay[i];
+    }
+    load_tile<A>(p.param_dtype, p.A, h * p.A_stride_h, 0, p.A_stride_h, 1, n, decay, n);
+    for (int64_t i = 0; i < n; i += V::size) {
+      V step = load_n<A>(dt + i, n - i);
+      if (p.dt_softplus) step = softplus(step);
+      store_n(step, dt + i, n - i);
+      store_n(exp(step * load_n<A>(decay + i, n - i)), decay + i, n - i);
+    }
+  }
+}
+
+// One head of one row. per_head: dt' and exp(dt' A) are these two numbers.
+template <class S>
+void update_head(const StateUpdateParams& p, int64_t b, int64_t h, int64_t slot, bool per_head, acc_t<S> dt, acc_t<S> decay) {
   using A = acc_t<S>;
   using V = Vec<A>;
   const int64_t g = h / (p.H / p.G);
@@ -166,13 +189,7 @@ template <class S> void update_head(const StateUpdateParams& p, int64_t b, int64
   const A* C = as_row<A>(p.x_dtype, p.C, b * p.C_stride_b + g * p.C_stride_g, p.C_stride_n, p.N, C_copy);
   S* state = static_cast<S*>(p.state) + slot * p.state_stride_s + h * p.state_stride_h;
 
-  const auto step_size = [&](int64_t row) {
-    A dt = one<A>(p.dt_dtype, p.dt, b * p.dt_stride_b + h * p.dt_stride_h + row * p.dt_stride_p);
-    if (p.dt_bias) dt += one<A>(p.param_dtype, p.dt_bias, h * p.dt_bias_stride_h + row * p.dt_bias_stride_p);
-    return p.dt_softplus ? softplus(dt) : dt;
-  };
   if (per_head) {
-    const A dt = step_size(0), decay = std::exp(dt * one<A>(p.param_dtype, p.A, h * p.A_stride_h));
     const bool pairs = dtype_of<S>::value == DType::bf16 && p.N % (2 * V::size) == 0;
     if constexpr (dtype_of<S>::value == DType::bf16) {
       if (pairs) {
@@ -192,7 +209,9 @@ template <class S> void update_head(const StateUpdateParams& p, int64_t b, int64
       });
   } else {
     sum_rows(p.P, out, [&](int64_t i) TZ_LAMBDA {
-      const A dt = step_size(i);
+      A dt = one<A>(p.dt_dtype, p.dt, b * p.dt_stride_b + h * p.dt_stride_h + i * p.dt_stride_p);
+      if (p.dt_bias) dt += one<A>(p.param_dtype, p.dt_bias, h * p.dt_bias_stride_h + i * p.dt_bias_stride_p);
+      if (p.dt_softplus) dt = softplus(dt);
       const A* a = as_row<A>(p.param_dtype, p.A, h * p.A_stride_h + i * p.A_stride_p, p.A_stride_n, p.N, A_copy);
       return update_row<true, S, A>(state + i * p.state_stride_p, p.N, A(0), dt, a, dt * x[i], Bm, C);
     });
@@ -213,15 +232,18 @@ template <class S> void update_head(const StateUpdateParams& p, int64_t b, int64
 }
 
 template <class S> void update(const StateUpdateParams& p) {
+  using A = acc_t<S>;
   const bool per_head = (p.A_stride_p == 0 || p.P == 1) && (p.A_stride_n == 0 || p.N == 1) &&
                         (p.dt_stride_p == 0 || p.P == 1) && (!p.dt_bias || p.dt_bias_stride_p == 0 || p.P == 1);
   const int64_t grain = max_of(1, kSerialElements / max_of(1, p.P * p.N));
   parallel_for(0, p.B * p.H, grain, [&](int64_t first, int64_t last) {
+    A *dt = scratch<A>(kStepSlot, 2 * (last - first)), *decay = dt + (last - first);
+    if (per_head) head_steps(p, first, last, dt, decay);
     for (int64_t item = first; item < last; item++) {
       const int64_t b = item / p.H, h = item % p.H;
       const int64_t slot = p.state_batch_indices ? p.state_batch_indices[b] : b;
       if (slot >= 0) {
-        update_head<S>(p, b, h, slot, per_head);
+        update_head<S>(p, b, h, slot, per_head, per_head ? dt[item - first] : A(0), per_head ? decay[item - first] : A(0));
         continue;
       }
       with_type(p.x_dtype, [&](auto t) {

@@ -262,6 +262,28 @@ template <class A> TZ_INLINE Vec<A> silu(Vec<A> x) { return x / (Vec<A>(A(1)) + 
 template <class A> TZ_INLINE A softplus(A x) { return x > A(20) ? x : std::log1p(std::exp(x)); }
 template <class A> TZ_INLINE A sigmoid1(A x) { return A(1) / (A(1) + std::exp(-x)); }
 
+// softplus on a vector: max(x, 0) + log1p(u) with u = exp(-|x|), and log1p(u) = 2 atanh(u / (2 + u)).
+TZ_INLINE Vec<float> softplus(Vec<float> x) {
+  using V = Vec<float>;
+  const V u = exp(min(x, V(0.0f) - x));
+  const V t = u / (u + V(2.0f)), t2 = t * t;
+  V series(2.0f / 15);
+  series = fma(series, t2, V(2.0f / 13));
+  series = fma(series, t2, V(2.0f / 11));
+  series = fma(series, t2, V(2.0f / 9));
+  series = fma(series, t2, V(2.0f / 7));
+  series = fma(series, t2, V(2.0f / 5));
+  series = fma(series, t2, V(2.0f / 3));
+  series = fma(series, t2, V(2.0f));
+  const V y = fma(series, t, max(x, V(0.0f)));
+  return V(x.v > V(20.0f).v ? x.v : y.v);
+}
+TZ_INLINE Vec<double> softplus(Vec<double> x) {
+  Vec<double> r;
+  for (int i = 0; i < Vec<double>::size; i++) r.v[i] = softplus<double>(x.v[i]);
+  return r;
+}
+
 TZ_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 TZ_INLINE void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 // After streaming stores, before the data is handed to another thread.
