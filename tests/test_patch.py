@@ -77,7 +77,7 @@ def ops_that_ran(backend="cpu"):
 
 def expected_ops(model_type, *, decoding=False):
     recipe = RECIPES[model_type]
-    ops = {swap.op for swap in [*recipe.functions.values(), *recipe.forwards.values()]}
+    ops = {swap.op for swap in [*recipe.functions.values(), *recipe.methods.values()]}
     ops.discard("mamba_split_conv1d_scan_combined")
     if model_type in OWN_GATES:
         ops |= GROUPED
