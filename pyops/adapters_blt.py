@@ -109,12 +109,21 @@ def blt_patch_mask(original, backend):
 OURS = ("eager", "sdpa")  # the attention implementations that compute what terrazzo's attention does
 
 
-def _stays(module, kwargs):
+def _stays(module):
     """Whether this call of an attention has to be transformers' own: dropout, another implementation, weights to be returned."""
     implementation = module.config._attn_implementation
     if implementation not in OURS or (module.training and module.dropout):
         return True
-    return implementation == "eager" and any(value for name, value in kwargs.items() if name.startswith("output_") and name.endswith("attentions"))
+    return implementation == "eager" and _collects_weights()
+
+
+def _collects_weights():
+    """Whether transformers is collecting attention weights, which only its eager attention computes."""
+    try:
+        from transformers.utils.output_capturing import _active_collector as collector
+    except ImportError:  # a later transformers collects them otherwise
+        return True
+    return any(name.endswith("attentions") for name in collector.get() or ())
 
 
 def _built(mask):
@@ -130,7 +139,7 @@ def blt_self_attention(original, backend):
 
     def forward(self, hidden_states, attention_mask, position_embeddings, past_key_values=None, **kwargs):
         mask, chosen = attention_mask, None
-        if isinstance(mask, WindowMask) and past_key_values is None and not _stays(self, kwargs):
+        if isinstance(mask, WindowMask) and past_key_values is None and not _stays(self):
             chosen, _ = serving("local_attention", hidden_states, backend=backend)
         if chosen is None:
             return original(self, hidden_states, _built(mask), position_embeddings, past_key_values=past_key_values, **kwargs)
@@ -145,7 +154,7 @@ def blt_self_attention(original, backend):
 def blt_cross_attention(original, backend):
     def forward(self, hidden_states, cross_attention_states=None, attention_mask=None, **kwargs):
         mask, chosen = attention_mask, None
-        if isinstance(mask, PatchMask) and not _stays(self, kwargs):
+        if isinstance(mask, PatchMask) and not _stays(self):
             chosen, _ = serving("patch_cross_attention", hidden_states, backend=backend)
         if chosen is None:
             return original(self, hidden_states, cross_attention_states, _built(mask), **kwargs)
@@ -154,9 +163,30 @@ def blt_cross_attention(original, backend):
         k, v = (_heads(projection, states, self.head_dim) for projection in (self.k_proj, self.v_proj))
         y = patch_cross_attention(q, k, v, mask.patch_ids, queries=mask.queries, k_per_patch=mask.k_per_patch, scale=self.scaling,
                                   num_patches=mask.num_patches, backend=chosen)
+        if mask.queries == "patches":
+            y = _with_averages(y, q, k, v, mask, self.scaling)
         return self.o_proj(y.flatten(2)) + hidden_states, None  # the callers add hidden_states once more
 
     return forward
+
+
+def _with_averages(y, q, k, v, mask, scale):
+    """y with the average of all values in the rows of patches without bytes, as transformers' mask of large numbers has it.
+
+    Rows of a batch have such patches behind their last, and the last byte may read one. Softmax weights that are all alike have
+    the gradient of `scores`, which is linear in q and k, and so costs one small matrix for each head.
+    """
+    empty = torch.ones_like(mask.patch_ids[:, :1], dtype=torch.bool).repeat(1, mask.num_patches).scatter(1, mask.patch_ids, False)
+    if not torch.compiler.is_compiling() and not empty.any():
+        return y
+    average = v.mean(1, keepdim=True)
+    group = q.shape[2] // k.shape[2]
+    rows = average.repeat_interleave(group, 2)
+    if dispatch.needs_grad(q, k):
+        spread = torch.einsum("blhp,blhr->bhpr", k - k.mean(1, keepdim=True), (v - average).detach()) * (scale / k.shape[1])
+        scores = torch.einsum("bshgp,bhpr->bshgr", q.unflatten(2, (-1, group)), spread).flatten(2, 3)
+        rows = rows + (scores - scores.detach())
+    return torch.where(empty.repeat_interleave(mask.k_per_patch, 1)[:, :, None, None], rows, y)
 
 
 def blt_hash_embeddings(original, backend):
@@ -251,8 +281,6 @@ def blt_uncached(original, backend):
         _refuse_cache(past_key_values)
         if use_cache or (use_cache is None and self.config.use_cache):
             _say_uncached()
-        if getattr(self.config, "output_attentions", False):
-            kwargs.setdefault("output_attentions", True)  # the attention modules are told by argument alone
         return original(self, input_ids=input_ids, patch_lengths=patch_lengths, attention_mask=attention_mask, position_ids=position_ids,
                         inputs_embeds=inputs_embeds, use_cache=False, **kwargs)
 
