@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,6 +23,21 @@ PREFIXES = ("model.patcher.", "patcher.", "")  # a whole checkpoint's, BltModel'
 
 def _fail(message, error=ValueError):
     raise error(f"terrazzo.EntropyModel: {message}")
+
+
+def tokens_of(text):
+    """(1, 1 + bytes) int64: BOS and a token for each byte of `text`, bytes or uint8."""
+    text = np.frombuffer(text, np.uint8)
+    return F.pad(torch.from_numpy(text.astype(np.int64)) + OFFSET, (1, 0), value=BOS)[None]
+
+
+def word_starts(text):
+    """(bytes,) bool: a letter, a digit or a byte of a longer character that follows none of these."""
+    wordy = np.zeros(256, bool)
+    for low, high in (b"09", b"AZ", b"az", (128, 255)):
+        wordy[low : high + 1] = True
+    flags = wordy[np.frombuffer(text, np.uint8)]
+    return flags & ~np.concatenate([[False], flags[:-1]])
 
 
 @dataclass

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import terrazzo
 
-from .entropy_model import BOS, OFFSET, EntropyConfig, EntropyModel
+from .entropy_model import BOS, OFFSET, EntropyConfig, EntropyModel, tokens_of, word_starts
 
 DATA = Path(__file__).with_name("data")
 WARM_UP = 0.03  # of the budget
@@ -33,20 +33,6 @@ def read_text(paths, default):
         raise FileNotFoundError("terrazzo.models.train_entropy: the training text comes with a checkout, not with the installed package; name text files")
     files = [Path(path) for path in paths] or [DATA / default]
     return np.frombuffer(b"".join(lzma.open(file).read() if file.suffix == ".xz" else file.read_bytes() for file in files), np.uint8)
-
-
-def tokens_of(text):
-    """(1, 1 + bytes) int64: BOS and a token for each byte."""
-    return F.pad(torch.from_numpy(np.asarray(text, np.int64)) + OFFSET, (1, 0), value=BOS)[None]
-
-
-def word_starts(text):
-    """bool: a letter, a digit or a byte of a longer character that follows none of these."""
-    wordy = np.zeros(257, bool)
-    for low, high in (b"09", b"AZ", b"az", (128, 255)):
-        wordy[low : high + 1] = True
-    flags = wordy[text]
-    return flags & ~np.concatenate([[False], flags[:-1]])
 
 
 def batches(text, length, size, generator):
