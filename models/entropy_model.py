@@ -63,6 +63,8 @@ class EntropyConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 _fail(f"{name} must be a positive integer, got {value!r}")
+        if self.sliding_window is not None and (not isinstance(self.sliding_window, int) or self.sliding_window < 1):
+            _fail(f"sliding_window must be a positive integer or None, got {self.sliding_window!r}")
         if self.hidden_size % (2 * self.num_attention_heads):
             _fail(f"hidden_size must be heads of an even size, got {self.hidden_size} for num_attention_heads {self.num_attention_heads}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -269,8 +271,11 @@ def _files(path, folder):
             others = sorted(file.name for file in folder.glob("*.bin")) + sorted(file.name for file in folder.glob("*.pt"))
             _fail(f"{folder} has no {WEIGHTS}" + (f"; {others[0]} is not read: save it as safetensors" if others else ""), FileNotFoundError)
         return {}
-    index = json.loads((folder / INDEX).read_text())["weight_map"]
-    return {name: folder / file for name, file in index.items() if "patcher." in name}
+    try:
+        index = json.loads((folder / INDEX).read_text())["weight_map"]
+        return {name: folder / file for name, file in index.items() if "patcher." in name}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        _fail(f"{folder / INDEX} is no index of shards: it must hold a weight_map of tensors to files")
 
 
 def _copy(tensors, wanted, file):

@@ -272,7 +272,7 @@ def parser():
     patches.add_argument("--threshold", type=float, metavar="NATS", help="cut above this entropy (default: the model's)")
     patches.add_argument("--threshold-add", type=float, metavar="NATS", help="and where it also rises by this")
     patches.add_argument("--monotonic", action="store_true", help="cut where the entropy rises by the threshold instead")
-    patches.add_argument("--patch-size", type=float, metavar="BYTES", help="mean length to aim for, instead of a threshold; of every patch with --mode static")
+    patches.add_argument("--patch-size", type=float, metavar="BYTES", help="mean length to aim for, instead of a threshold (static: of all)")
     patches.add_argument("--max-patch-length", type=int, metavar="BYTES")
     patches.add_argument("--show", type=int, default=4096, metavar="BYTES", help="of the text in the terminal (default 4096; 0: statistics only)")
     patches.add_argument("--html", metavar="FILE", help="write a web page")

@@ -91,7 +91,7 @@ def show(console, cut, facts, source, limit):
         text.append(BORDER, "dim")
         console.print(text, soft_wrap=True)
         if limit < len(cut.text):
-            console.print(f"… the first {limit} of {len(cut.text)} bytes; --show 0 hides them, --show {len(cut.text)} shows all", style="dim", highlight=False)
+            console.print(f"… the first {limit} of {len(cut.text)} bytes (--show)", style="dim", highlight=False)
         if console.color_system and not console.no_color:
             steps = [SCALE * step / 8 for step in range(9)]
             swatches = Text.assemble(*[(f" {step:.1f} ", Style(color="black", bgcolor=colour(step))) for step in steps])
@@ -168,7 +168,7 @@ def write_png(path, cut, facts, source):
     bars.bar([name for name, _ in rows], [count for _, count in rows], color="#1f6f78")
     bars.set_xlabel("bytes of a patch")
     bars.set_ylabel("patches")
-    bars.set_title(" · ".join(f"{value} {name}" if name in ("bytes", "patches") else f"{name} {value}" for name, value in lines(facts)[:5]), loc="left", fontsize=9)
+    bars.set_title(" · ".join(f"{name}: {value}" for name, value in lines(facts)[:5]), loc="left", fontsize=9)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box
         figure.savefig(path, format="png")
