@@ -8,6 +8,7 @@ import torch
 from . import (
     accuracy,
     byte_hash_embedding,
+    byte_model,
     causal_conv1d,
     chunk_scan,
     entropy_patch,
@@ -41,6 +42,7 @@ OPS = {
     "byte_hash_embedding": byte_hash_embedding,
     "model": model,
     "low_precision": low_precision,
+    "byte_model": byte_model,
 }
 PROVIDERS = ("terrazzo", "terrazzo-packed", "terrazzo-int8", "reference", "reference-compiled", "torch", "hf", "hf-compiled", "hf-grouped")
 CACHE_BYTES = 32 << 20       # a last-level cache; cold runs rotate over three of them

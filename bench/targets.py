@@ -12,6 +12,7 @@ from .suite import PROVIDERS, all_cases, measure
 PRESETS = ("bamba-9b", "dbrx", "mixtral", "blt")
 THREADS = 2
 PACKED = "packed limit"  # as "limit", with weights packed before the call
+HF_MEMORY = "hf memory"  # the growth of the process in one call, as a part of transformers'
 PER_FLOP = "flops of "  # against another case: at least `bar` times its rate
 
 
@@ -23,7 +24,7 @@ class Target:
     size: str
     mode: str
     dtype: str
-    against: str  # a provider, "limit", PACKED, "memory", or PER_FLOP and the key of another case
+    against: str  # a provider, "limit", PACKED, "memory", HF_MEMORY, or PER_FLOP and the key of another case
     bar: float
 
     @property
@@ -42,6 +43,8 @@ class Target:
             return f"≤ {self.bar:g} × the limit" + (", packed" if self.against == PACKED else "")
         if self.against == "memory":
             return f"≤ {self.bar:g} × inputs and outputs"
+        if self.against == HF_MEMORY:
+            return f"≤ {self.bar:g} × transformers' memory"
         return f"≥ {self.bar:g} × {'the ' if self.against.startswith(PER_FLOP) else ''}{self.against}"
 
 
@@ -111,7 +114,15 @@ TARGETS = (
     *_targets("byte_hash_embedding", ("1x1024x1024",), "fwd", "fp32", hf=3, limit=5),
     *_targets("byte_hash_embedding", ("1x8192x1024",), "fwd", "fp32", hf=5, limit=15),
     *_targets("byte_hash_embedding", ("1x1024x1024", "1x8192x1024"), "bwd", "fp32", hf=5),
+    *_targets("blt_model", ("forward 4096 bytes hidden 256",), "model", "fp32", hf=1.5),
+    *_targets("blt_model", ("forward 8192 bytes hidden 256",), "model", "fp32", hf=2.5),
+    Target("blt_model", "forward 8192 bytes hidden 256", "model", "fp32", HF_MEMORY, 0.333),
+    *_targets("blt_model", ("forward 4096 bytes hidden 256", "forward 8192 bytes hidden 256"), "model", "bf16", hf=5),
 )  # fmt: skip
+
+
+def _rival(target):
+    return "hf" if target.against == HF_MEMORY else target.against
 
 
 def judge(target, rows, peak=None, rates=None):
@@ -122,7 +133,7 @@ def judge(target, rows, peak=None, rates=None):
         ratio = peak[0] / peak[1]
         return ratio, ratio <= target.bar, ""
     by_provider = {row["provider"]: row for row in rows}
-    ours, other = by_provider.get("terrazzo-packed" if target.against == PACKED else "terrazzo"), by_provider.get(target.against)
+    ours, other = by_provider.get("terrazzo-packed" if target.against == PACKED else "terrazzo"), by_provider.get(_rival(target))
     for row in (ours, other):
         if row is not None and row["status"] != "ok":
             return None, False, f"{row['provider']} {row['status']}: {row['reason']}"
@@ -135,7 +146,12 @@ def judge(target, rows, peak=None, rates=None):
         ratio = ours["gflops"] / rate if rate else None
         return ratio, ratio is not None and ratio >= target.bar, "" if rate else f"{target.cases[0]} was not measured"
     if other is None:
-        return None, False, f"{target.against} was not measured"
+        return None, False, f"{_rival(target)} was not measured"
+    if target.against == HF_MEMORY:
+        if ours["peak_bytes"] is None:
+            return None, False, "peak memory cannot be read on this system"
+        ratio = ours["peak_bytes"] / other["peak_bytes"]
+        return ratio, ratio <= target.bar, ""
     ratio = other["median_ms"] / ours["median_ms"]
     return ratio, ratio >= target.bar, ""
 
@@ -154,7 +170,7 @@ def run(options, calibration, match=None, *, machine_is_free=None, on_case=None,
             on_case(number, len(chosen))
         targets = [t for t in TARGETS if t.key == case.key]
         packed = ("terrazzo-packed",) if any(t.against == PACKED for t in targets) else ()
-        providers = ("terrazzo", *packed, *(t.against for t in targets if t.against in PROVIDERS))
+        providers = ("terrazzo", *packed, *(_rival(t) for t in targets if _rival(t) in PROVIDERS))
         case_rows = measure(case, replace(options, providers=providers), calibration, machine_is_free=machine_is_free, on_progress=on_progress)
         if on_rows:
             on_rows(case_rows)

@@ -210,7 +210,7 @@ def _expert_weights(module):
     return getattr(module, first), module.down_proj, *biases
 
 
-def _plain_tensors(*tensors):
+def plain_tensors(*tensors):
     """False where a tensor subclass (quantised, sharded) keeps its values elsewhere."""
     return all(t is None or type(t) in (torch.Tensor, nn.Parameter) for t in tensors)
 
@@ -230,7 +230,7 @@ def experts(original, backend):
     """The forward of experts behind transformers' ExpertsInterface, also what is registered there."""
     def terrazzo_experts(self, hidden_states, top_k_index, top_k_weights):
         w1, w2, bias1, bias2 = _expert_weights(self)
-        if hidden_states.dim() != 2 or not _plain_tensors(w1, w2, bias1, bias2):
+        if hidden_states.dim() != 2 or not plain_tensors(w1, w2, bias1, bias2):
             return original(self, hidden_states, top_k_index, top_k_weights)
         options = fused_options(self)
         if options is None:
@@ -274,7 +274,7 @@ def dbrx_experts(original, backend):
         w1, v1, w2 = self.mlp.w1, self.mlp.v1, self.mlp.w2
         name = activation_name(self.mlp.activation_fn)
         chosen = None
-        if name is not None and _plain_tensors(w1, v1, w2):
+        if name is not None and plain_tensors(w1, v1, w2):
             chosen, _ = serving("fused_experts", hidden_states, w1, v1, w2, top_k_weights, backend=backend)
         if chosen is None or _better_left(top_k_index, w1, self.num_experts, backend):
             return original(self, hidden_states, top_k_index, top_k_weights)
@@ -322,7 +322,7 @@ def linear_serving(x, weight, bias, backend):
     """serving() for a linear layer: 16-bit weights or inputs, where torch has no instructions for them."""
     if x.dtype not in HALF and weight.dtype not in HALF:
         return None, f"{str(weight.dtype).removeprefix('torch.')} stays with torch"
-    if not _plain_tensors(weight, bias):
+    if not plain_tensors(weight, bias):
         return None, f"the weight is a {type(weight).__name__}"
     if torch.is_autocast_enabled(x.device.type):
         return None, "under autocast"
@@ -374,6 +374,8 @@ def probe(swap, module, dtype, device):
 
     if swap.adapter == "linear":
         return empty(1, module.in_features), module.weight, module.bias
+    if swap.adapter.startswith("blt_"):
+        return (empty(1),) * (3 if swap.op == "byte_hash_embedding" else 1)
     if swap.op == "fused_experts":
         return (empty(1, 8), *(() if module is None else module.parameters()))
     if swap.adapter in ("conv", "conv_update"):
@@ -406,6 +408,14 @@ def why_not(swap, module):
         return f"activation {activation!r} is not served, only silu"
     if swap.adapter == "dbrx_experts" and module is not None and activation_name(module.mlp.activation_fn) is None:
         return f"activation {type(module.mlp.activation_fn).__name__} is not one of fused_experts'"
-    if swap.op == "fused_experts" and module is not None and not _plain_tensors(*module.parameters()):
+    if swap.op == "local_attention" and module is not None and not _has_window(module.config):
+        return "no window: transformers' full attention"
+    if swap.op == "fused_experts" and module is not None and not plain_tensors(*module.parameters()):
         return "its weights are no plain tensors"
     return None
+
+
+def _has_window(config):
+    """Whether a part of BLT attends in a window: the decoder has the encoder's, which its own config doesn't tell."""
+    window = {"blt": "local_attention_window_len", "blt_local_decoder": "model_type"}.get(config.model_type, "sliding_window")
+    return bool(getattr(config, window, None))

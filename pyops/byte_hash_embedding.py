@@ -44,7 +44,7 @@ def byte_hash_embedding(tokens, table, byte_embedding, group_sizes, num_function
     if table.shape[0] < needed:
         checks.fail(OP, f"table must have at least num_functions * len(group_sizes) * vocab = {num_functions} * {len(group_sizes)} * {vocab} = {needed} "
                         f"rows, got {table.shape[0]}")
-    if tokens.numel() and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if tokens.numel() and checks.has_values(tokens):
         low, high = (int(v) for v in tokens.aminmax())
         if low < 0 or high >= byte_embedding.shape[0]:
             checks.fail(OP, f"tokens must be 0 to {byte_embedding.shape[0] - 1}, the rows of byte_embedding, got {low} to {high}")

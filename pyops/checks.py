@@ -1,5 +1,6 @@
 """Argument checks shared by the public functions: which function, which argument, the rule, what came."""
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -52,9 +53,17 @@ def check_float64(fn, **tensors):
         fail(fn, f"float64 goes with float64 only, got {text}; convert the others", TypeError)
 
 
+def has_values(tensor):
+    """Whether values can be read here: not in a graph, where it would break, nor on a device, which would have to be waited for.
+
+    Otherwise the kernel itself checks them.
+    """
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+
+
 def check_not_negative(fn, name, value):
-    if torch.compiler.is_compiling() or value.device.type != "cpu" or value.numel() == 0:
-        return  # values are checked by the kernel itself; reading them here would break the graph or synchronise
+    if not has_values(value) or value.numel() == 0:
+        return
     lowest = int(value.min())
     if lowest < 0:
         fail(fn, f"{name} must not be negative, got {lowest}")
@@ -73,8 +82,8 @@ def check_cu_seqlens(fn, cu_seqlens, B, T, like):
         fail(fn, f"cu_seqlens must hold at least one sequence: (sequences + 1,), got {describe(cu_seqlens)}")
     if B != 1:
         fail(fn, f"cu_seqlens needs all sequences packed into a batch of 1, got a batch of {B}; use seq_idx for a batch")
-    if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
-        return  # values are checked by the kernel itself; reading them here would break the graph or synchronise
+    if not has_values(cu_seqlens):
+        return
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != T:
         fail(fn, f"cu_seqlens must start at 0 and end at {T}, the number of positions, got {ends[0]} and {ends[-1]}")
@@ -91,7 +100,7 @@ def check_slots(fn, name, indices, B, num_slots, like):
         return
     check_tensor(fn, name, indices, 1, "(B,)", like, dtypes=(torch.int32,))
     check_shape(fn, name, indices, (B,), "(B,)")
-    if torch.compiler.is_compiling() or indices.device.type != "cpu":
+    if not has_values(indices):
         return
     for row, slot in enumerate(indices.tolist()):
         if not -1 <= slot < num_slots:
@@ -126,8 +135,8 @@ def check_patch_ids(fn, patch_ids, B, L, like, cu_seqlens=None):
     """(B, L) int32 or int64; not decreasing along a row, negative ids aside; no patch in two sequences."""
     check_tensor(fn, "patch_ids", patch_ids, 2, "(B, L)", like, dtypes=(torch.int32, torch.int64))
     check_shape(fn, "patch_ids", patch_ids, (B, L), "(B, L)")
-    if torch.compiler.is_compiling() or patch_ids.device.type != "cpu" or L < 2 or B == 0:
-        return  # values are checked by the kernel itself; reading them here would break the graph or synchronise
+    if not has_values(patch_ids) or L < 2 or B == 0:
+        return
     before = patch_ids.cummax(1)[0][:, :-1]  # a negative id says nothing
     wrong = (patch_ids[:, 1:] >= 0) & (patch_ids[:, 1:] < before)
     if wrong.any():

@@ -183,7 +183,7 @@ def _why(args):
 
     if args.dtype not in DTYPE_NAMES:
         raise ValueError(f"terrazzo why: unknown dtype {args.dtype!r}; choose from {', '.join(DTYPE_NAMES)}")
-    names = [name for name in CALLS if args.op in (name, dispatch.OPS[name].family)]
+    names = [args.op] if args.op in CALLS else [name for name in CALLS if dispatch.OPS[name].family == args.op]
     if not names:
         raise ValueError(f"terrazzo why: unknown op {args.op!r}; ops are {', '.join(CALLS)}")
     shape = None if args.shape is None else _sizes(args.shape)

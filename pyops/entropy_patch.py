@@ -151,7 +151,7 @@ def patch_ids_from_lengths(lengths, length, *, exact=True, backend=None):
     _check_integer(IDS, "length", length, 0)
     if length:
         checks.check_positive(IDS, S=lengths.shape[1])
-    if not torch.compiler.is_compiling() and lengths.device.type == "cpu":
+    if checks.has_values(lengths):
         checks.check_not_negative(IDS, "lengths", lengths if exact else lengths[:, :-1])
         if exact and bool((lengths.sum(1) != length).any()):
             checks.fail(IDS, f"lengths of every row must sum to {length}, got {lengths.sum(1).tolist()}; exact=False lets the last patch take the rest")
@@ -278,7 +278,7 @@ def _patches(fn, entropies, cut, max_patches):
     """Patches with lengths as wide as the most patches of a row, or as wide as was asked for."""
     starts, ids, lengths, counts = cut
     width = max_patches
-    if not torch.compiler.is_compiling() and (width is None or counts.device.type == "cpu"):
+    if checks.has_values(counts) or (width is None and not torch.compiler.is_compiling()):
         most = counts.item() if counts.shape[0] == 1 else int(counts.max()) if counts.shape[0] else 0
         if width is not None and most > width:
             checks.fail(fn, f"max_patches must be at least {most}, the most patches of a row, got {width}")
@@ -318,7 +318,7 @@ def _check_texts(fn, B, L, like, max_patch_length, cu_seqlens, valid_lengths, in
         checks.fail(fn, "cu_seqlens excludes valid_lengths and include_next: packed texts have no room behind them")
     checks.check_cu_seqlens(fn, cu_seqlens, B, L, like)
     checks.check_optional(fn, "valid_lengths", valid_lengths, (B,), "(B,)", like, dtypes=(torch.int32,))
-    if valid_lengths is not None and B and not torch.compiler.is_compiling() and valid_lengths.device.type == "cpu":
+    if valid_lengths is not None and B and checks.has_values(valid_lengths):
         low, high = (int(v) for v in valid_lengths.aminmax())
         if low < 0 or high > L:
             checks.fail(fn, f"valid_lengths must be 0 to {L}, the number of positions, got {low} to {high}")

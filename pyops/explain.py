@@ -1,11 +1,23 @@
 """What each backend says to one call of a public function, without running a kernel."""
+import inspect
 from unittest import mock
 
 import torch
 
 import terrazzo
 
-from . import cases, cases_moe, cases_patches, dispatch
+from . import cases, cases_bytes, cases_moe, cases_patches, dispatch
+
+
+def _of_one_group(builder):
+    """The builder by the shape (T, K) of its first tensor: all rows belong to one group."""
+    return lambda T=17, K=24, **sizes: builder(sizes=(T,), K=K, **sizes)
+
+
+def _of_one_patch(builder, *args):
+    """The builder by (B, L, ...): every row is one patch of L bytes."""
+    return lambda B=2, L=12, **sizes: builder(*args, lengths=((L,),) * B, S=1, **sizes)
+
 
 # op -> (builder of its arguments, what the sizes of --shape are called there)
 CALLS = {
@@ -15,9 +27,17 @@ CALLS = {
     "selective_state_update": (cases.state_update, ("B", "H", "P")),
     "rmsnorm_gated": (cases.norm, None),  # any shape
     "linear": (cases_moe.linear, None),
+    "grouped_mm": (_of_one_group(cases_moe.grouped), ("T", "K")),
+    "gmm": (_of_one_group(cases_moe.gmm), ("T", "K")),
     "moe_route": (cases_moe.route, ("T", "E")),
+    "moe_permute": (cases_moe.permute, ("T", "A")),
     "moe_unpermute": (cases_moe.unpermute, ("T", "A", "D")),
     "fused_experts": (cases_moe.experts, ("T", "D")),
+    "entropy_patch": (cases_bytes.patch, ("B", "L", "V")),
+    "patch_lengths_from_entropies": (cases_bytes.lengths, ("B", "L")),
+    "byte_hash_embedding": (cases_bytes.hashes, ("B", "L")),
+    "patch_reduce": (_of_one_patch(cases_patches.reduce), ("B", "L", "D")),
+    "patch_cross_attention": (_of_one_patch(cases_patches.cross, "bytes"), ("B", "L", "H", "P")),
     "local_attention": (cases_patches.local, ("B", "L", "H", "P")),
 }
 
@@ -52,7 +72,7 @@ def arguments(op, dtype, shape=None, device="cpu", **sizes):
         elif len(shape) != len(names):
             raise ValueError(f"terrazzo.{op}: the shape must be ({', '.join(names)}), got {tuple(shape)}")
         else:
-            groups = {"G": 1} if "H" in names else {}  # one group divides any number of heads
+            groups = {"G": 1} if "G" in inspect.signature(builder).parameters else {}  # one group divides any number of heads
             sizes = groups | dict(zip(names, shape)) | sizes
     try:
         made = builder(**sizes)(cases.Random(0), dtype)

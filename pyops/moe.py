@@ -113,7 +113,7 @@ def moe_unpermute(rows, inverse, weights, *, backend=None):
     dims = 2 if isinstance(inverse, torch.Tensor) and inverse.dim() == 2 else 1
     checks.check_tensor(UNPERMUTE, "inverse", inverse, dims, "(T * A,) or (T, A)", rows, dtypes=(torch.int32, torch.int64))
     checks.check_shape(UNPERMUTE, "inverse", inverse, tuple(weights.shape) if dims == 2 else (R,), "(T * A,) or (T, A)")
-    if inverse.device.type == "cpu" and not torch.compiler.is_compiling() and R:
+    if checks.has_values(inverse) and R:
         low, high = (int(v) for v in inverse.aminmax())
         if low < 0 or high >= R or int(inverse.flatten().bincount(minlength=R).max()) > 1:
             checks.fail(UNPERMUTE, f"inverse must name each of the {R} rows once, got values from {low} to {high}; take it from moe_permute")

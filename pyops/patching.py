@@ -1,12 +1,12 @@
 """terrazzo.patch: a Hugging Face model runs on terrazzo's ops, and can be put back.
 
 How: transformers' mixers call module-level functions (causal_conv1d_fn, mamba2_chunk_scan, ...) by name; norms,
-experts and linear layers are replaced by their forward.
+experts, attention and linear layers are replaced by their forward or another method.
   instance scope   a mixer gets a subclass of its class whose methods look those names up under an alias
                    (`_terrazzo_causal_conv1d_fn_auto`) in the same module; nothing else of the object changes: no
                    attribute, no parameter, no state_dict key. Other models stay as they are. Copies and pickles of a
                    patched module stay patched.
-  class scope      the functions themselves, and the forwards, are replaced in transformers' module: every model of
+  class scope      the functions themselves, and the methods, are replaced in transformers' module: every model of
                    the type, made before or after. torch's linear layers are left alone there.
 undo() gives back the very same class and function objects; handles may overlap and be undone in any order.
 """
@@ -26,8 +26,11 @@ from itertools import count
 import torch
 from torch import nn
 
-from . import adapters, dispatch, rebinding
+from . import adapters, adapters_blt, dispatch, rebinding
 from .recipes import ANYWHERE, BY_MODULE, RECIPES, SUPPORTED, VERSIONS, modeling_name
+
+
+FAMILIES = {"mamba_split_conv1d_scan_combined": "chunk_scan"}  # of ops that dispatch doesn't know: this one only calls others
 
 
 class PatchError(RuntimeError):
@@ -176,9 +179,9 @@ def patch(model_or_model_type, ops="all", backend=None, strict=True, *, scope=No
 def _wanted_ops(ops):
     known = {}
     recipes = [*RECIPES.values()]
-    swaps = [swap for recipe in recipes for swap in [*recipe.functions.values(), *recipe.forwards.values()]]
+    swaps = [swap for recipe in recipes for swap in [*recipe.functions.values(), *recipe.methods.values()]]
     for swap in (*swaps, *ANYWHERE.values()):
-        family = dispatch.OPS[swap.op].family if swap.op in dispatch.OPS else "chunk_scan"  # the fused op has no own
+        family = dispatch.OPS[swap.op].family if swap.op in dispatch.OPS else FAMILIES.get(swap.op, swap.op)
         for name in (swap.op, family):
             known.setdefault(name, set()).add(swap.op)
     if ops == "all":
@@ -234,7 +237,7 @@ def _site(path, cls, module=None):
         called = rebinding.globals_called(cls, base.__module__)
         classes = {owner.__name__ for owner in cls.__mro__}
         swaps = {name: swap for name, swap in recipe.functions.items() if name in called}
-        swaps |= {name: swap for name, swap in recipe.forwards.items() if name in classes}
+        swaps |= {name: swap for name, swap in recipe.methods.items() if name.partition(".")[0] in classes}
         left = {name: why for name, why in recipe.left.items() if name in (called if name.islower() else classes)}
     if _is_experts(cls):
         swaps["experts"] = ANYWHERE["experts"]
@@ -321,13 +324,20 @@ def _problem(key):
     recipe = RECIPES[key]
     modeling = importlib.import_module(modeling_name(key))
     problem = _wrong_version(recipe.versions)
-    for name, swap in (recipe.functions | recipe.forwards).items():
-        present = getattr(modeling, name, None)
+    for name, swap in (recipe.functions | recipe.methods).items():
+        present = getattr(modeling, name.partition(".")[0], None)
+        if name in recipe.methods:
+            present = getattr(present, _method(name), None)
         if present is None:
             problem = problem or f"{modeling.__name__} has no {name}"
         else:
-            problem = problem or _wrong_parameters(name, present.forward if name in recipe.forwards else present, swap)
+            problem = problem or _wrong_parameters(name, present, swap)
     return problem
+
+
+def _method(name):
+    """The method that a name among a recipe's methods, or in ANYWHERE, stands for."""
+    return name.partition(".")[2] or "forward"
 
 
 @functools.cache
@@ -362,15 +372,18 @@ def _wrong_parameters(name, present, swap):
 
 def _shadowed(site):
     """None, or why calls of this module can't be reached."""
-    forward = site.module.__dict__.get("forward") if site.module is not None else None
-    if forward is not None and "_old_forward" not in site.module.__dict__:  # accelerate's hooks keep the old one there
-        return "its forward is replaced on the instance"
+    own = site.module.__dict__ if site.module is not None else {}
+    for method in dict.fromkeys(["forward", *map(_method, site.swaps)]):
+        if method in own and not (method == "forward" and "_old_forward" in own):  # accelerate's hooks keep the old one there
+            return f"its {method} is replaced on the instance"
     return None
 
 
 def _row(site, swap, backend):
     if swap.adapter == "split_scan":
         return Row(site.path, swap.op, "unfused", "declined: convolution, scan and norm run one by one, padding-safe")
+    if swap.op == "use_cache":
+        return Row(site.path, swap.op, "without", adapters_blt.NO_CACHE)
     op, chosen, note = adapters.judged(swap, site.cls, site.module, backend)
     return Row(site.path, op, chosen or "transformers", note)
 
@@ -403,14 +416,16 @@ def _variant(cls, chosen):
         "_terrazzo_plain": cls,
         "_terrazzo_chosen": chosen,
     }
+    replaced = ANYWHERE | (recipe.methods if recipe else {})
     if recipe:
         modeling, functions = sys.modules[base.__module__], recipe.functions
         aliases = {name: _alias(modeling, name, functions[name], backend) for name, backend in chosen if name in functions}
         namespace |= rebinding.renamed_methods(cls, modeling, aliases)
-    forwards = ANYWHERE | (recipe.forwards if recipe else {})
     for name, backend in chosen:
-        if name in forwards:
-            namespace["forward"] = _replacement(forwards[name], backend, _original(cls.forward))
+        if name in replaced:
+            method = _method(name)
+            rename = functools.partial(rebinding.renamed, modeling=modeling, aliases=aliases) if method in namespace else None
+            namespace[method] = _replaced(replaced[name], backend, inspect.getattr_static(cls, method), rename)
     return type(cls)(cls.__name__, (cls,), namespace)
 
 
@@ -483,9 +498,17 @@ def _original(function):
 
 
 def _replacement(swap, backend, original):
-    function = getattr(adapters, swap.adapter)(original, backend)
+    module = adapters_blt if swap.adapter.startswith("blt_") else adapters
+    function = getattr(module, swap.adapter)(original, backend)
     function._terrazzo_original = original
     return function
+
+
+def _replaced(swap, backend, found, rename=None):
+    """What stands in the place of a function or static method as it was found in its module or class."""
+    original = _original(getattr(found, "__func__", found))
+    replacement = _replacement(swap, backend, original if rename is None else rename(original))
+    return staticmethod(replacement) if isinstance(found, staticmethod) else replacement
 
 
 def _global_name(site, name):
@@ -493,25 +516,38 @@ def _global_name(site, name):
     if name in ANYWHERE:
         return next(base for base in site.cls.__mro__ if "forward" in vars(base)), "forward"
     modeling = importlib.import_module(modeling_name(site.key))
-    return (getattr(modeling, name), "forward") if name in RECIPES[site.key].forwards else (modeling, name)
+    if name in RECIPES[site.key].methods:
+        return getattr(modeling, name.partition(".")[0]), _method(name)
+    return modeling, name
+
+
+_INHERITED = object()
 
 
 class _Global:
-    """A function of a transformers module, or the forward of one of its classes, under class scope."""
+    """A function of a transformers module, or a method of one of its classes, under class scope."""
 
-    active = {}  # (owner, attribute) -> {token: replacement}
+    active = {}  # (owner, attribute) -> {0: what was there, token: replacement}
 
     def __init__(self, owner, attribute, swap, backend):
         self.owner, self.attribute = owner, attribute
-        self.original = _original(getattr(owner, attribute))
-        self.replacement = _replacement(swap, backend, self.original)
+        self.replacement = _replaced(swap, backend, inspect.getattr_static(owner, attribute))
 
     def add(self, token):
-        layers = self.active.setdefault((self.owner, self.attribute), {})
+        layers = self.active.setdefault((self.owner, self.attribute), {0: vars(self.owner).get(self.attribute, _INHERITED)})
         layers[token] = self.replacement
-        setattr(self.owner, self.attribute, self.replacement)
+        self._settle(layers)
 
     def remove(self, token):
         layers = self.active.get((self.owner, self.attribute), {})
         if layers.pop(token, None) is not None:
-            setattr(self.owner, self.attribute, next(reversed(layers.values()), self.original))
+            self._settle(layers)
+            if len(layers) == 1:
+                del self.active[self.owner, self.attribute]
+
+    def _settle(self, layers):
+        last = next(reversed(layers.values()))
+        if last is _INHERITED:
+            delattr(self.owner, self.attribute)
+        else:
+            setattr(self.owner, self.attribute, last)

@@ -1,7 +1,8 @@
 """What terrazzo.patch replaces in Hugging Face transformers, as data: one line per model type.
 
-A recipe names functions of transformers.models.<type>.modeling_<type> and classes there whose forward is replaced,
-and for each the public op, the adapter that calls it and the parameters the replaced function must have. What stands
+A recipe names functions of transformers.models.<type>.modeling_<type> and methods of classes there that are replaced
+("Class.method"; "Class" alone is its forward), and for each the public op, the adapter that calls it and the parameters
+the replaced function must have. What stands
 in ANYWHERE needs no recipe: every class of experts behind transformers' ExpertsInterface, and torch's linear layers.
 Written against transformers 5.23.0; patch() checks the version range and every signature before it touches anything.
 """
@@ -12,7 +13,7 @@ VERSIONS = ("5.23", "6")  # from, below
 
 @dataclass(frozen=True)
 class Swap:
-    """One replaced function: the public op it calls, the adapter in adapters.py, the parameters it must have."""
+    """One replaced function: the public op it calls, the adapter in adapters.py or adapters_blt.py, the parameters it must have."""
 
     op: str
     adapter: str
@@ -21,10 +22,10 @@ class Swap:
 
 @dataclass(frozen=True)
 class Recipe:
-    """functions: module-level name -> Swap; forwards: class -> Swap of its forward; left: name -> why it is not replaced."""
+    """functions: module-level name -> Swap; methods: class or "Class.method" -> Swap; left: name -> why it is not replaced."""
 
     functions: dict[str, Swap] = field(default_factory=dict)
-    forwards: dict[str, Swap] = field(default_factory=dict)
+    methods: dict[str, Swap] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     versions: tuple[str, str] = VERSIONS
 
@@ -62,6 +63,24 @@ GATE_FIRST = _swap("rmsnorm_gated", "norm_gate_first", "self hidden_states gate"
 NORM_FIRST = _swap("rmsnorm_gated", "norm_first", "self hidden_states gate")
 FALCON_NORM = _swap("rmsnorm_gated", "norm_falcon_h1", "self hidden_states gate")
 DBRX_EXPERTS = _swap("fused_experts", "dbrx_experts", "self hidden_states top_k_index top_k_weights")
+BLT_FUNCTIONS = {
+    "compute_hash_embeddings": _swap("byte_hash_embedding", "blt_hash_embeddings", "local_encoder_tokens local_encoder encoder_hash_tok_embedding"
+        " encoder_hash_byte_group_nb_functions encoder_hash_byte_group_size encoder_hash_byte_group_vocab"),
+    "create_sliding_window_causal_mask": _swap("local_attention", "blt_window", "config inputs_embeds attention_mask past_key_values position_ids"
+        " or_mask_function and_mask_function block_sequence_ids layer_idx allow_is_causal_skip"),
+    "_prepare_patch_cross_attention_mask": _swap("patch_cross_attention", "blt_patch_mask",
+        "patch_ids num_patches sequence_length patches_as_queries cross_attn_k dtype"),
+}  # fmt: skip
+BLT_METHODS = {
+    "BltSelfAttention": _swap("local_attention", "blt_self_attention", "self hidden_states attention_mask position_embeddings past_key_values kwargs"),
+    "BltCrossAttention": _swap("patch_cross_attention", "blt_cross_attention", "self hidden_states cross_attention_states attention_mask kwargs"),
+    "BltLocalEncoder.patch_reduce": _swap("patch_reduce", "blt_patch_reduce", "self hidden_states max_num_patches patch_ids"),
+    "BltPatcher.patch_lengths_from_entropies": _swap("patch_lengths_from_entropies", "blt_patch_lengths", "entropies sequence_length patch_size threshold"),
+    "BltModel._patch_ids_from_lengths": _swap("patch_ids_from_lengths", "blt_patch_ids", "self patch_lengths seq_len"),
+    "BltModel": _swap("use_cache", "blt_uncached", "self input_ids patch_lengths attention_mask position_ids past_key_values inputs_embeds use_cache kwargs"),
+    "BltForCausalLM.generate": _swap("use_cache", "blt_generate", "self inputs generation_config logits_processor stopping_criteria"
+        " prefix_allowed_tokens_fn synced_gpus assistant_model streamer negative_prompt_ids negative_prompt_attention_mask custom_generate kwargs"),
+}  # fmt: skip
 
 # Replaced in models of any type, name of the kind -> Swap of the forward.
 ANYWHERE = {
@@ -101,7 +120,8 @@ RECIPES = {
     "kimi_linear": Recipe(CONV, left=DELTA_ATTENTION | {"KimiLinearRMSNormGated": SIGMOID_NORM}),
     "inkling": Recipe(CONV),
     "inkling2": Recipe(CONV, left={"Inkling2DynamicShortConvolution": "its taps change with every token"}),
-    "dbrx": Recipe(forwards={"DbrxExperts": DBRX_EXPERTS}),
+    "blt": Recipe(BLT_FUNCTIONS, BLT_METHODS),
+    "dbrx": Recipe(methods={"DbrxExperts": DBRX_EXPERTS}),
     "lfm2": Recipe(CONV),
     "lfm2_moe": Recipe(CONV),
     "lfm3": Recipe(CONV),  # 7 taps by default: such calls stay with transformers, see adapters.py

@@ -335,6 +335,9 @@ def test_judging_targets():
     assert targets.judge(replace(target, bar=15.1), rows)[1] is False
     assert targets.judge(replace(target, against="limit", bar=1.5), rows) == (1.6, False, "")
     assert targets.judge(replace(target, against="memory", bar=2), rows, (30, 10)) == (3.0, False, "")
+    sized = [row | {"peak_bytes": size} for row, size in zip(rows, (20, 100))]
+    assert targets.judge(replace(target, against=targets.HF_MEMORY, bar=0.3), sized) == (0.2, True, "")
+    assert targets.judge(replace(target, against=targets.HF_MEMORY, bar=0.1), sized)[1] is False
     wrong = [{"provider": "terrazzo", "status": "wrong", "reason": "row 3"}, rows[1]]
     assert targets.judge(target, wrong) == (None, False, "terrazzo wrong: row 3")
 

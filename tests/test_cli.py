@@ -40,6 +40,14 @@ def test_why_names_the_choice_and_the_reasons(capsys):
     assert "cuda:0" in out
 
 
+@pytest.mark.parametrize("op", sorted(explain.CALLS))
+def test_why_answers_for_every_op(capsys, op):
+    names, sizes = explain.CALLS[op][1], dict(B=1, L=64, H=4, P=16, D=64, T=32, A=2, E=8, K=48, V=260)
+    shape = ",".join(str(sizes[name]) for name in names) if names else "4,64"
+    code, out, err = run(capsys, "why", op, "--shape", shape)
+    assert code == 0 and "chosen" in out, err
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [

@@ -18,6 +18,8 @@ MAMBA2 = dict(
     mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=2, mamba_chunk_size=16, mamba_expand=2,
 )
 MLA = dict(kv_lora_rank=16, qk_rope_head_dim=4, v_head_dim=8, qk_nope_head_dim=8)
+BLT_PART = {key: value for key, value in BASE.items() if key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")}
+BLT_LOCAL = BLT_PART | dict(vocab_size=VOCAB, hidden_size_global=64)
 # model type -> (class, its options); options override BASE, None drops one of it
 MODELS = {
     "bamba": ("BambaForCausalLM", MAMBA2 | dict(attn_layer_indices=[1])),
@@ -67,6 +69,10 @@ MODELS = {
         unpadded_vocab_size=VOCAB, head_dim=8, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8,
         sliding_window_size=8, d_rel=4, rel_extent=16, moe_intermediate_size=16, n_routed_experts=4,
         num_experts_per_tok=2, n_layers_per_attn_res_block=1, intermediate_size=None)),
+    "blt": ("BltForCausalLM", dict.fromkeys(BLT_PART) | dict(
+        use_cache=False, local_attention_window_len=8, patching_threshold=3.62, encoder_hash_byte_group_size=[3, 4, 5], encoder_hash_byte_group_vocab=50,
+        patcher_config=BLT_PART | dict(vocab_size=VOCAB, sliding_window=8), encoder_config=BLT_LOCAL, decoder_config=BLT_LOCAL,
+        global_config=BLT_PART | dict(hidden_size=64))),
     "dbrx": ("DbrxForCausalLM", dict(
         d_model=32, n_heads=4, n_layers=2, max_seq_len=64, hidden_size=None, intermediate_size=None, num_hidden_layers=None,
         num_attention_heads=None, num_key_value_heads=None, attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),

@@ -7,6 +7,7 @@
 //   axpy     very few rows, B contiguous along N: rows of B are scaled and added to C, which stays in cache.
 //   panels   B packed before the call (WeightMatrix): its panels are read where they lie, converted in registers.
 // The order of the sum of one element depends on K, the way and its group's rows, not on how C was cut for the threads.
+// Sums of kBlockK terms are made apart and then added to C: one long chain of float32 roundings would be off twice as far.
 #pragma once
 #include "../common/parallel.h"
 #include "gemm_tile.h"
@@ -144,13 +145,13 @@ inline void multiply_block(const A* packed_a, int64_t lda, int64_t mc, int64_t k
       Tile<A, R> tile;
       const A* a = packed_a + row * lda;
       A* at = c + row * ldc + j;
-      if (first) tile.zero();
-      else tile.load(at, ldc);
+      tile.zero();
       const int64_t begin = fetch.at ? t * kc / tiles : kc, end = fetch.at ? (t + 1) * kc / tiles : kc;
       const Fetch share{fetch.at + begin * fetch.step, fetch.step, fetch.across};
       multiply_panels<R, false>(tile, a, lda, b0, b1, begin, share);
       multiply_panels<R, true>(tile, a + begin, lda, b0 + begin * kPanel, b1 + begin * kPanel, end - begin, share);
       multiply_panels<R, false>(tile, a + end, lda, b0 + end * kPanel, b1 + end * kPanel, kc - end, share);
+      if (!first) tile.add(at, ldc);
       tile.store(at, ldc);
       t++;
     });
@@ -326,10 +327,10 @@ TZ_INLINE void axpy_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64
   const auto step = [&](int64_t j, const Vec<A>* v) TZ_LAMBDA {
 #pragma GCC unroll 8
     for (int i = 0; i < R; i++) {
-      Vec<A> sum = Vec<A>::load(c + i * ldc + j);
+      Vec<A> sum = factor[i][0] * v[0];
 #pragma GCC unroll 8
-      for (int f = 0; f < F; f++) sum = fma(factor[i][f], v[f], sum);
-      sum.store(c + i * ldc + j);
+      for (int f = 1; f < F; f++) sum = fma(factor[i][f], v[f], sum);
+      (Vec<A>::load(c + i * ldc + j) + sum).store(c + i * ldc + j);
     }
   };
   int64_t j = 0;
@@ -383,25 +384,29 @@ inline void gemm_axpy(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& 
 // Few rows read each panel from end to end, one sequential stream a register tile; U sums hide the multiplier's latency.
 template <int R, int U, class A, class S>
 TZ_INLINE void panel_stream(const A* a, int64_t lda, const S* b0, const S* b1, int64_t K, int64_t across, A* c, int64_t ldc) {
-  Tile<A, R> sum[U];
+  for (int64_t begin = 0; begin < K; begin += U * kBlockK) {
+    const int64_t end = min_of(K, begin + U * kBlockK);
+    Tile<A, R> sum[U];
 #pragma GCC unroll 4
-  for (int u = 0; u < U; u++) sum[u].zero();
-  int64_t k = 0;
-  for (; k + U <= K; k += U)
+    for (int u = 0; u < U; u++) sum[u].zero();
+    int64_t k = begin;
+    for (; k + U <= end; k += U)
 #pragma GCC unroll 4
-    for (int u = 0; u < U; u++) {
-      const Fetch fetch{reinterpret_cast<const char*>(b0 + (k + u) * kPanel) + kStreamAhead, 0, across};
-      multiply_panels<R, true>(sum[u], a + k + u, lda, b0 + (k + u) * kPanel, b1 + (k + u) * kPanel, 1, fetch);
-    }
-  multiply_panels<R, false>(sum[0], a + k, lda, b0 + k * kPanel, b1 + k * kPanel, K - k, Fetch{});
+      for (int u = 0; u < U; u++) {
+        const Fetch fetch{reinterpret_cast<const char*>(b0 + (k + u) * kPanel) + kStreamAhead, 0, across};
+        multiply_panels<R, true>(sum[u], a + k + u, lda, b0 + (k + u) * kPanel, b1 + (k + u) * kPanel, 1, fetch);
+      }
+    multiply_panels<R, false>(sum[0], a + k, lda, b0 + k * kPanel, b1 + k * kPanel, end - k, Fetch{});
 #pragma GCC unroll 4
-  for (int u = 1; u < U; u++)
+    for (int u = 1; u < U; u++)
 #pragma GCC unroll 8
-    for (int i = 0; i < R; i++) {
-      sum[0].c[i][0] = sum[0].c[i][0] + sum[u].c[i][0];
-      sum[0].c[i][1] = sum[0].c[i][1] + sum[u].c[i][1];
-    }
-  sum[0].store(c, ldc);
+      for (int i = 0; i < R; i++) {
+        sum[0].c[i][0] = sum[0].c[i][0] + sum[u].c[i][0];
+        sum[0].c[i][1] = sum[0].c[i][1] + sum[u].c[i][1];
+      }
+    if (begin > 0) sum[0].add(c, ldc);
+    sum[0].store(c, ldc);
+  }
 }
 
 template <class A, class S>

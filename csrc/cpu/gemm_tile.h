@@ -36,6 +36,14 @@ template <class A, int R> struct Tile {
       c[i][1] = Vec<A>::load(rows + i * stride + V);
     }
   }
+  // c[i] += rows[i], rows `stride` apart.
+  TZ_INLINE void add(const A* rows, int64_t stride) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+      c[i][0] = c[i][0] + Vec<A>::load(rows + i * stride);
+      c[i][1] = c[i][1] + Vec<A>::load(rows + i * stride + V);
+    }
+  }
   // c[i] = factor * rows[i], rows `stride` apart.
   TZ_INLINE void load_scaled(const A* rows, int64_t stride, Vec<A> factor) {
 #pragma GCC unroll 8
