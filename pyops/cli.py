@@ -1,4 +1,4 @@
-"""The `terrazzo` command: info, doctor, why, patch, bench, demo."""
+"""The `terrazzo` command: info, doctor, why, patch, patches, bench, demo."""
 import argparse
 import json
 import os
@@ -227,6 +227,12 @@ def _demo(args):
     return main(args)
 
 
+def _patches(args):
+    from .patches_view import main
+
+    return main(args)
+
+
 def parser():
     top = argparse.ArgumentParser(prog="terrazzo", description=terrazzo.__doc__)
     top.add_argument("--version", action="version", version=f"terrazzo {terrazzo.__version__}")
@@ -257,6 +263,22 @@ def parser():
     patch.add_argument("--dry-run", action="store_true", required=True, help="a patch lives in a process: the command only reports")
     patch.add_argument("--json", action="store_true")
     patch.set_defaults(run=_patch)
+
+    patches = commands.add_parser("patches", help="a text cut into patches where a byte model is unsure, coloured by entropy")
+    patches.add_argument("source", metavar="FILE|TEXT", help="a file, or else the text itself; - reads standard input")
+    patches.add_argument("--text", action="store_true", help="the argument is the text, even if a file has that name")
+    patches.add_argument("--model", metavar="DIR", help="a BLT or its patcher in transformers' layout (default: the one shipped with terrazzo)")
+    patches.add_argument("--mode", choices=("entropy", "space", "static", "bytes"), default="entropy", help="what decides (default entropy)")
+    patches.add_argument("--threshold", type=float, metavar="NATS", help="cut above this entropy (default: the model's)")
+    patches.add_argument("--threshold-add", type=float, metavar="NATS", help="and where it also rises by this")
+    patches.add_argument("--monotonic", action="store_true", help="cut where the entropy rises by the threshold instead")
+    patches.add_argument("--patch-size", type=float, metavar="BYTES", help="mean length to aim for, instead of a threshold (static: of all)")
+    patches.add_argument("--max-patch-length", type=int, metavar="BYTES")
+    patches.add_argument("--show", type=int, default=4096, metavar="BYTES", help="of the text in the terminal (default 4096; 0: statistics only)")
+    patches.add_argument("--html", metavar="FILE", help="write a web page")
+    patches.add_argument("--png", metavar="FILE", help="write a picture")
+    patches.add_argument("--json", action="store_true", help="starts, lengths, entropies and statistics for machines")
+    patches.set_defaults(run=_patches)
 
     demo = commands.add_parser("demo", help="a Hugging Face Bamba on real text, as it is and patched, side by side")
     demo.add_argument("--bytes", type=int, default=4096, help="length of the prompt (default 4096)")

@@ -1,0 +1,289 @@
+"""The byte model whose entropies cut a text into patches. Source: the patcher of the Byte Latent Transformer, transformers' BltPatcher.
+
+A small Llama over bytes: RMS norm, attention in a sliding window with interleaved rotary embeddings, gated MLP. Token 4 + byte, BOS 1.
+The names of its tensors are those of BltPatcher: each loads the other's checkpoint.
+"""
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import terrazzo
+
+BOS, OFFSET = 1, 4  # the token of the begin of a text; token OFFSET + b is byte b
+SHIPPED = Path(__file__).with_name("entropy")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PREFIXES = ("model.patcher.", "patcher.", "")  # a whole checkpoint's, BltModel's, the patcher's own
+
+
+def _fail(message, error=ValueError):
+    raise error(f"terrazzo.EntropyModel: {message}")
+
+
+def tokens_of(text):
+    """(1, 1 + bytes) int64: BOS and a token for each byte of `text`, bytes or uint8."""
+    text = np.frombuffer(text, np.uint8)
+    return F.pad(torch.from_numpy(text.astype(np.int64)) + OFFSET, (1, 0), value=BOS)[None]
+
+
+def word_starts(text):
+    """(bytes,) bool: a letter, a digit or a byte of a longer character that follows none of these."""
+    wordy = np.zeros(256, bool)
+    for low, high in (b"09", b"AZ", b"az", (128, 255)):
+        wordy[low : high + 1] = True
+    flags = wordy[np.frombuffer(text, np.uint8)]
+    return flags & ~np.concatenate([[False], flags[:-1]])
+
+
+@dataclass
+class EntropyConfig:
+    """Sizes by transformers' names; patching_threshold and patch_size are the cut that the model was made for."""
+
+    vocab_size: int = 260
+    hidden_size: int = 768
+    num_hidden_layers: int = 14
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    intermediate_size: int | None = 2048    # None: 8/3 of hidden_size
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    sliding_window: int | None = 512        # positions that a byte sees, itself included; None: all
+    patching_threshold: float | None = None  # nats
+    patch_size: float | None = None          # mean bytes of a patch at that threshold, on the text held out from training
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.intermediate_size = self.intermediate_size or int(8 * self.hidden_size / 3)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                _fail(f"{name} must be a positive integer, got {value!r}")
+        if self.sliding_window is not None and (not isinstance(self.sliding_window, int) or self.sliding_window < 1):
+            _fail(f"sliding_window must be a positive integer or None, got {self.sliding_window!r}")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            _fail(f"hidden_size must be heads of an even size, got {self.hidden_size} for num_attention_heads {self.num_attention_heads}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            _fail(f"num_key_value_heads must divide num_attention_heads {self.num_attention_heads}, got {self.num_key_value_heads}")
+        if self.vocab_size < OFFSET + 256:
+            _fail(f"vocab_size must be at least {OFFSET + 256}, special tokens and bytes, got {self.vocab_size}")
+
+    @classmethod
+    def from_hf(cls, config):
+        """From the dict of a config.json: a patcher's, or a whole BLT's, which holds one as patcher_config."""
+        whole = config if "patcher_config" in config else {}
+        config = {"patching_threshold": whole.get("patching_threshold")} | (whole.get("patcher_config") or config)
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", "default")
+        if kind != "default":
+            _fail(f"rope_type must be 'default', got {kind!r}")
+        theta = rope.get("rope_theta") or config.get("rope_theta") or cls.rope_theta
+        return cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config} | {"rope_theta": float(theta)})
+
+    def to_hf(self):
+        """The dict of a config.json that transformers' BltPatcherConfig reads."""
+        config = asdict(self)
+        return {"model_type": "blt_patcher", "rope_parameters": {"rope_type": "default", "rope_theta": config.pop("rope_theta")}} | config
+
+
+class Norm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return terrazzo.rmsnorm_gated(x, self.weight, eps=self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, P = config.hidden_size, config.hidden_size // config.num_attention_heads
+        self.head_dim, self.window = P, config.sliding_window
+        self.q_proj = nn.Linear(D, config.num_attention_heads * P, bias=False)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * P, bias=False)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * P, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * P, D, bias=False)
+
+    def forward(self, x, turns, past):
+        """x (B, L, D), turns (L, 1, P / 2); past: None, or a list of the keys and values before x, which is brought up to date."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = _rotate(q, turns), _rotate(k, turns)
+        before = 0
+        if past is not None:
+            if past:
+                before = past[0].shape[1]
+                k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
+            keep = k.shape[1] if self.window is None else min(self.window - 1, k.shape[1])
+            past[:] = k[:, k.shape[1] - keep :].clone(), v[:, v.shape[1] - keep :].clone()
+        # Queries and keys of local_attention share their positions: queries of zeros stand before the block.
+        y = terrazzo.local_attention(F.pad(q, (0, 0, 0, 0, before, 0)), k, v, self.window or k.shape[1])
+        return self.o_proj(y[:, before:].flatten(-2))
+
+
+def _rotate(x, turns):
+    """Rotary embedding of neighbouring pairs: a product of complex numbers."""
+    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2).to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config), MLP(config)
+        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, turns, past):
+        x = x + self.self_attn(self.input_layernorm(x), turns, past)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class EntropyModel(nn.Module):
+    """EntropyModel(config) is untrained; `EntropyModel.from_pretrained()` is the one shipped with terrazzo."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self):
+        """Normal weights of variance 1 / width; what enters the residual stream is smaller by the root of the layers' number."""
+        for name, weight in self.named_parameters():
+            if weight.dim() < 2:
+                continue
+            std = weight.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
+            weight.normal_(0, std if name != "lm_head.weight" else std / 4)
+
+    def forward(self, tokens, state=None):
+        """Logits (B, L, vocab_size) of the byte behind each of tokens (B, L) int64.
+
+        state: None, or a dict, empty at the begin of a text, that carries what the next call needs to go on where this one
+        ended: a window of keys and values for each layer.
+        """
+        at = state.get("position", 0) if state is not None else 0
+        pasts = state.setdefault("layers", [[] for _ in self.layers]) if state is not None else [None] * len(self.layers)
+        turns = self._turns(at, tokens.shape[1])
+        x = self.embed_tokens(tokens)
+        for layer, past in zip(self.layers, pasts):
+            x = layer(x, turns, past)
+        if state is not None:
+            state["position"] = at + tokens.shape[1]
+        return self.lm_head(self.norm(x))
+
+    def _turns(self, at, length):
+        P = self.config.hidden_size // self.config.num_attention_heads
+        device = self.embed_tokens.weight.device
+        speed = 1 / self.config.rope_theta ** (torch.arange(0, P, 2, device=device).float() / P)
+        angles = torch.arange(at, at + length, device=device, dtype=torch.float64)[:, None] * speed  # exact for any length of text
+        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[:, None]
+
+    @torch.no_grad()
+    def logits(self, tokens, state=None, block=4096):
+        """`forward` without gradients, in blocks of positions: the same logits, with memory for one block's layers."""
+        state = {} if state is None else state
+        return torch.cat([self(part, state) for part in tokens.split(block, 1)], 1)
+
+    @torch.no_grad()
+    def entropies(self, tokens, state=None, block=4096):
+        """Entropies (B, L) in nats of the byte behind each token, in blocks of positions."""
+        state = {} if state is None else state
+        return torch.cat([terrazzo.entropy_patch(self(part, state), 0.0).entropies for part in tokens.split(block, 1)], 1)
+
+    @classmethod
+    def from_pretrained(cls, path=None):
+        """The model in a directory, or in a .safetensors file beside its config.json; None: the one shipped with terrazzo.
+
+        The directory holds a BLT patcher in transformers' layout, or a whole BLT, of which only the patcher is read.
+        """
+        path = Path(SHIPPED if path is None else path)
+        folder = path.parent if path.suffix == ".safetensors" else path
+        if not path.exists():
+            _fail(f"{path} does not exist; give a directory with config.json and {WEIGHTS}", FileNotFoundError)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except FileNotFoundError:
+            _fail(f"{folder} has no config.json; transformers' save_pretrained writes one", FileNotFoundError)
+        except ValueError as error:
+            _fail(f"{folder / 'config.json'} is not JSON: {error}")
+        if not isinstance(config, dict) or "blt" not in str(config.get("model_type", "blt")):
+            _fail(f"{folder / 'config.json'} must be a BLT's or a BLT patcher's, got model_type {_model_type(config)!r}")
+        model = cls(EntropyConfig.from_hf(config))
+        model._load(path, folder)
+        return model.eval()
+
+    @torch.no_grad()
+    def _load(self, path, folder):
+        from safetensors import SafetensorError, safe_open
+
+        names = _files(path, folder)
+        wanted = self.state_dict()
+        for file in sorted(set(names.values())) or [path if path.suffix == ".safetensors" else folder / WEIGHTS]:
+            try:
+                with safe_open(file, "pt") as tensors:
+                    _copy(tensors, wanted, file)
+            except SafetensorError as error:
+                _fail(f"{file} is not a safetensors file: {error}")
+        if wanted:
+            _fail(f"{path} lacks {len(wanted)} tensors of a BLT patcher, {next(iter(wanted))} first")
+
+    def save_pretrained(self, folder, dtype=None):
+        """Writes config.json and model.safetensors, which `from_pretrained` and transformers' BltPatcher read."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: weight.to(dtype or weight.dtype).contiguous() for name, weight in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS, {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(self.config.to_hf(), indent=2) + "\n")
+
+
+def _model_type(config):
+    return config.get("model_type") if isinstance(config, dict) else type(config).__name__
+
+
+def _files(path, folder):
+    """{tensor: file} of a sharded checkpoint, of those files only that hold the patcher; empty for a single file."""
+    if path.suffix == ".safetensors" or (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        if path == folder and not (folder / WEIGHTS).exists():
+            others = sorted(file.name for file in folder.glob("*.bin")) + sorted(file.name for file in folder.glob("*.pt"))
+            _fail(f"{folder} has no {WEIGHTS}" + (f"; {others[0]} is not read: save it as safetensors" if others else ""), FileNotFoundError)
+        return {}
+    try:
+        index = json.loads((folder / INDEX).read_text())["weight_map"]
+        return {name: folder / file for name, file in index.items() if "patcher." in name}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        _fail(f"{folder / INDEX} is no index of shards: it must hold a weight_map of tensors to files")
+
+
+def _copy(tensors, wanted, file):
+    """Fills and removes from `wanted` what this file holds."""
+    names = set(tensors.keys())
+    prefix = next(prefix for prefix in PREFIXES if not prefix or any(name.startswith(prefix) for name in names))
+    for name in [name for name in wanted if prefix + name in names]:
+        found, into = tensors.get_tensor(prefix + name), wanted.pop(name)
+        if found.shape != into.shape:
+            _fail(f"{prefix + name} in {file} must be {tuple(into.shape)} by its config.json, got {tuple(found.shape)}")
+        into.copy_(found)
