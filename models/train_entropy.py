@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-import terrazzo
-
-from .entropy_model import BOS, OFFSET, EntropyConfig, EntropyModel, tokens_of, word_starts
+from ..text_patches import Cut, Rule, measure, starts_of
+from .entropy_model import BOS, OFFSET, EntropyConfig, EntropyModel, word_starts
 
 DATA = Path(__file__).with_name("data")
 WARM_UP = 0.03  # of the budget
@@ -95,22 +94,17 @@ def train(model, source, lr, seconds=None, steps=None, on_step=None):
             on_step(done, step, loss.item() / math.log(2))
 
 
-@torch.no_grad()
 def evaluate(model, text, patch_size):
     """Bits per byte, and the cut into patches of patch_size bytes on average: its threshold, its share of word starts."""
-    tokens = tokens_of(text)
-    logits = model.logits(tokens[:, :-1])
-    bits = F.cross_entropy(logits[0], tokens[0, 1:]).item() / math.log(2)
-    patches = terrazzo.entropy_patch(logits, None, patch_size=patch_size, include_next=True)
-    starts = patches.starts[0, 1:].numpy()  # of the bytes; position 0 is BOS
-    chosen = patches.entropies[0, 1:][patches.starts[0, 2:]]
-    words = word_starts(text)
+    rule = Rule(patch_size=patch_size)
+    entropies, surprises = measure(model, text)
+    cut = Cut(text, entropies, surprises, starts_of(text, entropies, rule), rule)
+    facts, chosen = cut.statistics(), entropies[cut.starts[1:]]
     return {
-        "bits_per_byte": round(bits, 4),
-        "patch_size": round(len(text) / int(starts.sum()), 2),
+        "bits_per_byte": round(facts["bits_per_byte"], 4),
+        "patch_size": round(facts["mean_patch_length"], 2),
         "threshold": round(float(chosen.min()) if len(chosen) else 0.0, 4),
-        "boundaries_at_word_starts": round(float(words[1:][starts[1:]].mean()) if starts[1:].any() else 0.0, 4),
-        "word_starts_with_a_boundary": round(float(starts[words].mean()) if words.any() else 0.0, 4),
+        **{share: round(facts[share] or 0.0, 4) for share in ("boundaries_at_word_starts", "word_starts_with_a_boundary")},
     }
 
 

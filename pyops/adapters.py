@@ -417,5 +417,6 @@ def why_not(swap, module):
 
 def _has_window(config):
     """Whether a part of BLT attends in a window: the decoder has the encoder's, which its own config doesn't tell."""
-    window = {"blt": "local_attention_window_len", "blt_local_decoder": "model_type"}.get(config.model_type, "sliding_window")
-    return bool(getattr(config, window, None))
+    if config.model_type == "blt_local_decoder":
+        return True
+    return bool(getattr(config, "local_attention_window_len" if config.model_type == "blt" else "sliding_window", None))

@@ -262,9 +262,7 @@ NO_CACHE = (
 
 
 def _say_uncached():
-    if not torch.compiler.is_compiling() and ("use_cache", NO_CACHE) not in dispatch._logged:
-        dispatch._logged.add(("use_cache", NO_CACHE))
-        dispatch.logger.warning("terrazzo.patch: %s; the patched model computes without it, as with use_cache=False", NO_CACHE)
+    dispatch.warn_once("terrazzo.patch: %s; the patched model computes without it, as with use_cache=False", NO_CACHE)
 
 
 def _refuse_cache(cache):

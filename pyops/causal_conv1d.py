@@ -171,9 +171,8 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
                         f"got {checks.describe(conv_state)}")
     checks.check_slots(fn, "conv_state_indices", conv_state_indices, B, conv_state.shape[0], x)
     checks.check_optional(fn, "cache_seqlens", cache_seqlens, (B,), "(B,)", x, dtypes=(torch.int32,))
-    if cache_seqlens is not None and not torch.compiler.is_compiling() and x.device.type == "cpu" and B:
-        if int(cache_seqlens.min()) < 0:
-            checks.fail(fn, f"cache_seqlens must not be negative, got {int(cache_seqlens.min())}")
+    if cache_seqlens is not None:
+        checks.check_not_negative(fn, "cache_seqlens", cache_seqlens)
     silu = _silu(fn, activation)
     chosen, _ = dispatch.pick("causal_conv1d_update", x, weight, bias, conv_state, backend=backend)
     if chosen == "cpu":

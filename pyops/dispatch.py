@@ -38,7 +38,7 @@ class Op:
 
 OPS: dict[str, Op] = {}
 _forced: dict[str, str] = {}  # op or family name, or "" for all -> backend, set by use_backend
-_logged: set[tuple[str, str]] = set()
+_logged: set[tuple[str, ...]] = set()
 _python_counts: dict[str, dict[str, int]] = {}
 
 
@@ -130,10 +130,15 @@ def pick(op, *tensors, backend=None):
             return candidate, f"preferred on {device}"
         refusals.append(f"{candidate}: {why}")
     reason = "; ".join(refusals) or f"no kernels for {device} tensors"
-    if not torch.compiler.is_compiling() and (op, reason) not in _logged:
-        _logged.add((op, reason))
-        logger.warning("terrazzo.%s runs on the reference backend (correct, slower): %s", op, reason)
+    warn_once("terrazzo.%s runs on the reference backend (correct, slower): %s", op, reason)
     return "reference", reason
+
+
+def warn_once(message, *args):
+    """Logs it, unless these words were logged before in this process or the call is being compiled."""
+    if not torch.compiler.is_compiling() and (message, *args) not in _logged:
+        _logged.add((message, *args))
+        logger.warning(message, *args)
 
 
 @contextmanager
