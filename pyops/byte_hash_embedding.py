@@ -1,7 +1,7 @@
 """Embeddings of bytes and of the hashed n-grams that end at them. Source: the Byte Latent Transformer, transformers' BLT."""
 import torch
 
-from . import checks, dispatch, native
+from . import checks, dispatch, kernels
 from .reference import byte_hash_embedding as reference
 
 OP, IDS = "byte_hash_embedding", "byte_hash_ids"
@@ -49,8 +49,8 @@ def byte_hash_embedding(tokens, table, byte_embedding, group_sizes, num_function
         if low < 0 or high >= byte_embedding.shape[0]:
             checks.fail(OP, f"tokens must be 0 to {byte_embedding.shape[0] - 1}, the rows of byte_embedding, got {low} to {high}")
     chosen, _ = dispatch.pick(OP, tokens, table, byte_embedding, backend=backend)
-    if chosen == "cpu":
-        return torch.ops.terrazzo.byte_hash_embedding_fwd(tokens, table, byte_embedding, group_sizes, num_functions, vocab, cu_seqlens, bool(sparse_grad))
+    if chosen != "reference":
+        return kernels.ops(chosen).byte_hash_embedding_fwd(tokens, table, byte_embedding, group_sizes, num_functions, vocab, cu_seqlens, bool(sparse_grad))
     dispatch.count(OP, chosen)
     return reference.byte_hash_embedding(tokens, table, byte_embedding, group_sizes, num_functions, vocab, cu_seqlens, bool(sparse_grad))
 
@@ -66,8 +66,8 @@ def byte_hash_ids(tokens, group_sizes, num_functions=1, vocab=500002, *, cu_seql
     """
     group_sizes = _check_hashing(IDS, tokens, group_sizes, num_functions, vocab, cu_seqlens)
     chosen, _ = dispatch.pick(IDS, tokens, backend=backend)
-    if chosen == "cpu":
-        return torch.ops.terrazzo.byte_hash_ids(tokens, group_sizes, num_functions, vocab, cu_seqlens)
+    if chosen != "reference":
+        return kernels.ops(chosen).byte_hash_ids(tokens, group_sizes, num_functions, vocab, cu_seqlens)
     dispatch.count(IDS, chosen)
     return reference.byte_hash_ids(tokens, group_sizes, num_functions, vocab, cu_seqlens)
 
@@ -93,17 +93,17 @@ def _check_integer(fn, name, value, low, high):
 # ---- shapes and gradients of the native ops ----------------------------------------------------------------
 
 
-@native.register_fake("byte_hash_ids")
+@kernels.register_fake("byte_hash_ids")
 def _(tokens, group_sizes, num_functions, vocab, cu_seqlens):
     return tokens.new_empty((*tokens.shape, num_functions * len(group_sizes)), dtype=torch.int64)
 
 
-@native.register_fake("byte_hash_embedding_fwd")
+@kernels.register_fake("byte_hash_embedding_fwd")
 def _(tokens, table, byte_embedding, group_sizes, num_functions, vocab, cu_seqlens, sparse_grad):
     return byte_embedding.new_empty((*tokens.shape, byte_embedding.shape[1]))
 
 
-@native.register_fake("byte_hash_embedding_bwd")
+@kernels.register_fake("byte_hash_embedding_bwd")
 def _(dy, tokens, table_like, table_rows, byte_like, byte_rows, group_sizes, num_functions, vocab, cu_seqlens, sparse_grad, need_table, need_bytes):
     D = dy.shape[2]
     rows = torch.library.get_ctx().new_dynamic_size() if need_table and sparse_grad else 0
@@ -118,14 +118,14 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(tokens, table.new_empty(0), byte_embedding.new_empty(0), cu_seqlens)  # dtypes, not the tables
 
 
-def _backward(ctx, dy):
+def _backward(ops, ctx, dy):
     tokens, table_like, byte_like, cu_seqlens = ctx.saved_tensors
     _, need_table, need_bytes = ctx.needs_input_grad[:3]
-    dtable, dbytes, rows = torch.ops.terrazzo.byte_hash_embedding_bwd(
+    dtable, dbytes, rows = ops.byte_hash_embedding_bwd(
         dy, tokens, table_like, ctx.rows[0], byte_like, ctx.rows[1], *ctx.rest, cu_seqlens, ctx.sparse_grad, need_table, need_bytes)
     if need_table and ctx.sparse_grad:
         dtable = torch.sparse_coo_tensor(rows[None], dtable, (ctx.rows[0], dy.shape[2]), check_invariants=False, is_coalesced=True)
     return None, dtable if need_table else None, dbytes if need_bytes else None, None, None, None, None, None
 
 
-native.register_autograd(OP, _backward, _setup_context)
+kernels.register_autograd(OP, _backward, _setup_context)

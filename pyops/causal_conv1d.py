@@ -1,7 +1,7 @@
 """Causal depthwise convolution: full sequences, packed sequences, and the decoding step. Source: Dao-AILab/causal-conv1d."""
 import torch
 
-from . import checks, dispatch, native
+from . import checks, dispatch, kernels
 from .reference import causal_conv1d as reference
 
 ACTIVATIONS = {None: False, "silu": True, "swish": True}
@@ -121,8 +121,8 @@ def causal_conv1d_varlen_fn(x, weight, bias, cu_seqlens, initial_states=None, re
 
 def _conv(fn, x, weight, bias, seq_idx, cu_seqlens, initial_states, return_final_states, silu, backend):
     chosen, _ = dispatch.pick("causal_conv1d_fn", x, weight, bias, initial_states, backend=backend)
-    if chosen == "cpu":
-        return torch.ops.terrazzo.causal_conv1d_fwd(
+    if chosen != "reference":
+        return kernels.ops(chosen).causal_conv1d_fwd(
             x, weight, bias, seq_idx, cu_seqlens, initial_states, return_final_states, silu
         )
     dispatch.count("causal_conv1d_fn", chosen)
@@ -175,8 +175,8 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
         checks.check_not_negative(fn, "cache_seqlens", cache_seqlens)
     silu = _silu(fn, activation)
     chosen, _ = dispatch.pick("causal_conv1d_update", x, weight, bias, conv_state, backend=backend)
-    if chosen == "cpu":
-        y = torch.ops.terrazzo.causal_conv1d_update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
+    if chosen != "reference":
+        y = kernels.ops(chosen).causal_conv1d_update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
     else:
         dispatch.count(fn, chosen)
         y = reference.causal_conv1d_update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
@@ -220,8 +220,8 @@ def causal_conv1d_varlen_states(x, cu_seqlens, state_len, *, backend=None):
         checks.fail(fn, f"state_len must be a positive integer, got {state_len!r}")
     chosen, _ = dispatch.pick(fn, x, backend=backend)
     dispatch.count(fn, chosen)
-    if chosen == "cpu":
-        return torch.ops.terrazzo.causal_conv1d_varlen_states(x, cu_seqlens, state_len)
+    if chosen != "reference":
+        return kernels.ops(chosen).causal_conv1d_varlen_states(x, cu_seqlens, state_len)
     return reference.causal_conv1d_varlen_states(x, cu_seqlens, state_len)
 
 
@@ -238,25 +238,25 @@ def _like_layout(x):
     return x.new_empty(B, L, D).transpose(1, 2) if channel_last else x.new_empty(B, D, L)
 
 
-@native.register_fake("causal_conv1d_fwd")
+@kernels.register_fake("causal_conv1d_fwd")
 def _(x, weight, bias, seq_idx, cu_seqlens, initial_states, return_final_states, silu):
     shape = (_states(x, cu_seqlens), x.shape[1], weight.shape[1] - 1) if return_final_states else (0,)
     return _like_layout(x), x.new_empty(shape)
 
 
-@native.register_fake("causal_conv1d_bwd")
+@kernels.register_fake("causal_conv1d_bwd")
 def _(dy, x, weight, bias, seq_idx, cu_seqlens, initial_states, dfinal_states, silu):
     dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     dinitial = x.new_empty(0) if initial_states is None else initial_states.new_empty(initial_states.shape)
     return _like_layout(x), weight.new_empty(weight.shape), dbias, dinitial
 
 
-@native.register_fake("causal_conv1d_update")
+@kernels.register_fake("causal_conv1d_update")
 def _(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices):
     return x.new_empty(x.shape)
 
 
-@native.register_fake("causal_conv1d_varlen_states")
+@kernels.register_fake("causal_conv1d_varlen_states")
 def _(x, cu_seqlens, state_len):
     return x.new_empty(cu_seqlens.shape[0] - 1, state_len, x.shape[1]).transpose(1, 2)
 
@@ -269,12 +269,12 @@ def _setup_context(ctx, inputs, output):
     ctx.has_final_states = return_final_states
 
 
-def _backward(ctx, dy, dfinal_states):
+def _backward(ops, ctx, dy, dfinal_states):
     x, weight, bias, seq_idx, cu_seqlens, initial_states = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
     dfinal_states = dfinal_states if ctx.has_final_states else None
-    dx, dweight, dbias, dinitial = torch.ops.terrazzo.causal_conv1d_bwd(
+    dx, dweight, dbias, dinitial = ops.causal_conv1d_bwd(
         dy, x, weight, bias, seq_idx, cu_seqlens, initial_states, dfinal_states, ctx.silu
     )
     dbias = None if bias is None else dbias
@@ -282,4 +282,4 @@ def _backward(ctx, dy, dfinal_states):
     return dx, dweight, dbias, None, None, dinitial, None, None
 
 
-native.register_autograd("causal_conv1d", _backward, _setup_context)
+kernels.register_autograd("causal_conv1d", _backward, _setup_context)

@@ -4,7 +4,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import checks, dispatch, native
+from . import checks, dispatch, kernels
 from .causal_conv1d import causal_conv1d_fn
 from .reference import chunk_scan as reference
 from .rmsnorm_gated import rmsnorm_gated
@@ -81,11 +81,11 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bia
 
     wants_states = return_final_states or return_varlen_states
     chosen, _ = dispatch.pick(OP, x, dt, A, B, C, D, z, dt_bias, initial_states, backend=backend)
-    if chosen == "cpu":
+    if chosen != "reference":
         # The native backward knows no gate: in training it is torch's own product around the scan, on an output
         # that is not rounded to x's dtype in between.
         gate = z if z is not None and dispatch.needs_grad(x, dt, A, B, C, D, z, dt_bias, initial_states) else None
-        y, states = torch.ops.terrazzo.chunk_scan_fwd(
+        y, states = kernels.ops(chosen).chunk_scan_fwd(
             x if gate is None else x.to(_acc(x.dtype)), dt, A, B, C, D, z if gate is None else None, dt_bias, initial_states, seq_idx, cu_seqlens,
             dt_softplus, dt_min, dt_max, wants_states,
         )
@@ -162,14 +162,14 @@ def _acc(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@native.register_fake("chunk_scan_fwd")
+@kernels.register_fake("chunk_scan_fwd")
 def _(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, return_final_states):
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (sequences, x.shape[2], x.shape[3], B.shape[3]) if return_final_states else (0,)
     return x.new_empty(x.shape), x.new_empty(shape, dtype=_acc(x.dtype))
 
 
-@native.register_fake("chunk_scan_bwd")
+@kernels.register_fake("chunk_scan_bwd")
 def _(dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max):
     def like(t):
         return x.new_empty(0) if t is None else t.new_empty(t.shape)
@@ -187,12 +187,12 @@ def _setup_context(ctx, inputs, output):
     ctx.has_final_states = return_final_states
 
 
-def _backward(ctx, dy, dstates):
+def _backward(ops, ctx, dy, dstates):
     x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, cu_seqlens = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
     dstates = dstates if ctx.has_final_states else None
-    grads = torch.ops.terrazzo.chunk_scan_bwd(
+    grads = ops.chunk_scan_bwd(
         dy, dstates, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, cu_seqlens, *ctx.rest
     )
     dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial = grads
@@ -202,4 +202,4 @@ def _backward(ctx, dy, dstates):
     return dx, ddt, dA, dB, dC, dD, None, ddt_bias, dinitial, None, None, None, None, None, None
 
 
-native.register_autograd("chunk_scan", _backward, _setup_context)
+kernels.register_autograd("chunk_scan", _backward, _setup_context)

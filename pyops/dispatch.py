@@ -13,6 +13,7 @@ from typing import Callable
 import torch
 
 from . import native
+from .triton_kernels import library, runtime
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # then the reference
@@ -74,6 +75,8 @@ def can_run(op, backend, *tensors):
         return f"{op} has no {backend} backend yet"
     if backend == "cpu" and not native.available:
         return native.why_not
+    if backend == "triton" and (why := runtime.why_not(*tensors)):
+        return why
     for tensor in tensors if backend == "cpu" else ():
         if tensor is not None and not tensor.is_cpu:
             return f"the tensors are on {tensor.device}, not on the cpu"
@@ -170,17 +173,20 @@ def count(op, backend):
 def counters():
     """{op: {backend: calls}} since import or reset_counters(): what really ran. Backward kernels count as "<op>_bwd"."""
     result = {op: dict(counts) for op, counts in _python_counts.items()}
-    kernels = native.kernel_counts()
-    for entry in OPS.values():
-        for suffix, kernel in zip(("", "_bwd"), entry.kernels):
-            if kernels.get(kernel):
-                result.setdefault(entry.name + suffix, {})["cpu"] = kernels[kernel]
+    for backend, counts in (("cpu", native.kernel_counts()), ("triton", library.counts)):
+        counts = {name.removesuffix("_fwd"): n for name, n in counts.items() if n}
+        for entry in OPS.values():
+            for suffix, kernel in zip(("", "_bwd"), entry.kernels):
+                n = counts.get(kernel.removesuffix("_fwd"))
+                if n:
+                    result.setdefault(entry.name + suffix, {})[backend] = n
     return result
 
 
 def reset_counters():
     """Sets every counter to zero."""
     _python_counts.clear()
+    library.counts.clear()
     native.reset_kernel_counts()
 
 

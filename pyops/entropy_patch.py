@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import checks, dispatch, native
+from . import checks, dispatch, kernels
 from .reference import entropy_patch as reference
 
 OP, CUT, TOKENS, STATE, IDS = "entropy_patch", "patch_lengths_from_entropies", "patch_lengths_from_tokens", "PatcherState", "patch_ids_from_lengths"
@@ -73,8 +73,8 @@ def entropy_patch(logits, threshold, *, monotonic=False, max_patch_length=None, 
     _check_texts(OP, B, L, logits, max_patch_length, cu_seqlens, valid_lengths, include_next, max_patches)
     chosen, _ = dispatch.pick(OP, logits, backend=backend)
     numbers = (float(threshold or 0), float(threshold_add or 0), patch_size or 1)
-    if chosen == "cpu":
-        entropies, *cut = torch.ops.terrazzo.entropy_patch_fwd(logits, numbers[0], RULES[rule], *numbers[1:], max_patch_length or 0, cu_seqlens,
+    if chosen != "reference":
+        entropies, *cut = kernels.ops(chosen).entropy_patch_fwd(logits, numbers[0], RULES[rule], *numbers[1:], max_patch_length or 0, cu_seqlens,
                                                                valid_lengths, bool(include_next))
     else:
         dispatch.count(OP, chosen)
@@ -156,8 +156,8 @@ def patch_ids_from_lengths(lengths, length, *, exact=True, backend=None):
         if exact and bool((lengths.sum(1) != length).any()):
             checks.fail(IDS, f"lengths of every row must sum to {length}, got {lengths.sum(1).tolist()}; exact=False lets the last patch take the rest")
     chosen, _ = dispatch.pick(IDS, lengths, backend=backend)
-    if chosen == "cpu":
-        return torch.ops.terrazzo.patch_ids(lengths, length)
+    if chosen != "reference":
+        return kernels.ops(chosen).patch_ids(lengths, length)
     dispatch.count(IDS, chosen)
     return reference.patch_ids(lengths, length)
 
@@ -251,8 +251,8 @@ class PatcherState:
         checks.check_shape(STATE, "entropies", entropies, (self.before.shape[0], None), "(B, K)")
         chosen, _ = dispatch.pick(STATE, entropies, backend=self.backend)
         entropies = entropies.detach()
-        if chosen == "cpu":
-            return torch.ops.terrazzo.patcher_update(entropies, self.state, self.before, self.threshold, RULES[self.rule], self.threshold_add,
+        if chosen != "reference":
+            return kernels.ops(chosen).patcher_update(entropies, self.state, self.before, self.threshold, RULES[self.rule], self.threshold_add,
                                                      self.max_patch_length or 0)
         dispatch.count(STATE, chosen)
         return reference.update(entropies, self.state, self.before, self.rule, self.threshold, self.threshold_add, self.max_patch_length)
@@ -267,8 +267,8 @@ class PatcherState:
 
 
 def _cut(fn, chosen, source, rule, numbers, max_patch_length, offset, cu_seqlens, valid_lengths, include_next):
-    if chosen == "cpu":
-        return torch.ops.terrazzo.patch_cut(source, numbers[0], RULES[rule], *numbers[1:], max_patch_length or 0, offset, cu_seqlens, valid_lengths,
+    if chosen != "reference":
+        return kernels.ops(chosen).patch_cut(source, numbers[0], RULES[rule], *numbers[1:], max_patch_length or 0, offset, cu_seqlens, valid_lengths,
                                             bool(include_next))
     dispatch.count(fn, chosen)
     return reference.cut(source, rule, *numbers, max_patch_length, offset, cu_seqlens, valid_lengths, bool(include_next))
@@ -344,29 +344,29 @@ def _fake_cut(like, B, N):
     return like.new_empty((B, N), dtype=torch.bool), ids, torch.empty_like(ids), like.new_empty(B, dtype=torch.int32)
 
 
-@native.register_fake("entropy_patch_fwd")
+@kernels.register_fake("entropy_patch_fwd")
 def _(logits, threshold, rule, threshold_add, patch_size, max_length, cu_seqlens, valid_lengths, next):
     B, L = logits.shape[:2]
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return logits.new_empty((B, L), dtype=acc), *_fake_cut(logits, B, L + next)
 
 
-@native.register_fake("entropy_patch_bwd")
+@kernels.register_fake("entropy_patch_bwd")
 def _(dentropies, logits, valid_lengths):
     return logits.new_empty(logits.shape)
 
 
-@native.register_fake("patch_cut")
+@kernels.register_fake("patch_cut")
 def _(source, threshold, rule, threshold_add, patch_size, max_length, offset, cu_seqlens, valid_lengths, next):
     return _fake_cut(source, source.shape[0], source.shape[1] + next)
 
 
-@native.register_fake("patcher_update")
+@kernels.register_fake("patcher_update")
 def _(entropies, state, before, threshold, rule, threshold_add, max_length):
     return entropies.new_empty(entropies.shape, dtype=torch.bool), entropies.new_empty(entropies.shape, dtype=torch.int32)
 
 
-@native.register_fake("patch_ids")
+@kernels.register_fake("patch_ids")
 def _(lengths, length):
     return lengths.new_empty((lengths.shape[0], length), dtype=torch.int32)
 
@@ -375,8 +375,8 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], inputs[7])
 
 
-def _backward(ctx, dentropies, *integers):
-    return torch.ops.terrazzo.entropy_patch_bwd(dentropies, *ctx.saved_tensors), *[None] * 8
+def _backward(ops, ctx, dentropies, *integers):
+    return ops.entropy_patch_bwd(dentropies, *ctx.saved_tensors), *[None] * 8
 
 
-native.register_autograd(OP, _backward, _setup_context)
+kernels.register_autograd(OP, _backward, _setup_context)

@@ -1,7 +1,7 @@
 """A whole layer of experts in one op: gather, both products, gate, weighting and sum. Source: DBRX's and transformers' experts."""
 import torch
 
-from . import activations, checks, dispatch, native
+from . import activations, checks, dispatch, kernels
 from .packing import PackedExperts
 from .reference import fused_experts as reference
 
@@ -67,11 +67,11 @@ def fused_experts(x, w_gate_up, w_down, topk_weights, topk_indices, *, w_up=None
     checks.check_float64(OP, x=x, w_gate_up=w1, w_up=w_up, w_down=w2)
     chosen, _ = dispatch.pick(OP, x, w1, w_up, w2, topk_weights, bias_gate_up, bias_up, bias_down, backend=backend)
     args = (x, w1, w_up, w2, topk_weights, topk_indices, bias_gate_up, bias_up, bias_down)
-    if chosen == "cpu":
+    if chosen != "reference":
         indices = topk_indices if topk_indices.dtype == torch.int32 else topk_indices.clamp(max=E).to(torch.int32)
         tensors = (x, w1, w_up, w2, topk_weights, indices, bias_gate_up, bias_up, bias_down)
         options = (activations.IDS[activation], interleaved, float(alpha), float(limit))
-        return torch.ops.terrazzo.fused_experts_fwd(*tensors, *options, dispatch.needs_grad(*tensors))[0]
+        return kernels.ops(chosen).fused_experts_fwd(*tensors, *options, dispatch.needs_grad(*tensors))[0]
     dispatch.count(OP, chosen)
     return reference.fused_experts(*args, activation, interleaved, float(alpha), float(limit))
 
@@ -105,7 +105,7 @@ def _packed(x, packed, topk_weights, topk_indices, biases, activation, alpha, li
     return reference.fused_experts(x, *dense, topk_weights, topk_indices, bias1, bias_up, bias2, activation, packed.interleaved, alpha, limit)
 
 
-@native.register_fake("fused_experts_packed")
+@kernels.register_fake("fused_experts_packed")
 def _(x, *args):
     return x.new_empty(x.shape)
 
@@ -189,7 +189,7 @@ def _check_topk(x, topk_weights, topk_indices):
     checks.check_not_negative(OP, "topk_indices", topk_indices)
 
 
-@native.register_fake("fused_experts_fwd")
+@kernels.register_fake("fused_experts_fwd")
 def _(x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit, save):
     columns = w1.shape[1] + (w2.shape[2] if w_up is not None else 0)
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -200,7 +200,7 @@ def _stored_transposed(weight):
     return weight.stride(2) != 1 and weight.stride(1) == 1
 
 
-@native.register_fake("fused_experts_bwd")
+@kernels.register_fake("fused_experts_bwd")
 def _(dy, x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit, saved, need_x, need_weights):
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -225,15 +225,15 @@ def _experts_setup(ctx, inputs, output):
     ctx.options = (activation, interleaved, alpha, limit)
 
 
-def _experts_backward(ctx, dy, _):
+def _experts_backward(ops, ctx, dy, _):
     *tensors, saved = ctx.saved_tensors
     x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2 = tensors
     need = ctx.needs_input_grad
     need_weights = any(need[i] for i in (1, 2, 3, 6, 7, 8))
-    grads = torch.ops.terrazzo.fused_experts_bwd(dy, *tensors, *ctx.options, saved, need[0], need_weights)
+    grads = ops.fused_experts_bwd(dy, *tensors, *ctx.options, saved, need[0], need_weights)
     dx, dw1, dw_up, dw2, dweights, dbias1, dbias_up, dbias2 = grads
     found = [dx, dw1, dw_up, dw2, dweights, None, dbias1, dbias_up, dbias2]
     return *(grad.to(t.dtype) if wanted else None for grad, t, wanted in zip(found, tensors, need)), *(None,) * 5
 
 
-native.register_autograd(OP, _experts_backward, _experts_setup)
+kernels.register_autograd(OP, _experts_backward, _experts_setup)

@@ -1,7 +1,7 @@
 """Grouped matrix products: every group of rows has its own matrix. Source: torch's grouped_mm, tgale96/grouped_gemm."""
 import torch
 
-from . import checks, dispatch, native
+from . import checks, dispatch, kernels
 from .packing import PackedWeight
 from .reference import grouped_gemm as reference
 
@@ -45,8 +45,8 @@ def grouped_mm(a, b, offs, bias=None, *, backend=None):
     checks.check_optional(OP, "bias", bias, (E, N), "(E, N)", a)
     _check_offs(offs, E, T, a)
     chosen, _ = dispatch.pick(OP, a, b, bias, backend=backend)
-    if chosen == "cpu":
-        return torch.ops.terrazzo.grouped_gemm_fwd(a, b, offs, bias)
+    if chosen != "reference":
+        return kernels.ops(chosen).grouped_gemm_fwd(a, b, offs, bias)
     dispatch.count(OP, chosen)
     return reference.grouped_mm(a, b, offs, bias)
 
@@ -68,7 +68,7 @@ def _packed(a, b, offs, bias, backend):
     return reference.grouped_mm(a, b.unpack(), offs, bias)
 
 
-@native.register_fake("grouped_gemm_packed")
+@kernels.register_fake("grouped_gemm_packed")
 def _(a, b, scale, offs, bias, N):
     return a.new_empty(a.shape[0], N)
 
@@ -111,8 +111,8 @@ def gmm(a, b, batch_sizes, trans_a=False, trans_b=False, *, backend=None):
     if not trans_a:
         return grouped_mm(a, b.mT if trans_b else b, offs, backend=backend)
     chosen, _ = dispatch.pick(WGRAD, a, b, backend=backend)
-    if chosen == "cpu":
-        return torch.ops.terrazzo.grouped_wgrad_fwd(a, b, offs)
+    if chosen != "reference":
+        return kernels.ops(chosen).grouped_wgrad_fwd(a, b, offs)
     dispatch.count(WGRAD, chosen)
     return reference.grouped_wgrad(a, b, offs)
 
@@ -134,12 +134,12 @@ def _k_last(b):
     return b.stride(1) == 1 and b.stride(2) != 1
 
 
-@native.register_fake("grouped_gemm_fwd")
+@kernels.register_fake("grouped_gemm_fwd")
 def _(a, b, offs, bias):
     return a.new_empty(a.shape[0], b.shape[2])
 
 
-@native.register_fake("grouped_gemm_bwd")
+@kernels.register_fake("grouped_gemm_bwd")
 def _(dy, a, b, offs, need_a, need_b, need_bias):
     E, K, N = b.shape
     acc = torch.float64 if a.dtype == torch.float64 else torch.float32
@@ -150,12 +150,12 @@ def _(dy, a, b, offs, need_a, need_b, need_bias):
     )
 
 
-@native.register_fake("grouped_wgrad_fwd")
+@kernels.register_fake("grouped_wgrad_fwd")
 def _(a, b, offs):
     return a.new_empty(offs.shape[0], a.shape[1], b.shape[1])
 
 
-@native.register_fake("grouped_wgrad_bwd")
+@kernels.register_fake("grouped_wgrad_bwd")
 def _(dy, a, b, offs):
     return a.new_empty(a.shape), b.new_empty(b.shape)
 
@@ -166,24 +166,24 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, dy):
+def _backward(ops, ctx, dy):
     a, b, offs = ctx.saved_tensors
     need_a, need_b, _, need_bias = ctx.needs_input_grad
-    da, db, dbias = torch.ops.terrazzo.grouped_gemm_bwd(dy, a, b, offs, need_a, need_b, need_bias)
+    da, db, dbias = ops.grouped_gemm_bwd(dy, a, b, offs, need_a, need_b, need_bias)
     db = db.mT if need_b and _k_last(b) else db
     return da if need_a else None, db if need_b else None, None, dbias.to(ctx.bias_dtype) if need_bias else None
 
 
-native.register_autograd("grouped_gemm", _backward, _setup_context)
+kernels.register_autograd("grouped_gemm", _backward, _setup_context)
 
 
 def _wgrad_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _wgrad_backward(ctx, dy):
-    da, db = torch.ops.terrazzo.grouped_wgrad_bwd(dy, *ctx.saved_tensors)
+def _wgrad_backward(ops, ctx, dy):
+    da, db = ops.grouped_wgrad_bwd(dy, *ctx.saved_tensors)
     return da, db, None
 
 
-native.register_autograd("grouped_wgrad", _wgrad_backward, _wgrad_setup)
+kernels.register_autograd("grouped_wgrad", _wgrad_backward, _wgrad_setup)

@@ -1,7 +1,7 @@
 """A dense linear layer with an activation, for dtypes in which torch has no fast product on this machine."""
 import torch
 
-from . import activations, checks, dispatch, native
+from . import activations, checks, dispatch, kernels
 from .reference import linear as reference
 
 OP = "linear"
@@ -37,20 +37,20 @@ def linear(x, weight, bias=None, activation=None, *, backend=None):
     checks.check_optional(OP, "bias", bias, (N,), "(N,)", x)
     activation = activations.resolve(OP, activation, gates=False)
     chosen, _ = dispatch.pick(OP, x, weight, bias, backend=backend)
-    if chosen != "cpu":
+    if chosen == "reference":
         dispatch.count(OP, chosen)
         return reference.linear(x, weight, bias, activation)
     inside = None if dispatch.needs_grad(x, weight, bias) else activation  # a gradient needs the value before it
-    y = torch.ops.terrazzo.linear_fwd(x.reshape(x.numel() // K, K), weight, bias, activations.IDS[inside]).view(*x.shape[:-1], N)
+    y = kernels.ops(chosen).linear_fwd(x.reshape(x.numel() // K, K), weight, bias, activations.IDS[inside]).view(*x.shape[:-1], N)
     return y if inside == activation else reference.ACTIVATIONS[activation](y)
 
 
-@native.register_fake("linear_fwd")
+@kernels.register_fake("linear_fwd")
 def _(x, weight, bias, activation):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@native.register_fake("linear_bwd")
+@kernels.register_fake("linear_bwd")
 def _(dy, x, weight, need_x, need_weight, need_bias):
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
@@ -68,11 +68,11 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, dy):
+def _backward(ops, ctx, dy):
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-    dx, dweight, dbias = torch.ops.terrazzo.linear_bwd(dy, x, weight, need_x, need_weight, need_bias)
+    dx, dweight, dbias = ops.linear_bwd(dy, x, weight, need_x, need_weight, need_bias)
     return dx if need_x else None, dweight if need_weight else None, dbias.to(ctx.bias_dtype) if need_bias else None, None
 
 
-native.register_autograd(OP, _backward, _setup_context)
+kernels.register_autograd(OP, _backward, _setup_context)

@@ -1,7 +1,7 @@
 """Sliding-window attention in linear time. Source: transformers' sliding_window masks, Dao 2023 (FlashAttention-2)."""
 import torch
 
-from . import checks, dispatch, native
+from . import checks, dispatch, kernels
 from .reference import local_attention as reference
 
 OP = "local_attention"
@@ -43,8 +43,8 @@ def local_attention(q, k, v, window, *, causal=True, cu_seqlens=None, scale=None
     checks.check_optional(OP, "key_mask", key_mask, (B, L), "(B, L)", q, dtypes=(torch.bool,))
     scale = float(P**-0.5 if scale is None else scale)
     chosen, _ = dispatch.pick(OP, q, k, v, backend=backend)
-    if chosen == "cpu":
-        return torch.ops.terrazzo.local_attention_fwd(q, k, v, window, bool(causal), scale, key_mask, cu_seqlens)[0]
+    if chosen != "reference":
+        return kernels.ops(chosen).local_attention_fwd(q, k, v, window, bool(causal), scale, key_mask, cu_seqlens)[0]
     dispatch.count(OP, chosen)
     return reference.local_attention(q, k, v, window, bool(causal), scale, key_mask, cu_seqlens)
 
@@ -52,13 +52,13 @@ def local_attention(q, k, v, window, *, causal=True, cu_seqlens=None, scale=None
 # ---- shapes and gradients of the native ops ----------------------------------------------------------------
 
 
-@native.register_fake("local_attention_fwd")
+@kernels.register_fake("local_attention_fwd")
 def _(q, k, v, window, causal, scale, key_mask, cu_seqlens):
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=acc)
 
 
-@native.register_fake("local_attention_bwd")
+@kernels.register_fake("local_attention_bwd")
 def _(dy, q, k, v, y, lse, window, causal, scale, key_mask, cu_seqlens):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -71,11 +71,11 @@ def _context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, dlse):
+def _backward(ops, ctx, dy, dlse):
     q, k, v, y, lse, key_mask, cu_seqlens = ctx.saved_tensors
     if dy is None:
         return (None,) * 8
-    return *torch.ops.terrazzo.local_attention_bwd(dy, q, k, v, y, lse, *ctx.rest, key_mask, cu_seqlens), *[None] * 5
+    return *ops.local_attention_bwd(dy, q, k, v, y, lse, *ctx.rest, key_mask, cu_seqlens), *[None] * 5
 
 
-native.register_autograd(OP, _backward, _context)
+kernels.register_autograd(OP, _backward, _context)

@@ -1,7 +1,7 @@
 """Choosing experts, sorting tokens by expert, summing them up again, and the losses of routers. Source: DBRX, transformers."""
 import torch
 
-from . import checks, dispatch, native
+from . import checks, dispatch, kernels
 from .reference import moe as reference
 
 ROUTE, PERMUTE, UNPERMUTE = "moe_route", "moe_permute", "moe_unpermute"
@@ -58,9 +58,9 @@ def moe_route(router_logits, top_k, *, norm_order=None, softmax_first=True, sigm
             checks.fail(ROUTE, f"top_k must be at most the {topk_group * (E // n_group)} experts of the topk_group groups, got {top_k}")
     chosen, _ = dispatch.pick(ROUTE, router_logits, bias, backend=backend)
     flags = (bool(softmax_first), bool(sigmoid))
-    if chosen == "cpu":
+    if chosen != "reference":
         order = 0.0 if norm_order is None else float(norm_order)
-        return torch.ops.terrazzo.moe_route_fwd(router_logits, bias, top_k, order, *flags, n_group or 0, topk_group or 0, float(scale))
+        return kernels.ops(chosen).moe_route_fwd(router_logits, bias, top_k, order, *flags, n_group or 0, topk_group or 0, float(scale))
     dispatch.count(ROUTE, chosen)
     return reference.moe_route(router_logits, bias, top_k, norm_order, *flags, n_group, topk_group, float(scale))
 
@@ -86,8 +86,8 @@ def moe_permute(indices, num_experts, *, backend=None):
     _check_integer(PERMUTE, "num_experts", num_experts, 1, 2**31 - 2, "what int32 holds")
     checks.check_not_negative(PERMUTE, "indices", indices)
     chosen, _ = dispatch.pick(PERMUTE, indices, backend=backend)
-    if chosen == "cpu":
-        return torch.ops.terrazzo.moe_permute(indices, num_experts)
+    if chosen != "reference":
+        return kernels.ops(chosen).moe_permute(indices, num_experts)
     dispatch.count(PERMUTE, chosen)
     return reference.moe_permute(indices, num_experts)
 
@@ -118,8 +118,8 @@ def moe_unpermute(rows, inverse, weights, *, backend=None):
         if low < 0 or high >= R or int(inverse.flatten().bincount(minlength=R).max()) > 1:
             checks.fail(UNPERMUTE, f"inverse must name each of the {R} rows once, got values from {low} to {high}; take it from moe_permute")
     chosen, _ = dispatch.pick(UNPERMUTE, rows, weights, backend=backend)
-    if chosen == "cpu":
-        return torch.ops.terrazzo.moe_unpermute_fwd(rows, inverse.flatten(), weights)
+    if chosen != "reference":
+        return kernels.ops(chosen).moe_unpermute_fwd(rows, inverse.flatten(), weights)
     dispatch.count(UNPERMUTE, chosen)
     return reference.moe_unpermute(rows, inverse.flatten(), weights)
 
@@ -185,29 +185,29 @@ def _check_integer(fn, name, value, low, high, high_text):
 # ---- shapes and gradients of the native ops ----------------------------------------------------------------
 
 
-@native.register_fake("moe_route_fwd")
+@kernels.register_fake("moe_route_fwd")
 def _(logits, bias, top_k, norm_order, softmax_first, sigmoid, n_group, topk_group, scale):
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int32)
 
 
-@native.register_fake("moe_route_bwd")
+@kernels.register_fake("moe_route_bwd")
 def _(dweights, logits, indices, norm_order, softmax_first, sigmoid, scale):
     return logits.new_empty(logits.shape)
 
 
-@native.register_fake("moe_permute")
+@kernels.register_fake("moe_permute")
 def _(indices, num_experts):
     pairs = indices.new_empty(indices.numel(), dtype=torch.int32)
     return pairs, torch.empty_like(pairs), indices.new_empty(num_experts, dtype=torch.int32)
 
 
-@native.register_fake("moe_unpermute_fwd")
+@kernels.register_fake("moe_unpermute_fwd")
 def _(rows, inverse, weights):
     return rows.new_empty(weights.shape[0], rows.shape[1])
 
 
-@native.register_fake("moe_unpermute_bwd")
+@kernels.register_fake("moe_unpermute_bwd")
 def _(dy, rows, inverse, weights):
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
 
@@ -218,19 +218,19 @@ def _route_context(ctx, inputs, output):
     ctx.rest = (norm_order, softmax_first, sigmoid, scale)
 
 
-def _route_backward(ctx, dweights, dindices):
+def _route_backward(ops, ctx, dweights, dindices):
     logits, indices = ctx.saved_tensors
-    return torch.ops.terrazzo.moe_route_bwd(dweights, logits, indices, *ctx.rest), *[None] * 8
+    return ops.moe_route_bwd(dweights, logits, indices, *ctx.rest), *[None] * 8
 
 
 def _unpermute_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _unpermute_backward(ctx, dy):
-    drows, dweights = torch.ops.terrazzo.moe_unpermute_bwd(dy, *ctx.saved_tensors)
+def _unpermute_backward(ops, ctx, dy):
+    drows, dweights = ops.moe_unpermute_bwd(dy, *ctx.saved_tensors)
     return drows, None, dweights
 
 
-native.register_autograd("moe_route", _route_backward, _route_context)
-native.register_autograd("moe_unpermute", _unpermute_backward, _unpermute_context)
+kernels.register_autograd("moe_route", _route_backward, _route_context)
+kernels.register_autograd("moe_unpermute", _unpermute_backward, _unpermute_context)

@@ -1,7 +1,7 @@
 """Attention between patches and their bytes, without a mask. Source: Pagnoni et al. 2024 (Byte Latent Transformer), its published code."""
 import torch
 
-from . import checks, dispatch, native
+from . import checks, dispatch, kernels
 from .reference import patch_cross_attention as reference
 
 OP = "patch_cross_attention"
@@ -63,8 +63,8 @@ def patch_cross_attention(q, k, v, patch_ids, *, queries="patches", k_per_patch=
     checks.check_optional(OP, "key_mask", key_mask, (B, Lk), "(B, Lk)", q, dtypes=(torch.bool,))
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     chosen, _ = dispatch.pick(OP, q, k, v, backend=backend)
-    if chosen == "cpu":
-        return torch.ops.terrazzo.patch_cross_attention_fwd(q, k, v, patch_ids, num_patches, bytes_ask, k_per_patch, scale, window or 1, key_mask,
+    if chosen != "reference":
+        return kernels.ops(chosen).patch_cross_attention_fwd(q, k, v, patch_ids, num_patches, bytes_ask, k_per_patch, scale, window or 1, key_mask,
                                                             cu_seqlens)
     dispatch.count(OP, chosen)
     return reference.patch_cross_attention(q, k, v, patch_ids, num_patches, bytes_ask, k_per_patch, scale, window or 1, key_mask)
@@ -73,12 +73,12 @@ def patch_cross_attention(q, k, v, patch_ids, *, queries="patches", k_per_patch=
 # ---- shapes and gradients of the native ops ----------------------------------------------------------------
 
 
-@native.register_fake("patch_cross_attention_fwd")
+@kernels.register_fake("patch_cross_attention_fwd")
 def _(q, k, v, patch_ids, num_patches, bytes_ask, k_per_patch, scale, window, key_mask, cu_seqlens):
     return q.new_empty(q.shape)
 
 
-@native.register_fake("patch_cross_attention_bwd")
+@kernels.register_fake("patch_cross_attention_bwd")
 def _(dy, q, k, v, patch_ids, num_patches, bytes_ask, k_per_patch, scale, window, key_mask, cu_seqlens):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -88,9 +88,9 @@ def _context(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, patch_ids, key_mask, cu_seqlens)
 
 
-def _backward(ctx, dy):
+def _backward(ops, ctx, dy):
     q, k, v, patch_ids, key_mask, cu_seqlens = ctx.saved_tensors
-    return *torch.ops.terrazzo.patch_cross_attention_bwd(dy, q, k, v, patch_ids, *ctx.rest, key_mask, cu_seqlens), *[None] * 8
+    return *ops.patch_cross_attention_bwd(dy, q, k, v, patch_ids, *ctx.rest, key_mask, cu_seqlens), *[None] * 8
 
 
-native.register_autograd(OP, _backward, _context)
+kernels.register_autograd(OP, _backward, _context)

@@ -1,7 +1,7 @@
 """One row for each patch of bytes: the pooling of the Byte Latent Transformer. Source: Pagnoni et al. 2024, transformers' BLT."""
 import torch
 
-from . import checks, dispatch, native
+from . import checks, dispatch, kernels
 from .reference import patch_reduce as reference
 
 OP = "patch_reduce"
@@ -40,8 +40,8 @@ def patch_reduce(h, patch_ids, num_patches, reduce="amax", *, backend=None):
         checks.fail(OP, f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     checks.check_patch_ids(OP, patch_ids, B, L, h)
     chosen, _ = dispatch.pick(OP, h, backend=backend)
-    if chosen == "cpu":
-        return torch.ops.terrazzo.patch_reduce_fwd(h, patch_ids, num_patches, REDUCTIONS.index(reduce))
+    if chosen != "reference":
+        return kernels.ops(chosen).patch_reduce_fwd(h, patch_ids, num_patches, REDUCTIONS.index(reduce))
     dispatch.count(OP, chosen)
     return reference.patch_reduce(h, patch_ids, num_patches, reduce)
 
@@ -49,12 +49,12 @@ def patch_reduce(h, patch_ids, num_patches, reduce="amax", *, backend=None):
 # ---- shapes and gradients of the native ops ----------------------------------------------------------------
 
 
-@native.register_fake("patch_reduce_fwd")
+@kernels.register_fake("patch_reduce_fwd")
 def _(h, patch_ids, num_patches, reduce):
     return h.new_empty(h.shape[0], num_patches, h.shape[2])
 
 
-@native.register_fake("patch_reduce_bwd")
+@kernels.register_fake("patch_reduce_bwd")
 def _(dy, h, y, patch_ids, reduce):
     return h.new_empty(h.shape)
 
@@ -64,8 +64,8 @@ def _context(ctx, inputs, output):
     ctx.save_for_backward(h, output, patch_ids)
 
 
-def _backward(ctx, dy):
-    return torch.ops.terrazzo.patch_reduce_bwd(dy, *ctx.saved_tensors, ctx.reduce), None, None, None
+def _backward(ops, ctx, dy):
+    return ops.patch_reduce_bwd(dy, *ctx.saved_tensors, ctx.reduce), None, None, None
 
 
-native.register_autograd(OP, _backward, _context)
+kernels.register_autograd(OP, _backward, _context)

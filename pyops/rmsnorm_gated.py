@@ -1,11 +1,12 @@
 """RMS norm with a SiLU gate, as it stands behind the Mamba-2 scan. Source: mamba_ssm's RMSNormGated."""
 import torch
 
-from . import checks, dispatch, native
+from . import checks, dispatch, kernels
 from .reference import rmsnorm_gated as reference
+from .triton_kernels import runtime
 
 OP = "rmsnorm_gated"
-dispatch.register(OP, "rmsnorm_gated", ("rmsnorm_gated_fwd", "rmsnorm_gated_bwd"), cpu=dispatch.cpu_dtypes)
+dispatch.register(OP, "rmsnorm_gated", ("rmsnorm_gated_fwd", "rmsnorm_gated_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
 
 
 def rmsnorm_gated(x, weight, z=None, eps=1e-6, group_size=None, norm_before_gate=True, *, backend=None):
@@ -33,19 +34,19 @@ def rmsnorm_gated(x, weight, z=None, eps=1e-6, group_size=None, norm_before_gate
     if group_size < 1 or width % group_size:
         checks.fail(OP, f"group_size must divide D = {width}, got {group_size}")
     chosen, _ = dispatch.pick(OP, x, weight, z, backend=backend)
-    if chosen == "cpu":
+    if chosen != "reference":
         rows = None if z is None else z.reshape(-1, width)
-        return torch.ops.terrazzo.rmsnorm_gated_fwd(x.reshape(-1, width), weight, rows, eps, group_size, norm_before_gate).view(x.shape)
+        return kernels.ops(chosen).rmsnorm_gated_fwd(x.reshape(-1, width), weight, rows, eps, group_size, norm_before_gate).view(x.shape)
     dispatch.count(OP, chosen)
     return reference.rmsnorm_gated(x, weight, z, eps, group_size, norm_before_gate)
 
 
-@native.register_fake("rmsnorm_gated_fwd")
+@kernels.register_fake("rmsnorm_gated_fwd")
 def _(x, weight, z, eps, group_size, norm_before_gate):
     return x.new_empty(x.shape)
 
 
-@native.register_fake("rmsnorm_gated_bwd")
+@kernels.register_fake("rmsnorm_gated_bwd")
 def _(dy, x, weight, z, eps, group_size, norm_before_gate):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(0) if z is None else z.new_empty(z.shape)
 
@@ -55,10 +56,10 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, z)
 
 
-def _backward(ctx, dy):
+def _backward(ops, ctx, dy):
     x, weight, z = ctx.saved_tensors
-    dx, dweight, dz = torch.ops.terrazzo.rmsnorm_gated_bwd(dy, x, weight, z, *ctx.rest)
+    dx, dweight, dz = ops.rmsnorm_gated_bwd(dy, x, weight, z, *ctx.rest)
     return dx, dweight, None if z is None else dz, None, None, None
 
 
-native.register_autograd(OP, _backward, _setup_context)
+kernels.register_autograd(OP, _backward, _setup_context)

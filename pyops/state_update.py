@@ -1,7 +1,7 @@
 """One decoding step of the Mamba scan. Source: mamba_ssm's selective_state_update."""
 import torch
 
-from . import checks, dispatch, native
+from . import checks, dispatch, kernels
 from .reference import state_update as reference
 
 OP = "selective_state_update"
@@ -83,8 +83,8 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     checks.check_slots(OP, "state_batch_indices", state_batch_indices, batch, slots, state)
     chosen, _ = dispatch.pick(OP, x, state, dt, A, B, C, D, z, dt_bias, backend=backend)
     args = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
-    if chosen == "cpu":
-        out = torch.ops.terrazzo.selective_state_update(*args)
+    if chosen != "reference":
+        out = kernels.ops(chosen).selective_state_update(*args)
     else:
         dispatch.count(OP, chosen)
         out = reference.selective_state_update(*args)
@@ -106,6 +106,6 @@ def _fast(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
         return None
 
 
-@native.register_fake("selective_state_update")
+@kernels.register_fake("selective_state_update")
 def _(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices):
     return x.new_empty(x.shape)

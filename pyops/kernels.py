@@ -1,0 +1,44 @@
+"""The torch ops behind the public functions: one set of schemas under torch.ops.terrazzo (compiled) and .terrazzo_triton.
+
+Shapes and gradients are registered here for both: the gradient of a backend's op is an op of the same backend.
+"""
+import functools
+
+import torch
+
+from . import native
+from .triton_kernels import library
+
+
+def ops(backend):
+    """The namespace of a backend's ops: ops("triton").rmsnorm_gated_fwd."""
+    return torch.ops.terrazzo_triton if backend == "triton" else torch.ops.terrazzo
+
+
+def _backends(name):
+    """The backends that have an op."""
+    found = ["cpu"] if native.available and hasattr(torch.ops.terrazzo, name) else []
+    return found + ["triton"] if name in library.NAMES else found
+
+
+def register_fake(name):
+    """Registers the shape function of an op, in every backend that has it."""
+
+    def register(fake):
+        for backend in _backends(name):
+            torch.library.register_fake(f"{ops(backend).name}::{name}", fake)
+        return fake
+
+    return register
+
+
+def register_autograd(name, backward, setup_context):
+    """Registers backward(ops, ctx, *grads) as the gradient of <name>_fwd; <name>_bwd itself refuses to be differentiated."""
+    for backend in _backends(f"{name}_fwd"):
+        namespace = ops(backend)
+        torch.library.register_autograd(f"{namespace.name}::{name}_fwd", functools.partial(backward, namespace), setup_context=setup_context)
+        torch.library.register_autograd(f"{namespace.name}::{name}_bwd", functools.partial(_no_double_backward, name, backend))
+
+
+def _no_double_backward(name, backend, ctx, *grads):
+    raise NotImplementedError(f"terrazzo.{name}: second derivatives are not supported by the {backend} backend; use backend='reference'")

@@ -1,0 +1,69 @@
+"""Tile sizes: static tables, one per kernel, read top down; benchmarked on the spot only on request.
+
+A Table's rows are tried in order and the first whose conditions hold is taken, so a first call never waits for tuning.
+With TERRAZZO_TRITON_AUTOTUNE=1 every row of the table that the device can hold is timed once for each new key instead.
+"""
+import os
+from dataclasses import dataclass, field
+
+from . import runtime
+
+TABLES = {}  # kernel -> Table: what the docs and the compile checks go through
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration and when it serves. `blocks` are the kernel's constexprs; `up_to` bounds sizes of the key."""
+
+    blocks: dict
+    num_warps: int = 4
+    num_stages: int = 2
+    arch: tuple = ()  # () for any; a prefix will do ("sm", "gfx")
+    itemsize: int | None = None  # bytes of an element; None for any
+    up_to: dict = field(default_factory=dict)
+
+    def serves(self, arch, itemsize, sizes):
+        return (
+            (not self.arch or arch.startswith(tuple(self.arch)))
+            and (self.itemsize is None or self.itemsize == itemsize)
+            and all(sizes[name] <= bound for name, bound in self.up_to.items())
+        )
+
+    def options(self):
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+class Table:
+    """The configurations of one kernel. The last row must serve everything."""
+
+    def __init__(self, kernel, *rows):
+        if rows[-1].arch or rows[-1].itemsize is not None or rows[-1].up_to:
+            raise ValueError(f"{kernel}: the last row must have no conditions")
+        self.kernel, self.rows, self._tuned = kernel, rows, {}
+        TABLES[kernel] = self
+
+    def pick(self, tensor, **sizes):
+        """Keyword arguments for the launch of `kernel`: constexprs, num_warps, num_stages."""
+        arch = runtime.arch(tensor.device)
+        return next(row for row in self.rows if row.serves(arch, tensor.element_size(), sizes)).options()
+
+    def launch(self, tensor, run, **sizes):
+        """run(**options) with the row that serves, or with the fastest of all where tuning was asked for."""
+        if os.environ.get("TERRAZZO_TRITON_AUTOTUNE") != "1" or tensor.device.type != "cuda":
+            return run(**self.pick(tensor, **sizes))
+        key = (runtime.arch(tensor.device), tensor.dtype, *sizes.values())
+        if key not in self._tuned:
+            self._tuned[key] = self._fastest(run)
+        return run(**self._tuned[key])
+
+    def _fastest(self, run):
+        from triton.runtime.errors import OutOfResources
+        from triton.testing import do_bench
+
+        times = []
+        for row in self.rows:
+            try:
+                times.append((do_bench(lambda row=row: run(**row.options()), warmup=5, rep=20), row))
+            except OutOfResources:  # this device cannot hold it
+                continue
+        return min(times, key=lambda timed: timed[0])[1].options()
