@@ -47,12 +47,12 @@ def to_dtype(kwargs, dtype):
     return {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
 
 
-def run(case, kwargs, backend, gradients=False, function=None):
-    """Everything the call produced, by name. With gradients, for fixed random weights of every output."""
+def run(case, kwargs, backend, gradients=False, function=None, device="cpu"):
+    """Everything the call on `device` produced, by name, on the cpu. With gradients, for fixed random weights of every output."""
     import terrazzo
 
     function = function or getattr(terrazzo, case.op)
-    kwargs = {k: clone(v) for k, v in kwargs.items()}
+    kwargs = {k: clone(v, device) for k, v in kwargs.items()}
     leaves = {}
     for name in case.grads if gradients else ():
         if kwargs.get(name) is not None:
@@ -65,17 +65,17 @@ def run(case, kwargs, backend, gradients=False, function=None):
     if leaves:
         r = Random(1)
         differentiable = [out for out in results if out.is_floating_point()]
-        weights = [r.normal(*out.shape, dtype=torch.bfloat16).to(out.dtype) for out in differentiable]  # the same in every dtype
+        weights = [r.normal(*out.shape, dtype=torch.bfloat16).to(out) for out in differentiable]  # the same in every dtype
         grads = torch.autograd.grad(differentiable, list(leaves.values()), weights)
         found |= {f"d{name}": grad for name, grad in zip(leaves, grads)}
-    return {name: value.detach() for name, value in found.items()}
+    return {name: value.detach().cpu() for name, value in found.items()}
 
 
-def clone(value):
+def clone(value, device="cpu"):
     """A copy with the same strides (expanded dimensions stay expanded)."""
     if not isinstance(value, torch.Tensor):
         return value
-    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
     base = tuple(slice(0, 1) if s == 0 else slice(None) for s in value.stride())
     copy[base].copy_(value[base])
     return copy

@@ -42,16 +42,23 @@ def _version(package):
 
 def _support():
     """{op: {backend: {dtype: None | reason}}} as can_run answers on this machine."""
-    from .explain import CALLS, arguments, refusals, tensors_at_choice
+    from .explain import CALLS, arguments, tensors_at_choice
 
     found = {}
     for op in CALLS:
         for name, dtype in DTYPES.items():
-            with torch.no_grad():
-                tensors = tensors_at_choice(op, arguments(op, dtype))
-            for backend, why in refusals(op, tensors).items():
-                found.setdefault(op, {}).setdefault(backend, {})[name] = why
+            for device in dict.fromkeys(map(_device_of, dispatch.BACKENDS)):
+                with torch.no_grad():
+                    tensors = tensors_at_choice(op, arguments(op, dtype, device=device))
+                for backend in dispatch.BACKENDS:
+                    if _device_of(backend) == device:
+                        found.setdefault(op, {}).setdefault(backend, {})[name] = dispatch.can_run(op, backend, *tensors)
     return found
+
+
+def _device_of(backend):
+    """Where a backend's tensors lie on this machine."""
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
 def _info(args):
@@ -133,14 +140,14 @@ def _doctor(args):
 
 def _examine(case, backend, dtype, entry):
     """Runs one case on one backend, forward and with gradients, and notes its error and time."""
-    from .cases import run, to_dtype
+    from .cases import clone, run, to_dtype
     from .explain import tensors_at_choice
     from .tolerance import check
 
-    inputs = case.make(dtype)
+    inputs, device = case.make(dtype), _device_of(backend)
     op = case.op if case.op in dispatch.OPS else "causal_conv1d_fn"  # the packed form is served by the same op
     with torch.no_grad():
-        tensors = tensors_at_choice(case.op, inputs)
+        tensors = tensors_at_choice(case.op, {name: clone(value, device) for name, value in inputs.items()})
     entry["skipped"] = dispatch.can_run(op, backend, *tensors)
     if entry["skipped"] is not None:
         return
@@ -148,7 +155,7 @@ def _examine(case, backend, dtype, entry):
     try:
         for gradients in (False, True) if case.grads else (False,):
             start = time.perf_counter()
-            found = run(case, inputs, backend, gradients)
+            found = run(case, inputs, backend, gradients, device=device)
             if not gradients:
                 entry["ms"] += (time.perf_counter() - start) * 1e3
             exact = run(case, to_dtype(inputs, torch.float64), "reference", gradients)

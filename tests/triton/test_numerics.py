@@ -1,12 +1,13 @@
-"""Every Triton op x dtype x case in Triton's interpreter, forward and backward, by the tests' one tolerance rule."""
+"""Every Triton op x dtype x case, forward and backward, by the tests' one tolerance rule: in Triton's interpreter, or on a GPU."""
 import pytest
 import terrazzo
 import torch
 from terrazzo import cases
-from terrazzo.triton_kernels import library
+from terrazzo.triton_kernels import library, runtime
 
 from test_ops import DTYPES, assert_matches, served_by
 
+DEVICE = "cpu" if runtime.interpreting() else "cuda"
 OPS = {entry.name for entry in terrazzo.dispatch.OPS.values() if "triton" in entry.limits}
 CASES = [case for case in cases.CASES if served_by(case) in OPS]
 dtypes = pytest.mark.parametrize("dtype", [DTYPES[d] for d in ("fp32", "bf16", "fp16")], ids=("fp32", "bf16", "fp16"))
@@ -17,7 +18,7 @@ training_cases = pytest.mark.parametrize("case", [c for c in CASES if c.grads], 
 def run(case, kwargs, gradients=False):
     """What the triton backend made; the counters show that it was nothing else."""
     terrazzo.reset_counters()
-    found = cases.run(case, kwargs, "triton", gradients)
+    found = cases.run(case, kwargs, "triton", gradients, device=DEVICE)
     ran = served_by(case)
     expected = {ran, f"{ran}_bwd"} if gradients else {ran}
     assert {op: set(backends) for op, backends in terrazzo.counters().items()} == {op: {"triton"} for op in expected}
@@ -40,8 +41,8 @@ def test_backward(case, dtype):
 
 @every_case
 def test_caller_tensors_unchanged(case):
-    kwargs = case.make(torch.float32)
-    before = {k: cases.clone(v) for k, v in kwargs.items()}
+    kwargs = {k: cases.clone(v, DEVICE) for k, v in case.make(torch.float32).items()}
+    before = {k: cases.clone(v, DEVICE) for k, v in kwargs.items()}
     with torch.no_grad():
         getattr(terrazzo, case.op)(**kwargs, backend="triton")
     for name, value in kwargs.items():
@@ -55,7 +56,7 @@ FIRST = {c.op: c for c in reversed(CASES)}
 @pytest.mark.parametrize("op", FIRST)
 def test_float64_is_refused(op):
     case = FIRST[op]
-    kwargs = case.make(torch.float64)
+    kwargs = {k: cases.clone(v, DEVICE) for k, v in case.make(torch.float64).items()}
     if not any(isinstance(v, torch.Tensor) and v.dtype == torch.float64 for v in kwargs.values()):
         pytest.skip(f"{op} takes integers only")
     with pytest.raises(terrazzo.BackendError, match="triton.*float64"):
@@ -67,9 +68,9 @@ def test_traces_whole(op):
     """torch.compile(fullgraph=True): the op stands in the graph, by shape functions alone."""
     case = FIRST[op]
     kwargs = case.make(torch.float32)
-    eager = cases.run(case, kwargs, "triton", gradients=bool(case.grads))
+    eager = cases.run(case, kwargs, "triton", gradients=bool(case.grads), device=DEVICE)
     compiled = torch.compile(getattr(terrazzo, op), fullgraph=True, backend="aot_eager")
-    found = cases.run(case, kwargs, "triton", gradients=bool(case.grads), function=compiled)
+    found = cases.run(case, kwargs, "triton", gradients=bool(case.grads), function=compiled, device=DEVICE)
     for name, value in eager.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0)
 
