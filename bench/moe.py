@@ -9,11 +9,18 @@ import terrazzo
 from .cases import DTYPES, Case, Provider, Unavailable, generator
 from .roofline import Work
 
-# preset -> [(width, expert width, experts, choices)], tokens. Mixtral's and DBRX's experts are scaled to fit this memory.
+TOKENS = (1, 4, 16, 64, 256, 2048)
+HALF_TOKENS = (1, 16, 256)  # of models at half their widths, and 8 experts: gigabytes of weights with the float64 reference
+# preset -> [((width, expert width, experts, choices), tokens)]: DBRX's and Mixtral's proportions at a sixth, a quarter and a half
 SIZES = {
-    "dbrx": (((1024, 1792, 16, 4), (1536, 2688, 16, 4), (1024, 448, 64, 4)), (1, 4, 8, 16, 64, 256, 512, 1024, 2048)),
-    "mixtral": (((1024, 3584, 8, 2),), (1, 8, 64, 256, 2048)),
-    "tiny": (((16, 24, 6, 2),), (1, 9)),
+    "dbrx": (
+        ((1024, 1792, 16, 4), (*TOKENS, 8, 512, 1024)),
+        ((1536, 2688, 16, 4), TOKENS),
+        ((3072, 5376, 8, 4), HALF_TOKENS),
+        ((1024, 448, 64, 4), (*TOKENS, 8, 512, 1024)),
+    ),
+    "mixtral": (((1024, 3584, 8, 2), (*TOKENS, 8)), ((2048, 7168, 8, 2), HALF_TOKENS)),
+    "tiny": (((16, 24, 6, 2), (1, 9)),),
 }
 LOADS = ("balanced", "zipf", "one-hot")
 TRAIN_TOKENS = (9, 512)
@@ -109,8 +116,7 @@ def _hf_grouped(E):
 
 
 def _experts_cases(preset):
-    shapes, tokens = SIZES[preset]
-    for D, F_, E, A in shapes:
+    for (D, F_, E, A), tokens in SIZES[preset]:
         touched = {(T, load): choices(T, E, A, load, generator(0)).unique().numel() for T in tokens for load in LOADS}
         for name, dtype in DTYPES.items():
             providers = (Provider("terrazzo", lambda E=E: _ours("cpu", E), ours=True), Provider("reference", lambda E=E: _ours("reference", E)),

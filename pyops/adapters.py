@@ -220,10 +220,14 @@ FEW_ROWS = 24
 
 
 def _better_left(indices, weight, num_experts, backend):
-    """Whether transformers' own experts are faster: 16 bits, many rows, and instructions for them that only torch uses."""
-    many = indices.numel() > FEW_ROWS * num_experts
+    """Whether transformers' own experts are faster for these choices."""
+    return indices.numel() > FEW_ROWS * num_experts and _many_left(weight, backend)
+
+
+def _many_left(weight, backend):
+    """Whether many rows an expert stay with transformers: 16 bits, and instructions for them that only torch uses."""
     asked = backend is not None or dispatch._wanted(dispatch.OPS["fused_experts"], None)[0] is not None
-    return many and weight.dtype in HALF and weight.is_cpu and bool(TORCH_IS_FAST) and not asked
+    return weight.dtype in HALF and weight.is_cpu and bool(TORCH_IS_FAST) and not asked
 
 
 def experts(original, backend):
@@ -240,9 +244,9 @@ def experts(original, backend):
             return original(self, hidden_states, top_k_index, top_k_weights)
         tensors = (hidden_states, w1, None, w2, top_k_weights, bias1, None, bias2)
         chosen, _ = serving("fused_experts", *tensors, backend=backend)
-        if chosen is None or _better_left(top_k_index, w1, w2.shape[0], backend):
+        packed = None if chosen is None else packing.attached(self, tensors)
+        if chosen is None or packed is None and _better_left(top_k_index, w1, w2.shape[0], backend):
             return original(self, hidden_states, top_k_index, top_k_weights)
-        packed = packing.attached(self, tensors)
         if packed is not None:
             return fused_experts(
                 hidden_states, packed, None, top_k_weights, top_k_index, bias_gate_up=bias1, bias_down=bias2, backend=chosen, **options
@@ -276,10 +280,10 @@ def dbrx_experts(original, backend):
         chosen = None
         if name is not None and plain_tensors(w1, v1, w2):
             chosen, _ = serving("fused_experts", hidden_states, w1, v1, w2, top_k_weights, backend=backend)
-        if chosen is None or _better_left(top_k_index, w1, self.num_experts, backend):
-            return original(self, hidden_states, top_k_index, top_k_weights)
         x, options = hidden_states.reshape(-1, self.hidden_size), dict(activation=name, backend=chosen)
-        packed = packing.attached(self, (x, w1, v1, w2, top_k_weights))
+        packed = None if chosen is None else packing.attached(self, (x, w1, v1, w2, top_k_weights))
+        if chosen is None or packed is None and _better_left(top_k_index, w1, self.num_experts, backend):
+            return original(self, hidden_states, top_k_index, top_k_weights)
         if packed is not None:
             y = fused_experts(x, packed, None, top_k_weights, top_k_index, **options)
         else:
@@ -356,7 +360,10 @@ def judged(swap, cls, module, backend):
         if swap.adapter == "experts" and not (_fusable(cls) if module is None else fused_options(module)):
             chosen, why = serving("grouped_mm", *tensors, backend=backend)
             return "grouped_mm", chosen, why or "its own gate or norm runs between two grouped products"
-        return swap.op, *serving(swap.op, *tensors, backend=backend)
+        chosen, why = serving(swap.op, *tensors, backend=backend)
+        if swap.op == "fused_experts" and chosen and not why and _many_left(tensors[0], backend):
+            why = f"over {FEW_ROWS} rows an expert transformers' own, unless packed: {TORCH_IS_FAST}"
+        return swap.op, chosen, why
 
 
 def _fusable(cls):

@@ -346,3 +346,16 @@ def test_many_rows_in_16_bits_stay_where_torch_is_faster(model_type, fast, backe
         terrazzo.reset_counters()
         run(model, ids)
     assert ("fused_experts" in ops_that_ran()) == ours
+
+
+@every(["mixtral", "dbrx"])
+def test_packed_experts_serve_every_number_of_rows(model_type, monkeypatch):
+    """int8 was asked for: a long prompt must not run on other weights than the next token."""
+    monkeypatch.setattr(adapters, "TORCH_IS_FAST", "torch uses AVX512-BF16")
+    model = make_model(model_type, dtype=torch.bfloat16)
+    with torch.no_grad(), terrazzo.pack_experts(model, "int8") as handle:
+        notes = {row.note for row in handle.report() if row.op == "fused_experts"}
+        assert notes == {"over 24 rows an expert transformers' own, unless packed: torch uses AVX512-BF16"}
+        terrazzo.reset_counters()
+        run(model, tokens(1, 400))
+    assert "fused_experts" in ops_that_ran()
