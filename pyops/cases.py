@@ -42,6 +42,30 @@ class Random:
         return (torch.rand(*shape, generator=self.generator, dtype=torch.float64) * (high - low) + low).to(dtype)
 
 
+class Unwritten:
+    """Stands for Random at sizes of real models: the same tensors, with nothing in them. Builders write integers as ever."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape, dtype, scale=1.0):
+        return torch.empty(*shape, dtype=dtype)
+
+    def uniform(self, *shape, dtype, low=0.0, high=1.0):
+        return torch.empty(*shape, dtype=dtype)
+
+
+def run_unwritten(function, build, dtype, grads, backend):
+    """Forward, and backward where `grads` names arguments, on tensors that nobody wrote: for backends that only look at shapes."""
+    kwargs = build(Unwritten(), dtype)
+    leaves = {name: kwargs[name].detach().requires_grad_() for name in grads if kwargs.get(name) is not None}
+    with torch.set_grad_enabled(bool(leaves)):
+        result = function(**kwargs | leaves, backend=backend)
+    if leaves:
+        outputs = [out for out in (result if isinstance(result, tuple) else (result,)) if isinstance(out, torch.Tensor) and out.requires_grad]
+        torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(out) for out in outputs], allow_unused=True)
+
+
 def to_dtype(kwargs, dtype):
     """The same arguments with every floating tensor in `dtype`, strides kept."""
     return {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}

@@ -12,19 +12,6 @@ import torch
 from terrazzo import cases, cases_bytes, cases_moe, cases_patches
 
 
-class Unwritten:
-    """Stands for cases.Random: the same tensors, with nothing in them."""
-
-    def __init__(self):
-        self.generator = torch.Generator().manual_seed(0)
-
-    def normal(self, *shape, dtype, scale=1.0):
-        return torch.empty(*shape, dtype=dtype)
-
-    def uniform(self, *shape, dtype, low=0.0, high=1.0):
-        return torch.empty(*shape, dtype=dtype)
-
-
 @dataclass(frozen=True)
 class Call:
     """One call of a public function: `build(r, dtype)` makes its arguments; the gradients of `grads` are asked for as well."""
@@ -36,15 +23,8 @@ class Call:
 
     def run(self, op, dtype):
         """Forward and backward by the triton backend."""
-        kwargs = self.build(Unwritten(), dtype)
-        leaves = [kwargs[name].detach().requires_grad_() for name in self.grads if kwargs.get(name) is not None]
-        kwargs |= zip([name for name in self.grads if kwargs.get(name) is not None], leaves)
         function = _advance_patcher if op == "PatcherState" else getattr(terrazzo, self.function or op)
-        with torch.set_grad_enabled(bool(leaves)):
-            result = function(**kwargs, backend="triton")
-        if leaves:
-            outputs = [out for out in (result if isinstance(result, tuple) else (result,)) if isinstance(out, torch.Tensor) and out.requires_grad]
-            torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs], allow_unused=True)
+        cases.run_unwritten(function, self.build, dtype, self.grads, "triton")
 
 
 def _advance_patcher(entropies, backend, **options):

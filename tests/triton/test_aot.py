@@ -4,11 +4,12 @@ from dataclasses import replace
 import pytest
 import terrazzo
 import torch
+from terrazzo.cases import Unwritten
 from terrazzo.explain import tensors_at_choice
 from terrazzo.triton_kernels import configs
 
 from tools import triton_aot
-from tools.triton_launches import LAUNCHES, Unwritten
+from tools.triton_launches import LAUNCHES
 
 OPS = [op for op in LAUNCHES if triton_aot.has_triton(op)]
 KERNEL = triton_aot.Kernel("op", "kernel", "bf16", "gfx942", "BLOCK_M=16", "a call", "", 100, 0, 64 * 1024, {"MFMA": 4}, True, 1.0)
