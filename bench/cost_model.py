@@ -114,10 +114,10 @@ def _blt():
     model, L, D, H, P, VOCAB, size = "BLT-1B", 8192, 1024, 16, 64, 20011, "8192 bytes"
     lengths = (3, 4, 5, 6) * 455 + (2,)
     S, K = len(lengths), patch_cross_attention.K
-    cut = cases_bytes.lengths(B=1, L=L, threshold=1.335)
+    cut = cases_bytes.lengths(B=1, L=L, threshold=1.335, max_patches=L)
     return [
         *_both(model, "entropy_patch", size, lambda mode: entropy_patch.work(L, BF16, mode),
-               cases_bytes.patch(B=1, L=L, threshold=1.335), ("logits",)),
+               cases_bytes.patch(B=1, L=L, threshold=1.335, max_patches=L), ("logits",)),
         Workload(model, "patch_lengths_from_entropies", size, "fwd", Work(0, 13 * L), cut),
         *_both(model, "byte_hash_embedding", size, lambda mode: byte_hash_embedding.work(L, D, VOCAB, BF16, mode),
                cases_bytes.hashes(B=1, L=L, D=D, V=260, vocab=VOCAB, group_sizes=byte_hash_embedding.GROUP_SIZES), ("table", "byte_embedding")),
@@ -140,14 +140,14 @@ def workloads():
 
 
 @contextmanager
-def _counting(found):
-    """Inside the block launchers take CPU tensors, and kernels are named in `found` instead of being compiled and run."""
+def counting(found, arch="sm90"):
+    """Inside the block launchers take CPU tensors as on `arch`, and kernels are named in `found` instead of being compiled and run."""
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
     JITFunction.run = lambda self, *args, **kwargs: found.append(self.fn.__name__)
     try:
-        with runtime.pretend("sm90"):
+        with runtime.pretend(arch):
             yield
     finally:
         JITFunction.run = run
@@ -158,7 +158,7 @@ def launches(workload):
     if "triton" not in dispatch.OPS[workload.op].limits:
         return None
     found = []
-    with _counting(found):
+    with counting(found):
         cases.run_unwritten(getattr(terrazzo, workload.op), workload.build, torch.bfloat16, workload.grads, "triton")
     return found
 

@@ -19,6 +19,7 @@ import terrazzo
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from terrazzo.bench import cost_model
 from terrazzo.triton_kernels import configs, runtime
 
 from .triton_compile import TARGETS, compiling, resources
@@ -107,8 +108,36 @@ def _run_rows(call, op, dtype, result, every_row):
         first = False
 
 
-def examine(op, dtype, arch, every_row=True):
-    """Compiles the calls of one op -> Result."""
+def quick_calls(op):
+    """The calls of an op that launch, between them, each of its kernels."""
+    found, seen = [], set()
+    for call in LAUNCHES[op]:
+        names = []
+        with cost_model.counting(names):
+            call.run(op, torch.bfloat16)
+        if not seen.issuperset(names):
+            found.append(call)
+            seen.update(names)
+    return found
+
+
+def serving_rows(op, dtype, arch):
+    """(table, row number) of every row that serves a call of the op; nothing is compiled."""
+    found = set()
+
+    def choose(table, rows):
+        serving = [table.rows.index(row) for row in rows]
+        found.update((table.kernel, i) for i in serving)
+        return table.rows[serving[0]]
+
+    for call in LAUNCHES[op]:
+        with configs.choosing(choose), cost_model.counting([], arch):
+            call.run(op, DTYPES[dtype])
+    return found
+
+
+def examine(op, dtype, arch, calls=None, every_row=True):
+    """Compiles these calls of one op, all by default -> Result."""
     result, seen = Result(), {}
 
     def on_launch(launch):
@@ -117,7 +146,7 @@ def examine(op, dtype, arch, every_row=True):
             dots = bool(DOT_OF_16_BITS.search(launch.compiled.asm["ttir"]))
             seen[key] = Kernel(op, launch.kernel, dtype, arch, config_of(launch), call.name, key, dots=dots, seconds=launch.seconds, **resources(launch, arch))
 
-    for call in LAUNCHES[op]:
+    for call in LAUNCHES[op] if calls is None else calls:
         try:
             with compiling(arch, on_launch):
                 _run_rows(call, op, DTYPES[dtype], result, every_row)

@@ -1,7 +1,8 @@
 """Calls of every op at the sizes of real models, for compiling its Triton kernels: tensors are allocated and never filled.
 
 LAUNCHES maps an op of terrazzo.dispatch to its calls. They are the case builders of terrazzo.cases with model sizes; only
-integers (offsets, ids, choices of experts) hold values. Bamba-9B: 128 heads of 64, state 128, width 4096; DBRX: 6144 x 10752, 16
+integers (offsets, ids, choices of experts) hold values, and
+no shape may depend on what a kernel finds (max_patches). Bamba-9B: 128 heads of 64, state 128, width 4096; DBRX: 6144 x 10752, 16
 experts, 4 a token; Mixtral: 4096 x 14336, 8 experts, 2 a token; BLT-1B: bytes 1024 wide, 16 heads of 64, window 512.
 """
 from collections.abc import Callable
@@ -118,34 +119,38 @@ LAUNCHES = {
         Call("DeepSeek-V3, 2048 tokens", cases_moe.permute(T=2048, A=8, E=256, index=torch.int64)),
     ),
     "moe_unpermute": (Call("DBRX, 2048 tokens", cases_moe.unpermute(T=2048, A=4, D=6144), ("rows", "weights")),
-                      Call("Mixtral, 32 tokens", cases_moe.unpermute(T=32, A=2, D=4096), ("rows", "weights"))),
+                      Call("Mixtral, 32 tokens", cases_moe.unpermute(T=32, A=2, D=4096), ("rows", "weights")),
+                      Call("64 channels, 2048 tokens", cases_moe.unpermute(T=2048, A=2, D=64), ("rows", "weights"))),
     "fused_experts": (
         Call("DBRX, 2048 tokens", cases_moe.experts(T=2048, D=6144, F=10752, E=16, A=4, layout="dbrx"), EXPERTS),
         Call("DBRX, one token", cases_moe.experts(T=1, D=6144, F=10752, E=16, A=4, layout="dbrx")),
         Call("Mixtral, 2048 tokens", cases_moe.experts(T=2048, D=4096, F=14336, E=8, A=2), EXPERTS),
         Call("Mixtral, 32 tokens", cases_moe.experts(T=32, D=4096, F=14336, E=8, A=2)),
+        Call("Mixtral, 8 tokens, trained", cases_moe.experts(T=8, D=4096, F=14336, E=8, A=2), EXPERTS),
+        Call("Mixtral, 128 tokens, trained", cases_moe.experts(T=128, D=4096, F=14336, E=8, A=2), EXPERTS),
         Call("gpt-oss, 2048 tokens", cases_moe.experts(T=2048, D=2880, F=2880, E=32, A=4, layout="interleaved", activation="swiglu_oai", bias=True, limit=7.0),
              EXPERTS),
         Call("no gate, 512 tokens", cases_moe.experts(T=512, D=2688, F=1856, E=16, A=4, layout="no_gate", activation="relu2"), EXPERTS),
     ),
     "entropy_patch": (
-        Call("BLT, 8192 bytes", cases_bytes.patch(B=1, L=BYTES, threshold=1.335), ("logits",)),
-        Call("BLT, monotonic, longest 16", cases_bytes.patch(B=1, L=BYTES, threshold=0.5, monotonic=True, max_patch_length=16), ("logits",)),
-        Call("BLT, combined, packed", cases_bytes.patch(B=1, L=4096, threshold=1.0, threshold_add=0.2, cu=ENDS)),
-        Call("BLT, top, 4 texts", cases_bytes.patch(B=4, L=2048, threshold=None, patch_size=4.5, valid=[2048, 1000, 1, 7])),
+        Call("BLT, 8192 bytes", cases_bytes.patch(B=1, L=BYTES, threshold=1.335, max_patches=BYTES), ("logits",)),
+        Call("BLT, monotonic, longest 16", cases_bytes.patch(B=1, L=BYTES, threshold=0.5, monotonic=True, max_patch_length=16, max_patches=BYTES), ("logits",)),
+        Call("BLT, combined, packed", cases_bytes.patch(B=1, L=4096, threshold=1.0, threshold_add=0.2, cu=ENDS, max_patches=4096)),
+        Call("BLT, top, 4 texts", cases_bytes.patch(B=4, L=2048, threshold=None, patch_size=4.5, valid=[2048, 1000, 1, 7], max_patches=2048)),
     ),
     "patch_lengths_from_entropies": (
-        Call("BLT, 8192 bytes", cases_bytes.lengths(B=1, L=BYTES, include_next=True)),
-        Call("BLT, monotonic, longest 16", cases_bytes.lengths(B=1, L=BYTES, monotonic=True, max_patch_length=16)),
-        Call("BLT, top, packed", cases_bytes.lengths(B=1, L=4096, threshold=None, patch_size=4.5, cu=ENDS)),
+        Call("BLT, 8192 bytes", cases_bytes.lengths(B=1, L=BYTES, include_next=True, max_patches=BYTES)),
+        Call("BLT, monotonic, longest 16", cases_bytes.lengths(B=1, L=BYTES, monotonic=True, max_patch_length=16, max_patches=BYTES)),
+        Call("BLT, top, packed", cases_bytes.lengths(B=1, L=4096, threshold=None, patch_size=4.5, cu=ENDS, max_patches=4096)),
     ),
-    "patch_lengths_from_tokens": (Call("BLT, space", cases_bytes.text("space", L=BYTES)), Call("BLT, static", cases_bytes.text("static", L=BYTES, patch_size=6))),
+    "patch_lengths_from_tokens": (Call("BLT, space", cases_bytes.text("space", L=BYTES, max_patches=BYTES)), Call("BLT, static", cases_bytes.text("static", L=BYTES, patch_size=6, max_patches=BYTES))),
     "PatcherState": (Call("BLT, batch 1", _patcher(1)), Call("BLT, batch 32, monotonic, longest 16", _patcher(32, monotonic=True, max_patch_length=16))),
     "patch_ids_from_lengths": (Call("BLT, 8192 bytes", cases_bytes.ids([list(PATCHES)], BYTES)),),
     "byte_hash_ids": (Call("BLT, 8192 bytes", cases_bytes.hash_ids(B=1, L=BYTES, group_sizes=(3, 4, 5, 6, 7, 8))),),
     "byte_hash_embedding": (
         Call("BLT-1B, 8192 bytes", cases_bytes.hashes(B=1, L=BYTES, D=1024, V=260, vocab=20011, group_sizes=(3, 4, 5, 6, 7, 8)), ("table", "byte_embedding")),
         Call("BLT-1B, packed", cases_bytes.hashes(B=1, L=4096, D=1024, V=260, vocab=20011, group_sizes=(3, 4, 5, 6, 7, 8), cu=ENDS), ("table", "byte_embedding")),
+        Call("128 channels", cases_bytes.hashes(B=1, L=BYTES, D=128, V=260, vocab=20011, group_sizes=(3, 4, 5, 6, 7, 8)), ("table", "byte_embedding")),
         Call("BLT-1B, one byte", cases_bytes.hashes(B=1, L=1, D=1024, V=260, vocab=20011, group_sizes=(3, 4, 5, 6, 7, 8))),
     ),
     "patch_reduce": (
@@ -162,6 +167,7 @@ LAUNCHES = {
         Call("entropy model, window 512", cases_patches.local(B=1, L=BYTES, H=12, P=64, window=512), QKV),
         Call("grouped heads of 128", cases_patches.local(B=1, L=4096, H=32, Hk=8, P=128, window=512), QKV),
         Call("both sides, packed", cases_patches.local(B=1, L=4096, H=16, P=64, window=512, causal=False, cu_seqlens=torch.tensor(ENDS, dtype=torch.int32)), QKV),
+        Call("heads of 256", cases_patches.local(B=1, L=2048, H=8, Hk=4, P=256, window=512), QKV),
         Call("padded", cases_patches.local(B=2, L=2048, H=16, P=64, window=512, padding=(100, 0)), QKV),
     ),
 }
