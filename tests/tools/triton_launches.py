@@ -135,6 +135,7 @@ LAUNCHES = {
     "entropy_patch": (
         Call("BLT, 8192 bytes", cases_bytes.patch(B=1, L=BYTES, threshold=1.335, max_patches=BYTES), ("logits",)),
         Call("BLT, monotonic, longest 16", cases_bytes.patch(B=1, L=BYTES, threshold=0.5, monotonic=True, max_patch_length=16, max_patches=BYTES), ("logits",)),
+        Call("64 symbols", cases_bytes.patch(B=1, L=BYTES, V=64, threshold=1.335, max_patches=BYTES), ("logits",)),
         Call("BLT, combined, packed", cases_bytes.patch(B=1, L=4096, threshold=1.0, threshold_add=0.2, cu=ENDS, max_patches=4096)),
         Call("BLT, top, 4 texts", cases_bytes.patch(B=4, L=2048, threshold=None, patch_size=4.5, valid=[2048, 1000, 1, 7], max_patches=2048)),
     ),
