@@ -144,7 +144,8 @@ def examine(op, dtype, arch, calls=None, every_row=True):
         key = launch.compiled.hash
         if key not in seen:
             dots = bool(DOT_OF_16_BITS.search(launch.compiled.asm["ttir"]))
-            seen[key] = Kernel(op, launch.kernel, dtype, arch, config_of(launch), call.name, key, dots=dots, seconds=launch.seconds, **resources(launch, arch))
+            seen[key] = Kernel(op, launch.kernel, dtype, arch, config_of(launch), call.name, key, dots=dots, seconds=launch.seconds,
+                               **resources(launch, arch))
 
     for call in LAUNCHES[op] if calls is None else calls:
         try:
@@ -216,7 +217,8 @@ def document(kernels, archs):
     lines = [HEAD.format(triton=triton.__version__), LIMITS.format(limits=", ".join(f"{a} {runtime.SHARED_KIB[a]}" for a in archs))]
     ops = {k.name: dict.fromkeys(other.op for other in kernels if other.name == k.name) for k in kernels}
     for name in sorted(shown):
-        lines += ["", f"## {name}", f"Of {', '.join(ops[name])}.", "", f"| configuration | dtype | {' | '.join(archs)} |", "|---" * (2 + len(archs)) + "|"]
+        lines += ["", f"## {name}", f"Of {', '.join(ops[name])}.", ""]
+        lines += [f"| configuration | dtype | {' | '.join(archs)} |", "|---" * (2 + len(archs)) + "|"]
         for config, by_dtype in shown[name].items():
             keys = [{k.key for found in by_arch.values() for k in found} for by_arch in by_dtype.values()]
             if len(keys) > 1 and all(key == keys[0] for key in keys):
@@ -247,7 +249,8 @@ def main(argv=None):
         args.write.write_text(document(result.kernels, archs))
         console.print(f"wrote {args.write}", highlight=False)
     slowest = sorted(result.kernels, key=lambda k: -k.seconds)[:5]
-    console.print(f"{len(result.kernels)} kernels; slowest to compile: " + ", ".join(f"{k.name} {k.dtype} {k.arch} {k.seconds:.1f} s" for k in slowest), highlight=False)
+    slowest = ", ".join(f"{k.name} {k.dtype} {k.arch} {k.seconds:.1f} s" for k in slowest)
+    console.print(f"{len(result.kernels)} kernels; slowest to compile: {slowest}", highlight=False)
     for line in offenders:
         console.print(line, style="red", highlight=False, soft_wrap=True)
     console.print(f"{len(offenders)} offenders" if offenders else "no offenders", highlight=False)

@@ -38,6 +38,7 @@ S = len(PATCHES)
 PACKED = [[i // 600 for i in range(4096)]]
 ENDS = [0, 512, 513, 2048, 4096]
 CONV, SCAN = cases.CONV_GRADS, cases.SCAN_GRADS
+SIZES = (3, 4, 5, 6, 7, 8)  # of BLT's n-grams
 QKV, EXPERTS = ("q", "k", "v"), cases_moe.EXPERT_GRADS
 GROUPED = ("a", "b", "bias")
 
@@ -109,8 +110,8 @@ LAUNCHES = {
     "moe_route": (
         Call("DBRX, 2048 tokens", cases_moe.route(T=2048, E=16, top_k=4, norm_order=1), ("router_logits",)),
         Call("Mixtral, 32 tokens", cases_moe.route(T=32, E=8, top_k=2, norm_order=1), ("router_logits",)),
-        Call("DeepSeek-V3, 2048 tokens", cases_moe.route(T=2048, E=256, top_k=8, sigmoid=True, bias=True, n_group=8, topk_group=4, norm_order=1, scale=2.5),
-             ("router_logits",)),
+        Call("DeepSeek-V3, 2048 tokens", cases_moe.route(T=2048, E=256, top_k=8, sigmoid=True, bias=True, n_group=8, topk_group=4, norm_order=1,
+                                                         scale=2.5), ("router_logits",)),
         Call("gpt-oss, 2048 tokens", cases_moe.route(T=2048, E=128, top_k=4, softmax_first=False), ("router_logits",)),
     ),
     "moe_permute": (
@@ -128,13 +129,14 @@ LAUNCHES = {
         Call("Mixtral, 32 tokens", cases_moe.experts(T=32, D=4096, F=14336, E=8, A=2)),
         Call("Mixtral, 8 tokens, trained", cases_moe.experts(T=8, D=4096, F=14336, E=8, A=2), EXPERTS),
         Call("Mixtral, 128 tokens, trained", cases_moe.experts(T=128, D=4096, F=14336, E=8, A=2), EXPERTS),
-        Call("gpt-oss, 2048 tokens", cases_moe.experts(T=2048, D=2880, F=2880, E=32, A=4, layout="interleaved", activation="swiglu_oai", bias=True, limit=7.0),
-             EXPERTS),
+        Call("gpt-oss, 2048 tokens", cases_moe.experts(T=2048, D=2880, F=2880, E=32, A=4, layout="interleaved", activation="swiglu_oai", bias=True,
+                                                      limit=7.0), EXPERTS),
         Call("no gate, 512 tokens", cases_moe.experts(T=512, D=2688, F=1856, E=16, A=4, layout="no_gate", activation="relu2"), EXPERTS),
     ),
     "entropy_patch": (
         Call("BLT, 8192 bytes", cases_bytes.patch(B=1, L=BYTES, threshold=1.335, max_patches=BYTES), ("logits",)),
-        Call("BLT, monotonic, longest 16", cases_bytes.patch(B=1, L=BYTES, threshold=0.5, monotonic=True, max_patch_length=16, max_patches=BYTES), ("logits",)),
+        Call("BLT, monotonic, longest 16", cases_bytes.patch(B=1, L=BYTES, threshold=0.5, monotonic=True, max_patch_length=16,
+                                                             max_patches=BYTES), ("logits",)),
         Call("64 symbols", cases_bytes.patch(B=1, L=BYTES, V=64, threshold=1.335, max_patches=BYTES), ("logits",)),
         Call("BLT, combined, packed", cases_bytes.patch(B=1, L=4096, threshold=1.0, threshold_add=0.2, cu=ENDS, max_patches=4096)),
         Call("BLT, top, 4 texts", cases_bytes.patch(B=4, L=2048, threshold=None, patch_size=4.5, valid=[2048, 1000, 1, 7], max_patches=2048)),
@@ -144,15 +146,17 @@ LAUNCHES = {
         Call("BLT, monotonic, longest 16", cases_bytes.lengths(B=1, L=BYTES, monotonic=True, max_patch_length=16, max_patches=BYTES)),
         Call("BLT, top, packed", cases_bytes.lengths(B=1, L=4096, threshold=None, patch_size=4.5, cu=ENDS, max_patches=4096)),
     ),
-    "patch_lengths_from_tokens": (Call("BLT, space", cases_bytes.text("space", L=BYTES, max_patches=BYTES)), Call("BLT, static", cases_bytes.text("static", L=BYTES, patch_size=6, max_patches=BYTES))),
-    "PatcherState": (Call("BLT, batch 1", _patcher(1)), Call("BLT, batch 32, monotonic, longest 16", _patcher(32, monotonic=True, max_patch_length=16))),
+    "patch_lengths_from_tokens": (Call("BLT, space", cases_bytes.text("space", L=BYTES, max_patches=BYTES)),
+                                  Call("BLT, static", cases_bytes.text("static", L=BYTES, patch_size=6, max_patches=BYTES))),
+    "PatcherState": (Call("BLT, batch 1", _patcher(1)),
+                     Call("BLT, batch 32, monotonic, longest 16", _patcher(32, monotonic=True, max_patch_length=16))),
     "patch_ids_from_lengths": (Call("BLT, 8192 bytes", cases_bytes.ids([list(PATCHES)], BYTES)),),
-    "byte_hash_ids": (Call("BLT, 8192 bytes", cases_bytes.hash_ids(B=1, L=BYTES, group_sizes=(3, 4, 5, 6, 7, 8))),),
+    "byte_hash_ids": (Call("BLT, 8192 bytes", cases_bytes.hash_ids(B=1, L=BYTES, group_sizes=SIZES)),),
     "byte_hash_embedding": (
-        Call("BLT-1B, 8192 bytes", cases_bytes.hashes(B=1, L=BYTES, D=1024, V=260, vocab=20011, group_sizes=(3, 4, 5, 6, 7, 8)), ("table", "byte_embedding")),
-        Call("BLT-1B, packed", cases_bytes.hashes(B=1, L=4096, D=1024, V=260, vocab=20011, group_sizes=(3, 4, 5, 6, 7, 8), cu=ENDS), ("table", "byte_embedding")),
-        Call("128 channels", cases_bytes.hashes(B=1, L=BYTES, D=128, V=260, vocab=20011, group_sizes=(3, 4, 5, 6, 7, 8)), ("table", "byte_embedding")),
-        Call("BLT-1B, one byte", cases_bytes.hashes(B=1, L=1, D=1024, V=260, vocab=20011, group_sizes=(3, 4, 5, 6, 7, 8))),
+        Call("BLT-1B, 8192 bytes", cases_bytes.hashes(B=1, L=BYTES, D=1024, V=260, vocab=20011, group_sizes=SIZES), ("table", "byte_embedding")),
+        Call("BLT-1B, packed", cases_bytes.hashes(B=1, L=4096, D=1024, V=260, vocab=20011, group_sizes=SIZES, cu=ENDS), ("table", "byte_embedding")),
+        Call("128 channels", cases_bytes.hashes(B=1, L=BYTES, D=128, V=260, vocab=20011, group_sizes=SIZES), ("table", "byte_embedding")),
+        Call("BLT-1B, one byte", cases_bytes.hashes(B=1, L=1, D=1024, V=260, vocab=20011, group_sizes=SIZES)),
     ),
     "patch_reduce": (
         Call("BLT-1B, amax", cases_patches.reduce(lengths=(PATCHES,), S=S, D=1024), ("h",)),
@@ -161,13 +165,15 @@ LAUNCHES = {
     "patch_cross_attention": tuple(
         Call(f"{name}, {queries} ask{more}", cases_patches.cross(queries, lengths=(PATCHES,), S=S, K=2, H=H, Hk=Hk, P=P, **extra), QKV)
         for queries in ("patches", "bytes")
-        for name, H, Hk, P, more, extra in (("BLT-1B", 16, 16, 64, "", {}), ("grouped heads", 32, 8, 128, "", {}), ("BLT-1B", 16, 16, 64, ", window", dict(window=2)))
+        for name, H, Hk, P, more, extra in (("BLT-1B", 16, 16, 64, "", {}), ("grouped heads", 32, 8, 128, "", {}),
+                                            ("BLT-1B", 16, 16, 64, ", window", dict(window=2)))
     ),
     "local_attention": (
         Call("BLT-1B, window 512", cases_patches.local(B=1, L=BYTES, H=16, P=64, window=512), QKV),
         Call("entropy model, window 512", cases_patches.local(B=1, L=BYTES, H=12, P=64, window=512), QKV),
         Call("grouped heads of 128", cases_patches.local(B=1, L=4096, H=32, Hk=8, P=128, window=512), QKV),
-        Call("both sides, packed", cases_patches.local(B=1, L=4096, H=16, P=64, window=512, causal=False, cu_seqlens=torch.tensor(ENDS, dtype=torch.int32)), QKV),
+        Call("both sides, packed", cases_patches.local(B=1, L=4096, H=16, P=64, window=512, causal=False,
+                                                         cu_seqlens=torch.tensor(ENDS, dtype=torch.int32)), QKV),
         Call("heads of 256", cases_patches.local(B=1, L=2048, H=8, Hk=4, P=256, window=512), QKV),
         Call("padded", cases_patches.local(B=2, L=2048, H=16, P=64, window=512, padding=(100, 0)), QKV),
     ),

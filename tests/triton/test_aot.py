@@ -65,7 +65,8 @@ def test_finds_dots_of_16_bits():
 
 def test_every_row_that_serves_is_compiled_once(monkeypatch):
     monkeypatch.setattr(configs, "TABLES", {})
-    table = configs.Table("kernel", configs.Row({"BLOCK_M": 1}, up_to={"M": 4}), configs.Row({"BLOCK_M": 2}, arch=("gfx",)), configs.Row({"BLOCK_M": 3}))
+    rows = configs.Row({"BLOCK_M": 1}, up_to={"M": 4}), configs.Row({"BLOCK_M": 2}, arch=("gfx",)), configs.Row({"BLOCK_M": 3})
+    table = configs.Table("kernel", *rows)
     used, result = [], triton_aot.Result()
 
     class Call:
@@ -78,5 +79,5 @@ def test_every_row_that_serves_is_compiled_once(monkeypatch):
     for M in (8, 2, 2):
         triton_aot._run_rows(Call(M), "op", torch.float32, result, every_row=True)
     assert used == [3, 1, 1]  # row 1 serves another architecture; the last was compiled by the first call
-    assert triton_aot.unreached(result.rows) == [f"kernel: row 1 ({table.rows[1]}) serves none of the calls in triton_launches.py"]
+    assert triton_aot.unreached(result.rows) == [f"kernel: row 1 ({rows[1]}) serves none of the calls in triton_launches.py"]
     assert table.pick(torch.empty(1), M=2)["BLOCK_M"] == 1
