@@ -1,6 +1,7 @@
 # make run       venv, install, build, then the demo: Hugging Face's Bamba as it is and patched
 # make test      every test: the machine's best build, the op tests on every lesser one, sanitizers, install without a compiler
 # make sanitize  the op tests under address and undefined-behaviour sanitizers only
+# make aot       every Triton kernel compiled for every GPU, and docs/triton_kernels.md written; no GPU needed
 # make bench     the quick benchmark suite;  make targets  the speed targets
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +12,7 @@ OP_TESTS := tests/test_ops.py tests/test_bad_input.py
 # The builds below the one this machine picks: portable, and avx2 where it picks avx512.
 LESSER_ISAS = $$($(BIN)/python -c "from terrazzo import native; isas = ['portable', 'avx2', 'avx512']; print(*isas[:isas.index(native.isa())])")
 
-.PHONY: run test sanitize test-install bench targets build clean
+.PHONY: run test sanitize test-install aot bench targets build clean
 
 $(BIN)/.ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +51,10 @@ test-install: $(BIN)/.ready
 	cd build/no-compiler && $(abspath $(BIN))/python -m zipfile -e terrazzo-*.whl lib && \
 	    PYTHONPATH=lib:$$($(abspath $(BIN))/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])") \
 	    $(abspath $(BIN))/python -S $(CURDIR)/tests/without_extension.py
+
+# Minutes; what Triton has compiled before comes from its cache.
+aot: build
+	PYTHONPATH=tests $(BIN)/python -m tools.triton_aot --write docs/triton_kernels.md
 
 bench: build
 	$(BIN)/terrazzo bench --quick

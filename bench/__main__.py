@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import compare, memory, report, roofline, suite, targets
+from . import compare, cost_model, memory, report, roofline, suite, targets
 from .cases import DTYPES, MODES, PRESETS, select
 from .environment import environment
 
@@ -51,6 +51,8 @@ def parser():
     diff.add_argument("--fail-on", metavar="RULE", help="such as slow:5%%: exit 1 when a row is that much slower")
     diff.add_argument("--force", action="store_true", help="compare results of different machines")
     diff.add_argument("--json", action="store_true")
+    floors = commands.add_parser("roofline", help="the time floor of every op at model sizes on A100, H100, B200 and MI300X: computed, no GPU needed")
+    floors.add_argument("-o", "--output", metavar="FILE", help="write the tables there (Markdown) instead of printing them")
     page = commands.add_parser("report", help="one HTML file from result files")
     page.add_argument("files", nargs="+")
     page.add_argument("-o", "--output", default="report.html")
@@ -191,7 +193,15 @@ def _report(args, argv):
     return 0
 
 
-COMMANDS = {"run": _run, "targets": _targets, "calibrate": _calibrate, "compare": _compare, "report": _report}
+def _roofline(args, argv):
+    text = cost_model.document()
+    if args.output:
+        Path(args.output).write_text(text)
+    print(args.output or text)
+    return 0
+
+
+COMMANDS = {"run": _run, "targets": _targets, "calibrate": _calibrate, "compare": _compare, "roofline": _roofline, "report": _report}
 
 
 def main(argv=None):

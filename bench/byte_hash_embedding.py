@@ -48,19 +48,24 @@ def _hf(vocab):
     return run
 
 
+def work(L, D, vocab, itemsize, mode="fwd"):
+    """Forward: every row read once, the sum written. Backward besides: a dense gradient as large as the table, the sum's
+    gradient read for every row and for the byte, and both gradients' rows written."""
+    rows = L * D * itemsize
+    moved = (len(GROUP_SIZES) + 2) * rows
+    if mode == "bwd":
+        moved += len(GROUP_SIZES) * vocab * D * itemsize + 2 * (len(GROUP_SIZES) + 1) * rows
+    return Work(flops=len(GROUP_SIZES) * L * D, bytes=moved, traffic="read" if mode == "fwd" else "copy")
+
+
 def cases(preset):
     found = []
     for L, D, vocab in SIZES[preset]:
         for name, dtype in DTYPES.items():
             providers = (Provider("terrazzo", lambda vocab=vocab: _ours("cpu", vocab), ours=True),
                          Provider("reference", lambda vocab=vocab: _ours("reference", vocab)), Provider("hf", lambda vocab=vocab: _hf(vocab)))
-            rows = L * D * dtype.itemsize
-            # forward: every row read once, the sum written. Backward besides: a dense gradient as large as the table, the
-            # sum's gradient read for every row and for the byte, and both gradients' rows written.
-            forward = (len(GROUP_SIZES) + 2) * rows
-            dense = len(GROUP_SIZES) * vocab * D * dtype.itemsize
-            for mode, bytes_ in (("fwd", forward), ("bwd", forward + dense + 2 * (len(GROUP_SIZES) + 1) * rows)):
-                work = Work(flops=len(GROUP_SIZES) * L * D, bytes=bytes_, traffic="read" if mode == "fwd" else "copy")
-                found.append(Case("byte_hash_embedding", f"1x{L}x{D}", mode, name, work, _inputs(L, D, vocab, dtype, mode == "bwd"), providers,
+            for mode in ("fwd", "bwd"):
+                found.append(Case("byte_hash_embedding", f"1x{L}x{D}", mode, name,
+                                  work(L, D, vocab, dtype.itemsize, mode), _inputs(L, D, vocab, dtype, mode == "bwd"), providers,
                                   lambda vocab=vocab: _ours("reference", vocab), differentiable=("table", "byte_embedding")))
     return found

@@ -65,6 +65,16 @@ def _providers(name):
     return standard_providers(ours, reference, theirs), reference
 
 
+def work(D, L, itemsize, mode="fwd"):
+    """The forward reads x and writes y; the backward reads x and dy and writes dx."""
+    return Work(flops=2 * WIDTH * D * L * (1 if mode == "fwd" else 4), bytes=(2 if mode == "fwd" else 5) * D * L * itemsize, traffic="copy")
+
+
+def update_work(batch, D, itemsize):
+    """The state in and out, x and y, weight and bias."""
+    return Work(flops=2 * WIDTH * D * batch, bytes=batch * D * itemsize * (2 * WIDTH + 2) + D * itemsize * (WIDTH + 1), traffic="scale")
+
+
 def cases(preset):
     D, projection, lengths, batches = SIZES[preset]
     found = []
@@ -72,15 +82,13 @@ def cases(preset):
         size = dtype.itemsize
         providers, reference = _providers("causal_conv1d_fn")
         for L in lengths:
-            # forward reads x and writes y; the backward reads x and dy and writes dx
-            for mode, passes in (("fwd", 2), ("bwd", 5)):
-                work = Work(flops=2 * WIDTH * D * L * (1 if mode == "fwd" else 4), bytes=passes * D * L * size, traffic="copy")
+            for mode in ("fwd", "bwd"):
                 inputs = _forward_inputs(D, projection, L, dtype, mode == "bwd")
-                found.append(Case("causal_conv1d_fn", f"1x{D}x{L}", mode, name, work, inputs, providers, reference, differentiable=("x", "weight", "bias")))
+                found.append(Case("causal_conv1d_fn", f"1x{D}x{L}", mode, name, work(D, L, size, mode), inputs, providers, reference,
+                                  differentiable=("x", "weight", "bias")))
         providers, reference = _providers("causal_conv1d_update")
         for batch in batches:
-            moved = batch * D * size * (2 * WIDTH + 2) + D * size * (WIDTH + 1)
-            work = Work(flops=2 * WIDTH * D * batch, bytes=moved, traffic="scale")
             inputs = _update_inputs(D, projection, batch, dtype)
-            found.append(Case("causal_conv1d_update", f"{batch}x{D}", "decode", name, work, inputs, providers, reference, mutated=("conv_state",)))
+            found.append(Case("causal_conv1d_update", f"{batch}x{D}", "decode", name,
+                              update_work(batch, D, size), inputs, providers, reference, mutated=("conv_state",)))
     return found

@@ -85,6 +85,11 @@ def _theirs():
     return run
 
 
+def work(L, H, P, N, itemsize, mode="fwd"):
+    """x, B and C in, y out; with the backward also x and dy in, dx out, and B and C likewise."""
+    return Work(flops=(4 if mode == "fwd" else 14) * N * P * L * H, bytes=L * (H * P + N) * (2 if mode == "fwd" else 5) * itemsize)
+
+
 def cases(preset):
     H, P, sizes = SIZES[preset]
     found = []
@@ -92,10 +97,9 @@ def cases(preset):
         for L, N in sizes:
             why = None if L <= 64 else f"the reference is a loop over {L} steps; compiling it unrolled takes longer than any run"
             providers = standard_providers(_ours, lambda: _ours("reference"), _theirs, why)
-            for mode, factor in (("fwd", 4), ("bwd", 14)):
-                elements = L * (H * P + N) * (2 if mode == "fwd" else 5)
-                work = Work(flops=factor * N * P * L * H, bytes=elements * dtype.itemsize)
+            for mode in ("fwd", "bwd"):
                 make = _inputs(L, H, P, N, dtype, mode == "bwd")
-                found.append(Case("mamba_chunk_scan_combined", f"1x{L}x{H}x{P} N{N}", mode, name, work, make, providers,
+                found.append(Case("mamba_chunk_scan_combined", f"1x{L}x{H}x{P} N{N}", mode, name,
+                                  work(L, H, P, N, dtype.itemsize, mode), make, providers,
                                   lambda: _ours("reference"), differentiable=_DIFFERENTIABLE, prepare=_silence_other_heads, narrow=_narrow))
     return found

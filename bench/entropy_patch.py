@@ -67,16 +67,22 @@ def _hf_cut(L):
     return run
 
 
+def work(L, itemsize, mode="fwd"):
+    """One pass over the logits; with the backward three."""
+    passes = 1 if mode == "fwd" else 3
+    return Work(flops=passes * FLOPS_PER_EXP * L * VOCAB, bytes=passes * itemsize * L * VOCAB, traffic="read")
+
+
 def cases(preset):
     found = []
     for L in SIZES[preset]:
         for name, dtype in DTYPES.items():
-            for mode, passes in (("fwd", 1), *((("bwd", 3),) if L in TRAIN_LENGTHS else ())):
+            for mode in ("fwd", *(("bwd",) if L in TRAIN_LENGTHS else ())):
                 rounds_once = mode == "fwd" or dtype in (torch.float32, torch.float64)  # the peer's gradient passes through 16 bits several times
                 peers = (Provider("hf", _hf),) if rounds_once else ()
                 providers = (Provider("terrazzo", lambda: _ours("cpu"), ours=True), Provider("reference", lambda: _ours("reference")), *peers)
-                work = Work(flops=passes * FLOPS_PER_EXP * L * VOCAB, bytes=passes * dtype.itemsize * L * VOCAB, traffic="read")
-                found.append(Case("entropy_patch", f"1x{L}x{VOCAB}", mode, name, work, _logits(L, dtype, mode == "bwd"), providers,
+                found.append(Case("entropy_patch", f"1x{L}x{VOCAB}", mode, name,
+                                  work(L, dtype.itemsize, mode), _logits(L, dtype, mode == "bwd"), providers,
                                   lambda: _ours("reference"), differentiable=("logits",)))
         providers = (Provider("terrazzo", lambda: _ours_cut("cpu"), ours=True), Provider("reference", lambda: _ours_cut("reference")),
                      Provider("hf", lambda L=L: _hf_cut(L)))

@@ -30,6 +30,12 @@ def _torch():
     return lambda a, b, offs: F.grouped_mm(a, b, offs=offs)
 
 
+def work(E, T, K, N, itemsize, mode="fwd"):
+    """T rows over E groups; the backward is two more products of the same size."""
+    passes = 1 if mode == "fwd" else 3
+    return Work(flops=passes * 2 * T * K * N, bytes=passes * itemsize * (T * (K + N) + E * K * N), traffic="read")
+
+
 def cases(preset):
     E, shapes, all_rows = SIZES[preset]
     providers = (Provider("terrazzo", lambda: _ours("cpu"), ours=True), Provider("reference", lambda: _ours("reference")), Provider("torch", _torch))
@@ -38,9 +44,8 @@ def cases(preset):
         for K, N in shapes:
             for rows in all_rows:
                 for layout in LAYOUTS:
-                    for mode, passes in (("fwd", 1), ("bwd", 3)):
-                        T = E * rows
-                        work = Work(flops=passes * 2 * T * K * N, bytes=passes * dtype.itemsize * (T * (K + N) + E * K * N), traffic="read")
-                        found.append(Case("grouped_mm", f"{E}x{rows}x{K}x{N} {layout}", mode, name, work, _inputs(E, rows, K, N, dtype, layout, mode == "bwd"),
+                    for mode in ("fwd", "bwd"):
+                        found.append(Case("grouped_mm", f"{E}x{rows}x{K}x{N} {layout}", mode, name, work(E, E * rows, K, N, dtype.itemsize, mode),
+                                          _inputs(E, rows, K, N, dtype, layout, mode == "bwd"),
                                           providers, lambda: _ours("reference"), differentiable=("a", "b")))
     return found

@@ -24,6 +24,12 @@ def _ours(backend):
     return lambda x, weight: terrazzo.linear(x, weight, backend=backend)
 
 
+def work(M, K, N, itemsize, mode="fwd"):
+    """The backward is two more products of the same size."""
+    passes = 1 if mode == "fwd" else 3
+    return Work(flops=passes * 2 * M * K * N, bytes=passes * itemsize * (M * (K + N) + K * N), traffic="read")
+
+
 def cases(preset):
     shapes, all_rows = SIZES[preset]
     providers = (Provider("terrazzo", lambda: _ours("cpu"), ours=True), Provider("reference", lambda: _ours("reference")), Provider("torch", lambda: F.linear))
@@ -31,8 +37,8 @@ def cases(preset):
     for name, dtype in DTYPES.items():
         for K, N in shapes:
             for M in all_rows:
-                for mode, passes in (("fwd", 1), ("bwd", 3)):
-                    work = Work(flops=passes * 2 * M * K * N, bytes=passes * dtype.itemsize * (M * (K + N) + K * N), traffic="read")
-                    found.append(Case("linear", f"{M}x{K}x{N}", mode, name, work, _inputs(M, K, N, dtype, mode == "bwd"), providers,
+                for mode in ("fwd", "bwd"):
+                    found.append(Case("linear", f"{M}x{K}x{N}", mode, name,
+                                      work(M, K, N, dtype.itemsize, mode), _inputs(M, K, N, dtype, mode == "bwd"), providers,
                                       lambda: _ours("reference"), differentiable=("x", "weight")))
     return found

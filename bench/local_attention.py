@@ -44,12 +44,17 @@ def _silence_later_positions(inputs):
     return inputs
 
 
+def work(L, H, Hk, P, window, itemsize, mode="fwd"):
+    """Pairs inside the window; q, k, v and y once, with the backward three times."""
+    pairs = sum(min(i + 1, window) for i in range(L))
+    return Work((4 if mode == "fwd" else 14) * pairs * H * P, itemsize * L * P * (2 * H + 2 * Hk) * (1 if mode == "fwd" else 3))
+
+
 def cases(preset):
     found = []
     for name, dtype in DTYPES.items():
         for H, Hk, P, window, lengths in SIZES[preset]:
             for L in lengths:
-                pairs = sum(min(i + 1, window) for i in range(L))
                 for mode in ("fwd", *(("bwd",) if L in TRAIN_POSITIONS else ())):
 
                     def inputs(seed, L=L, H=H, Hk=Hk, P=P, dtype=dtype, mode=mode):
@@ -57,10 +62,10 @@ def cases(preset):
                         heads = {"q": H, "k": Hk, "v": Hk} | ({"grad": H} if mode == "bwd" else {})
                         return {name: torch.randn(1, L, n, P, generator=g).to(dtype) for name, n in heads.items()}
 
-                    work = Work((4 if mode == "fwd" else 14) * pairs * H * P, dtype.itemsize * L * P * (2 * H + 2 * Hk) * (1 if mode == "fwd" else 3))
                     providers = (Provider("terrazzo", lambda window=window: _ours("cpu", window), ours=True),
                                  Provider("torch", lambda window=window, L=L: _sdpa(window, L)))
-                    found.append(Case("local_attention", f"{L} window {window} {H}/{Hk}x{P}", mode, name, work, inputs, providers,
+                    found.append(Case("local_attention", f"{L} window {window} {H}/{Hk}x{P}", mode, name,
+                                      work(L, H, Hk, P, window, dtype.itemsize, mode), inputs, providers,
                                       lambda window=window: _ours("reference", window), differentiable=("q", "k", "v"), prepare=_silence_later_positions,
                                       narrow=_narrow))
     return found

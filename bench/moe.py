@@ -115,6 +115,17 @@ def _hf_grouped(E):
     return run
 
 
+def experts_work(T, D, F_, A, touched, itemsize, mode="fwd"):
+    """Three products a choice; the weights of the touched experts, x and y once. The backward does all of it twice more."""
+    passes = 1 if mode == "fwd" else 3
+    return Work(flops=passes * 6 * T * A * D * F_, bytes=passes * itemsize * (3 * touched * D * F_ + 2 * T * D), traffic="read")
+
+
+def route_work(T, E, A, itemsize):
+    """Logits in; weights, indices, order, inverse and row ends out."""
+    return Work(20 * T * E, itemsize * T * E + 20 * T * A)
+
+
 def _experts_cases(preset):
     for (D, F_, E, A), tokens in SIZES[preset]:
         touched = {(T, load): choices(T, E, A, load, generator(0)).unique().numel() for T in tokens for load in LOADS}
@@ -124,8 +135,8 @@ def _experts_cases(preset):
             for T in tokens:
                 for load in LOADS:
                     inference = (Provider("terrazzo-packed", lambda E=E: _packed(E), ours=True), Provider("terrazzo-int8", lambda E=E: _packed(E, "int8")))
-                    for mode, passes in (("fwd", 1), *((("bwd", 3),) if T in TRAIN_TOKENS else ())):
-                        work = Work(flops=passes * 6 * T * A * D * F_, bytes=passes * dtype.itemsize * (3 * touched[T, load] * D * F_ + 2 * T * D), traffic="read")
+                    for mode in ("fwd", *(("bwd",) if T in TRAIN_TOKENS else ())):
+                        work = experts_work(T, D, F_, A, touched[T, load], dtype.itemsize, mode)
                         yield Case("fused_experts", f"{T} tokens {D}x{F_} {E}x{A} {load}", mode, name, work,
                                    _inputs(T, D, F_, E, A, load, dtype, mode == "bwd"), providers + (inference if mode == "fwd" else ()), lambda E=E: _ours("reference", E),
                                    differentiable=("x", "w1", "v1", "w2", "topk_weights"))
@@ -163,7 +174,7 @@ def _route_cases(preset):
 
             providers = (Provider("terrazzo", lambda: _route_ours("cpu"), ours=True), Provider("reference", lambda: _route_ours("reference")),
                          Provider("hf", _route_hf))
-            yield Case("moe_route", f"{T} tokens {E}x{A} with permute", "fwd", name, Work(20 * T * E, dtype.itemsize * T * E + 20 * T * A), inputs, providers,
+            yield Case("moe_route", f"{T} tokens {E}x{A} with permute", "fwd", name, route_work(T, E, A, dtype.itemsize), inputs, providers,
                        lambda: _route_ours("reference"))
 
 

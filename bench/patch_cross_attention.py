@@ -66,6 +66,13 @@ def _inputs(L, H, P, queries, dtype, mode):
     return make
 
 
+def work(L, S, H, P, queries, itemsize, mode="fwd"):
+    """Every byte meets the K rows of its patch. Backward: q, dy, dq and k, v, dk, dv as well."""
+    asks, asked = (S * K, L) if queries == "patches" else (L, S * K)
+    rows = 2 * asks + 2 * asked + (3 * asks + 4 * asked if mode == "bwd" else 0)
+    return Work((4 if mode == "fwd" else 14) * L * K * H * P, itemsize * rows * H * P)
+
+
 def cases(preset):
     found = []
     for name, dtype in DTYPES.items():
@@ -73,13 +80,11 @@ def cases(preset):
             for L in lengths:
                 S = patch_ids(L)[1]
                 for queries in ("patches", "bytes"):
-                    asks, asked = (S * K, L) if queries == "patches" else (L, S * K)
                     for mode in ("fwd", *(("bwd",) if L in TRAIN_BYTES else ())):
-                        rows = 2 * asks + 2 * asked + (3 * asks + 4 * asked if mode == "bwd" else 0)  # backward: q, dy, dq and k, v, dk, dv
-                        work = Work((4 if mode == "fwd" else 14) * L * K * H * P, dtype.itemsize * rows * H * P)
                         providers = (Provider("terrazzo", lambda queries=queries: _ours("cpu", queries), ours=True),
                                      Provider("hf", lambda queries=queries, L=L: _hf(queries, L)))
-                        found.append(Case("patch_cross_attention", f"{queries} {L} bytes {H}x{P}", mode, name, work, _inputs(L, H, P, queries, dtype, mode),
+                        found.append(Case("patch_cross_attention", f"{queries} {L} bytes {H}x{P}", mode, name,
+                                          work(L, S, H, P, queries, dtype.itemsize, mode), _inputs(L, H, P, queries, dtype, mode),
                                           providers, lambda queries=queries: _ours("reference", queries), differentiable=("q", "k", "v"),
                                           narrow=_narrow(L, queries)))
     return found

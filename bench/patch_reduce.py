@@ -29,6 +29,11 @@ def _hf(S):
     return lambda h, patch_ids: BltLocalEncoder.patch_reduce(None, h, S, patch_ids.long())
 
 
+def work(L, S, D, itemsize, mode="fwd"):
+    """Bytes in, patches out; with the backward three times that."""
+    return Work(L * D, itemsize * (L + S) * (1 if mode == "fwd" else 3) * D)
+
+
 def cases(preset):
     found = []
     for name, dtype in DTYPES.items():
@@ -42,10 +47,9 @@ def cases(preset):
                         made = {"h": torch.randn(1, L, D, generator=g).to(dtype), "patch_ids": ids.clone()}
                         return made | ({"grad": torch.randn(1, S, D, generator=g).to(dtype)} if mode == "bwd" else {})
 
-                    rows = L + S if mode == "fwd" else 3 * L + 3 * S
                     providers = (Provider("terrazzo", lambda S=S, kind=kind: _ours("cpu", S, kind), ours=True),
                                  Provider("reference", lambda S=S, kind=kind: _ours("reference", S, kind)),
                                  *((Provider("hf", lambda S=S: _hf(S)),) if kind == "amax" else ()))  # transformers pools by amax alone
-                    found.append(Case("patch_reduce", f"{kind} {L} bytes {D}", mode, name, Work(L * D, dtype.itemsize * rows * D), inputs, providers,
+                    found.append(Case("patch_reduce", f"{kind} {L} bytes {D}", mode, name, work(L, S, D, dtype.itemsize, mode), inputs, providers,
                                       lambda S=S, kind=kind: _ours("reference", S, kind), differentiable=("h",)))
     return found

@@ -44,15 +44,19 @@ def _theirs():
     return run
 
 
+def work(rows, D, itemsize, mode="fwd"):
+    """The forward reads x and z and writes y; the backward reads x, z and dy and writes dx and dz."""
+    passes = 3 if mode == "fwd" else 8
+    return Work(flops=passes * 5 * rows * D, bytes=passes * rows * D * itemsize)
+
+
 def cases(preset):
     D, lengths = SIZES[preset]
     found = []
     for name, dtype in DTYPES.items():
         providers = standard_providers(_ours, lambda: _ours("reference"), _theirs)
         for rows in lengths:
-            # forward reads x and z and writes y; the backward reads x, z and dy and writes dx and dz
-            for mode, passes in (("fwd", 3), ("bwd", 8)):
-                work = Work(flops=passes * 5 * rows * D, bytes=passes * rows * D * dtype.itemsize)
-                found.append(Case("rmsnorm_gated", f"{rows}x{D}", mode, name, work, _inputs(rows, D, dtype, mode == "bwd"), providers,
+            for mode in ("fwd", "bwd"):
+                found.append(Case("rmsnorm_gated", f"{rows}x{D}", mode, name, work(rows, D, dtype.itemsize, mode), _inputs(rows, D, dtype, mode == "bwd"), providers,
                                   lambda: _ours("reference"), differentiable=("x", "weight", "z")))
     return found

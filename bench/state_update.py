@@ -45,14 +45,17 @@ def _theirs():
     return run
 
 
+def work(batch, H, P, N, itemsize):
+    """The state in and out."""
+    return Work(flops=6 * batch * H * P * N, bytes=2 * batch * H * P * N * itemsize, traffic="scale")
+
+
 def cases(preset):
     H, P, sizes = SIZES[preset]
     found = []
     for name, dtype in DTYPES.items():
         for batch, N in sizes:
-            values = batch * H * P * N
-            work = Work(flops=6 * values, bytes=2 * values * dtype.itemsize, traffic="scale")
             providers = standard_providers(_ours, lambda: _ours("reference"), _theirs)
-            found.append(Case("selective_state_update", f"{batch}x{H}x{P} N{N}", "decode", name, work, _inputs(batch, H, P, N, dtype),
+            found.append(Case("selective_state_update", f"{batch}x{H}x{P} N{N}", "decode", name, work(batch, H, P, N, dtype.itemsize), _inputs(batch, H, P, N, dtype),
                               providers, lambda: _ours("reference"), mutated=("state",)))
     return found

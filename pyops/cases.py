@@ -5,10 +5,11 @@ produced (outputs, states updated in place, gradients) under names that tests an
 """
 from dataclasses import dataclass, field
 from typing import Callable
+from unittest import mock
 
 import torch
 
-from . import cases_bytes, cases_moe, cases_patches
+from . import cases_bytes, cases_moe, cases_patches, checks
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,31 @@ class Random:
 
     def uniform(self, *shape, dtype, low=0.0, high=1.0):
         return (torch.rand(*shape, generator=self.generator, dtype=torch.float64) * (high - low) + low).to(dtype)
+
+
+class Unwritten:
+    """Stands for Random at sizes of real models: the same tensors, with nothing in them. Builders write integers as ever."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape, dtype, scale=1.0):
+        return torch.empty(*shape, dtype=dtype)
+
+    def uniform(self, *shape, dtype, low=0.0, high=1.0):
+        return torch.empty(*shape, dtype=dtype)
+
+
+def run_unwritten(function, build, dtype, grads, backend):
+    """Forward, and backward where `grads` names arguments, on tensors that nobody wrote: for backends that only look at shapes."""
+    kwargs = build(Unwritten(), dtype)
+    leaves = {name: kwargs[name].detach().requires_grad_() for name in grads if kwargs.get(name) is not None}
+    # As on a GPU, where values are not looked at from the host: what an op returned here holds none.
+    with mock.patch.object(checks, "has_values", lambda *tensors: False), torch.set_grad_enabled(bool(leaves)):
+        result = function(**kwargs | leaves, backend=backend)
+    if leaves:
+        outputs = [out for out in (result if isinstance(result, tuple) else (result,)) if isinstance(out, torch.Tensor) and out.requires_grad]
+        torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(out) for out in outputs], allow_unused=True)
 
 
 def to_dtype(kwargs, dtype):

@@ -2,11 +2,12 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from terrazzo.bench import accuracy, compare, memory, report, roofline, suite, targets, timer
+from terrazzo.bench import accuracy, compare, cost_model, memory, report, roofline, suite, targets, timer
 from terrazzo.bench.__main__ import main
 from terrazzo.bench.cases import DTYPES, PRESETS, Provider, Unavailable, clone_inputs, runner, select
 
@@ -317,6 +318,63 @@ def test_calibrate_measures_positive_rates():
 def test_peak_memory_sees_a_large_allocation():
     peak = memory.peak_of(lambda: torch.ones(64 << 18))
     assert peak > 50 << 20 if memory.CLEAR.exists() else peak is None
+
+
+# ---- floors on GPUs ------------------------------------------------------------------------------------------
+
+# op module and function, arguments -> (flops, bytes) counted by hand, 2 bytes a number
+WORK = {
+    "conv, 3 channels x 5": (suite.causal_conv1d.work, (3, 5, 2), 2 * 4 * 15, 2 * (15 + 15)),
+    "conv backward": (suite.causal_conv1d.work, (3, 5, 2, "bwd"), 8 * 4 * 15, 2 * 5 * 15),
+    "conv update, 2 rows x 3": (suite.causal_conv1d.update_work, (2, 3, 2), 2 * 4 * 6, 2 * (6 * 4 * 2 + 6 * 2 + 3 * 5)),
+    "scan, 7 tokens, 2 heads of 3, state 5": (suite.chunk_scan.work, (7, 2, 3, 5, 2), 7 * 2 * (4 * 15), 2 * 2 * 7 * (6 + 5)),
+    "scan backward": (suite.chunk_scan.work, (7, 2, 3, 5, 2, "bwd"), 7 * 2 * (14 * 15), 2 * 5 * 7 * (6 + 5)),
+    "state update, 2 rows": (suite.state_update.work, (2, 2, 3, 5, 2), 6 * 60, 2 * 60 * 2),
+    "norm, 3 x 8": (suite.rmsnorm_gated.work, (3, 8, 2), 15 * 24, 3 * 24 * 2),
+    "linear, 2 x 3 x 5": (suite.linear.work, (2, 3, 5, 2), 2 * 30, 2 * (6 + 10 + 15)),
+    "grouped, 4 groups, 6 rows, 3 x 5": (suite.grouped_gemm.work, (4, 6, 3, 5, 2), 2 * 6 * 15, 2 * (18 + 30 + 4 * 15)),
+    "experts, 7 tokens, 3 x 5, 2 choices of 4": (suite.moe.experts_work, (7, 3, 5, 2, 4, 2), 3 * 2 * 14 * 15, 2 * (4 * 3 * 15 + 2 * 21)),
+    "route, 7 tokens, 4 experts, 2 choices": (suite.moe.route_work, (7, 4, 2, 2), 20 * 28, 2 * 28 + 20 * 14),
+    "reduce, 9 bytes, 2 patches x 3": (suite.patch_reduce.work, (9, 2, 3, 2), 27, 2 * (27 + 6)),
+    "patches ask, 9 bytes, 2 patches, a head of 3": (suite.patch_cross_attention.work, (9, 2, 1, 3, "patches", 2), 9 * 2 * 12, 2 * 3 * (2 * 4 + 2 * 9)),
+    "window 2 over 4, 2/1 heads of 3": (suite.local_attention.work, (4, 2, 1, 3, 2, 2), 4 * (1 + 2 + 2 + 2) * 6, 2 * 4 * 3 * (2 * 2 + 2)),
+    "entropies of 3": (suite.entropy_patch.work, (3, 2), 40 * 3 * 260, 2 * 3 * 260),
+    "hashes, 5 bytes x 4, 11 rows": (suite.byte_hash_embedding.work, (5, 4, 11, 2), 6 * 20, 8 * 20 * 2),
+    "hashes backward": (suite.byte_hash_embedding.work, (5, 4, 11, 2, "bwd"), 6 * 20, 2 * (8 * 20 + 6 * 11 * 4 + 14 * 20)),
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_work_counted_by_hand(name):
+    function, arguments, flops, moved = WORK[name]
+    work = function(*arguments)
+    assert (work.flops, work.bytes) == (flops, moved)
+
+
+def test_floor_is_the_largest_of_three():
+    gpu = cost_model.Gpu("gpu", tflops=2.0, tbs=4.0)
+    assert gpu.floor_us(roofline.Work(6e6, 8e6)) == (3.0, "compute")
+    assert gpu.floor_us(roofline.Work(6e6, 16e6)) == (4.0, "memory")
+    assert gpu.floor_us(roofline.Work(6e6, 8e6), launches=2) == (2 * cost_model.LAUNCH_US, "launches")
+
+
+@pytest.mark.unpoisoned  # gigabytes that nobody touches
+def test_launches_are_counted_and_nothing_runs():
+    norms = [w for w in cost_model.workloads() if w.op == "rmsnorm_gated"]
+    assert cost_model.launches(norms[0]) == ["rmsnorm_gated_fwd_kernel"]
+    assert cost_model.launches(norms[1]) == ["rmsnorm_gated_fwd_kernel", "rmsnorm_gated_bwd_kernel", "sum_rows_kernel"]
+
+
+@pytest.mark.unpoisoned
+def test_roofline_document_is_what_the_command_writes(tmp_path, capsys):
+    assert main(["roofline", "-o", str(tmp_path / "roofline.md")]) == 0
+    document = Path(__file__).parents[1] / "docs/roofline.md"
+    assert (tmp_path / "roofline.md").read_text() == document.read_text(), "terrazzo bench roofline -o docs/roofline.md"
+
+
+def test_published_times_are_no_faster_than_the_floor():
+    for p in cost_model.PUBLISHED:
+        assert p.gpu.floor_us(p.work)[0] < p.us, p.what
 
 
 # ---- targets and reports -------------------------------------------------------------------------------------

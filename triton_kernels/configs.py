@@ -4,11 +4,30 @@ A Table's rows are tried in order and the first whose conditions hold is taken, 
 With TERRAZZO_TRITON_AUTOTUNE=1 every row of the table that the device can hold is timed once for each new key instead.
 """
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from . import runtime
 
 TABLES = {}  # kernel -> Table: what the docs and the compile checks go through
+
+
+def _first(table, rows):
+    return next(rows)
+
+
+_choose = _first  # (table, the rows that serve, in order) -> row
+
+
+@contextmanager
+def choosing(choose):
+    """Inside the block `choose(table, rows)` takes the place of "the first row that serves": for compile checks of every row."""
+    global _choose
+    before, _choose = _choose, choose
+    try:
+        yield
+    finally:
+        _choose = before
 
 
 @dataclass(frozen=True)
@@ -45,7 +64,7 @@ class Table:
     def pick(self, tensor, **sizes):
         """Keyword arguments for the launch of `kernel`: constexprs, num_warps, num_stages."""
         arch = runtime.arch(tensor.device)
-        return next(row for row in self.rows if row.serves(arch, tensor.element_size(), sizes)).options()
+        return _choose(self, (row for row in self.rows if row.serves(arch, tensor.element_size(), sizes))).options()
 
     def launch(self, tensor, run, **sizes):
         """run(**options) with the row that serves, or with the fastest of all where tuning was asked for."""

@@ -3,7 +3,8 @@
 Layouts: x, z, y (M, D) in any strides; weight (D,). One program takes BLOCK_M rows of one group; the group fits into one
 block, so that x and z are read once and y written once: the kernel is limited by memory bandwidth. The backward computes
 the norm again instead of storing it, and sums dweight in two steps: every program adds the rows it walks into a row of
-partial sums of its own, which a second kernel adds up in a fixed order (deterministic, no atomics).
+partial sums of its own, which a second kernel adds up in a fixed order (deterministic, no atomics). HOLD keeps that row in
+registers meanwhile; wide groups of float32 have none left for it.
 """
 import torch
 import triton
@@ -19,16 +20,18 @@ FWD = configs.Table(
 )
 BWD = configs.Table(
     "rmsnorm_gated_bwd",
-    configs.Row({"BLOCK_M": 4}, num_warps=4, up_to={"group_size": 256}),
-    configs.Row({"BLOCK_M": 1}, num_warps=8, up_to={"group_size": 4096}),
-    configs.Row({"BLOCK_M": 1}, num_warps=16),
+    configs.Row({"BLOCK_M": 4, "HOLD": True}, num_warps=4, up_to={"group_size": 256}),
+    configs.Row({"BLOCK_M": 1, "HOLD": True}, num_warps=8, up_to={"group_size": 4096}),
+    configs.Row({"BLOCK_M": 1, "HOLD": True}, num_warps=16, itemsize=2, up_to={"group_size": 8192}),
+    configs.Row({"BLOCK_M": 1, "HOLD": False}, num_warps=16),
 )
 BLOCK_PARTIALS = 64
 
 
 @triton.jit
-def _load_rows(ptr, stride_m, stride_d, offs_m, offs_d, mask):
-    return tl.load(ptr + offs_m[:, None].to(tl.int64) * stride_m + offs_d[None, :].to(tl.int64) * stride_d, mask=mask, other=0.0).to(tl.float32)
+def _load_rows(ptr, stride_m, stride_d, offs_m, offs_d, mask, EVICTION: tl.constexpr = ""):
+    ptrs = ptr + offs_m[:, None].to(tl.int64) * stride_m + offs_d[None, :].to(tl.int64) * stride_d
+    return tl.load(ptrs, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
 
 
 @triton.jit
@@ -59,47 +62,58 @@ def rmsnorm_gated_fwd_kernel(
 def rmsnorm_gated_bwd_kernel(
     dy_ptr, x_ptr, weight_ptr, z_ptr, dx_ptr, dz_ptr, partial_ptr, M, D, group_size, eps,
     stride_dy_m, stride_dy_d, stride_x_m, stride_x_d, stride_weight_d, stride_z_m, stride_z_d,
-    HAS_Z: tl.constexpr, NORM_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_Z: tl.constexpr, NORM_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HOLD: tl.constexpr,
 ):
     program = tl.program_id(0)
     in_group = tl.arange(0, BLOCK_D)
     offs_d = tl.program_id(1) * group_size + in_group
     mask_d = in_group < group_size
-    weight = tl.load(weight_ptr + offs_d * stride_weight_d, mask=mask_d, other=0.0).to(tl.float32)
+    partial_ptrs = partial_ptr + program.to(tl.int64) * D + offs_d
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     for begin in range(program * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
         offs_m = begin + tl.arange(0, BLOCK_M)
         mask = (offs_m < M)[:, None] & mask_d[None, :]
-        x = _load_rows(x_ptr, stride_x_m, stride_x_d, offs_m, offs_d, mask)
-        dy = _load_rows(dy_ptr, stride_dy_m, stride_dy_d, offs_m, offs_d, mask)
+        x = _load_rows(x_ptr, stride_x_m, stride_x_d, offs_m, offs_d, mask, "evict_last")
+        dy = _load_rows(dy_ptr, stride_dy_m, stride_dy_d, offs_m, offs_d, mask, "evict_last")
         normed, dnormed = x, dy
         if HAS_Z:
-            z = _load_rows(z_ptr, stride_z_m, stride_z_d, offs_m, offs_d, mask)
+            z = _load_rows(z_ptr, stride_z_m, stride_z_d, offs_m, offs_d, mask, "evict_last")
+            if NORM_FIRST:
+                dnormed = dy * z * tl.sigmoid(z)
+            else:
+                normed = x * z * tl.sigmoid(z)
+        weight = tl.load(weight_ptr + offs_d * stride_weight_d, mask=mask_d, other=0.0).to(tl.float32)
+        # with r = rsqrt(mean(normed^2) + eps): d(normed r w) = r w g - normed r^3 mean(normed w g)
+        r = tl.rsqrt(tl.sum(normed * normed, 1) / group_size + eps)[:, None]
+        of_rows = tl.sum(dnormed * normed * r, 0)
+        if HOLD:
+            dweight += of_rows
+        else:
+            before = tl.load(partial_ptrs, mask=mask_d & (begin != program * BLOCK_M), other=0.0)
+            tl.store(partial_ptrs, before + of_rows, mask=mask_d)
+        dot = (tl.sum(dnormed * weight[None, :] * normed, 1) / group_size)[:, None]
+        offs_out = offs_m[:, None].to(tl.int64) * D + offs_d[None, :]
+        # the row comes from the cache once more, and weight with every row: registers would not hold them for wide groups
+        x = _load_rows(x_ptr, stride_x_m, stride_x_d, offs_m, offs_d, mask, "evict_first")
+        dy = _load_rows(dy_ptr, stride_dy_m, stride_dy_d, offs_m, offs_d, mask, "evict_first")
+        if HAS_Z:
+            z = _load_rows(z_ptr, stride_z_m, stride_z_d, offs_m, offs_d, mask, "evict_first")
             sigmoid = tl.sigmoid(z)
             gate = z * sigmoid
             if NORM_FIRST:
-                dnormed = dy * gate
+                dx = r * (dy * gate * weight[None, :] - x * r * r * dot)
+                dgate = dy * x * r * weight[None, :]
             else:
-                normed = x * gate
-        # with r = rsqrt(mean(normed^2) + eps): d(normed r w) = r w g - normed r^3 mean(normed w g)
-        r = tl.rsqrt(tl.sum(normed * normed, 1) / group_size + eps)[:, None]
-        dweight += tl.sum(dnormed * normed * r, 0)
-        dot = (tl.sum(dnormed * weight[None, :] * normed, 1) / group_size)[:, None]
-        dinside = r * (dnormed * weight[None, :] - normed * r * r * dot)
-        offs_out = offs_m[:, None].to(tl.int64) * D + offs_d[None, :]
-        if HAS_Z:
-            if NORM_FIRST:
-                dgate = dy * normed * r * weight[None, :]
-                dx = dinside
-            else:
-                dgate = dinside * x
+                dinside = r * (dy * weight[None, :] - x * gate * r * r * dot)
                 dx = dinside * gate
+                dgate = dinside * x
             dz = dgate * sigmoid * (1 + z * (1 - sigmoid))
             tl.store(dz_ptr + offs_out, dz.to(dz_ptr.dtype.element_ty), mask=mask)
         else:
-            dx = dinside
+            dx = r * (dy * weight[None, :] - x * r * r * dot)
         tl.store(dx_ptr + offs_out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(partial_ptr + program.to(tl.int64) * D + offs_d, dweight, mask=mask_d)
+    if HOLD:
+        tl.store(partial_ptrs, dweight, mask=mask_d)
 
 
 @triton.jit
@@ -139,12 +153,12 @@ def rmsnorm_gated_bwd_triton(dy, x, weight, z, eps, group_size, norm_before_gate
         return dx, dweight.zero_(), dz
     groups = D // group_size
 
-    def run(BLOCK_M, **options):
+    def run(BLOCK_M, HOLD, **options):
         programs = min(triton.cdiv(M, BLOCK_M), max(1, 4 * runtime.num_processors(x.device) // groups))
         partial = torch.empty(programs, D, dtype=torch.float32, device=x.device)
         rmsnorm_gated_bwd_kernel[programs, groups](
             dy, x, weight, z, dx, dz, partial, M, D, group_size, eps, *dy.stride(), *x.stride(), *weight.stride(), *(z.stride() if z is not None else (0, 0)),
-            HAS_Z=z is not None, NORM_FIRST=norm_before_gate, BLOCK_M=BLOCK_M, BLOCK_D=triton.next_power_of_2(group_size), **options,
+            HAS_Z=z is not None, NORM_FIRST=norm_before_gate, BLOCK_M=BLOCK_M, BLOCK_D=triton.next_power_of_2(group_size), HOLD=HOLD, **options,
         )
         sum_rows_kernel[(triton.cdiv(D, BLOCK_PARTIALS),)](partial, dweight, programs, D, BLOCK_M=16, BLOCK_D=BLOCK_PARTIALS)
 

@@ -9,6 +9,7 @@ hands it to `seen(Launch)` in the place of running it. Tensors are only looked a
 import re
 import subprocess
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ TARGETS = {
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+WORTH_LOOKING = re.compile(r"mma|cp\.async|ldmatrix|tcgen05")  # in PTX: else there is none of INSTRUCTIONS, and disassembling takes a second
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDSM")
 
 
@@ -38,6 +40,7 @@ class Launch:
     grid: tuple
     arguments: dict  # name -> value, constexprs included
     options: dict  # num_warps, num_stages, …
+    seconds: float  # that compiling took; little where Triton's cache had it
 
 
 class _Driver:
@@ -63,10 +66,12 @@ def compiling(arch, seen):
     active = triton.runtime.driver._active
 
     def compile_only(self, *args, grid, warmup, **kwargs):
+        start = time.perf_counter()
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        seconds = time.perf_counter() - start
         arguments = dict(zip(self.arg_names, args)) | {k: v for k, v in kwargs.items() if k in self.arg_names}
         options = {k: v for k, v in kwargs.items() if k not in self.arg_names}
-        seen(Launch(self.fn.__name__, compiled, grid(arguments) if callable(grid) else tuple(grid), arguments, options))
+        seen(Launch(self.fn.__name__, compiled, grid(arguments) if callable(grid) else tuple(grid), arguments, options, seconds))
         return compiled
 
     triton.runtime.driver.set_active(_Driver(arch))
@@ -84,7 +89,8 @@ def resources(launch, arch):
     asm = launch.compiled.asm
     if arch.startswith("gfx"):
         text = asm["amdgcn"]
-        number = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "group_segment_fixed_size")}
+        keys = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "group_segment_fixed_size")
+        number = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in keys}
         found = {"MFMA": len(re.findall(r"\bv_mfma", text))}
         return {"registers": number["vgpr_count"], "spills": number["vgpr_spill_count"] + number["sgpr_spill_count"],
                 "shared": number["group_segment_fixed_size"], "instructions": {k: n for k, n in found.items() if n}}
@@ -96,7 +102,7 @@ def resources(launch, arch):
             return subprocess.run([NVIDIA_TOOLS / name, *options, cubin.name], capture_output=True, text=True, check=True).stdout
 
         usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", tool("cuobjdump", "-res-usage"))
-        sass = tool("nvdisasm", "-c")
+        sass = tool("nvdisasm", "-c") if WORTH_LOOKING.search(asm["ptx"]) else ""
     found = {name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS}
     return {"registers": int(usage[1]), "spills": int(usage[2]) + int(usage[4]), "shared": launch.compiled.metadata.shared,
             "instructions": {k: n for k, n in found.items() if n}}

@@ -1,0 +1,261 @@
+"""Compiles every Triton kernel for every target, and says what the compilers made of it: `make aot`.
+
+    python -m tools.triton_aot [OP …] [--arch sm80,sm90] [--dtype bf16] [--write docs/triton_kernels.md]
+
+The kernels are compiled through their launchers at the sizes of real models (triton_launches.py), with every row of their tables
+of configurations that serves there. Offenders are listed and end it with 1: spilled registers; tl.dot of 16-bit numbers
+without a tensor-core instruction; more shared memory than the device has; a row that no call reaches; whatever does not compile.
+"""
+import argparse
+import multiprocessing
+import re
+import sys
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import terrazzo
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from terrazzo.bench import cost_model
+from terrazzo.triton_kernels import configs, runtime
+
+from .triton_compile import TARGETS, compiling, resources
+from .triton_launches import LAUNCHES
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TENSOR_CORES = {"HMMA", "HGMMA", "UTCHMMA", "MFMA"}
+DOT_OF_16_BITS = re.compile(r"tt\.dot\b.*: tensor<\S*x(bf16|f16)> \* tensor<\S*x(bf16|f16)>")
+DOC = Path(__file__).parents[2] / "docs/triton_kernels.md"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel: what it was compiled for, and what came out."""
+
+    op: str
+    name: str
+    dtype: str
+    arch: str
+    config: str    # see config_of
+    call: str      # the first call that led to it
+    key: str       # Triton's own hash of source, target and options
+    registers: int
+    spills: int
+    shared: int    # bytes
+    instructions: dict
+    dots: bool     # tl.dot of 16-bit operands
+    seconds: float
+
+    def offences(self):
+        """Why it is refused: nothing, usually."""
+        where = f"{self.name} {self.dtype} {self.arch} ({self.config}; {self.op}, {self.call})"
+        found = []
+        if self.spills:
+            found.append(f"{where}: spills {self.spills}")
+        if self.shared > runtime.SHARED_KIB[self.arch] * 1024:
+            found.append(f"{where}: {self.shared / 1024:.0f} KiB of shared memory, {self.arch} has {runtime.SHARED_KIB[self.arch]}")
+        if self.dots and not TENSOR_CORES & set(self.instructions):
+            found.append(f"{where}: tl.dot of 16-bit operands without a tensor-core instruction")
+        return found
+
+
+@dataclass
+class Result:
+    """Of one op, dtype and architecture: kernels, rows of the tables that were used, and what went wrong."""
+
+    kernels: list = field(default_factory=list)
+    rows: set = field(default_factory=set)  # (table, row number)
+    errors: list = field(default_factory=list)
+
+
+def has_triton(op):
+    return "triton" in terrazzo.dispatch.OPS[op].limits
+
+
+def missing():
+    """Ops with a Triton backend and no call to compile them with."""
+    return [op for op in terrazzo.dispatch.OPS if has_triton(op) and not LAUNCHES.get(op)]
+
+
+def config_of(launch):
+    """Block sizes and whatever else the tables choose, warps and stages; not what the call is about, such as HAS_BIAS."""
+    chosen = {name for table in configs.TABLES.values() for row in table.rows for name in row.blocks}
+    blocks = [f"{name}={value}" for name, value in launch.arguments.items() if name in chosen or (name.startswith("BLOCK") and type(value) is int)]
+    stages = [f"{launch.options['num_stages']} stages"] if "num_stages" in launch.options else []
+    return " ".join([*blocks, f"{launch.compiled.metadata.num_warps} warps", *stages])
+
+
+def _run_rows(call, op, dtype, result, every_row):
+    """The call with the rows that its tables pick, then again while it can be served by a row that was not compiled yet."""
+    again, first = True, True
+    while again:
+        again = False
+
+        def choose(table, rows, first=first):
+            nonlocal again
+            serving = [table.rows.index(row) for row in rows]
+            new = [i for i in serving if (table.kernel, i) not in result.rows]
+            chosen = serving[0] if first or not new else new[0]
+            result.rows.add((table.kernel, chosen))
+            again |= every_row and any(i != chosen for i in new)
+            return table.rows[chosen]
+
+        with configs.choosing(choose):
+            call.run(op, dtype)
+        first = False
+
+
+def quick_calls(op):
+    """The calls of an op that launch, between them, each of its kernels."""
+    found, seen = [], set()
+    for call in LAUNCHES[op]:
+        names = []
+        with cost_model.counting(names):
+            call.run(op, torch.bfloat16)
+        if not seen.issuperset(names):
+            found.append(call)
+            seen.update(names)
+    return found
+
+
+def serving_rows(op, dtype, arch):
+    """(table, row number) of every row that serves a call of the op; nothing is compiled."""
+    found = set()
+
+    def choose(table, rows):
+        serving = [table.rows.index(row) for row in rows]
+        found.update((table.kernel, i) for i in serving)
+        return table.rows[serving[0]]
+
+    for call in LAUNCHES[op]:
+        with configs.choosing(choose), cost_model.counting([], arch):
+            call.run(op, DTYPES[dtype])
+    return found
+
+
+def examine(op, dtype, arch, calls=None, every_row=True):
+    """Compiles these calls of one op, all by default -> Result."""
+    result, seen = Result(), {}
+
+    def on_launch(launch):
+        key = launch.compiled.hash
+        if key not in seen:
+            dots = bool(DOT_OF_16_BITS.search(launch.compiled.asm["ttir"]))
+            seen[key] = Kernel(op, launch.kernel, dtype, arch, config_of(launch), call.name, key, dots=dots, seconds=launch.seconds,
+                               **resources(launch, arch))
+
+    for call in LAUNCHES[op] if calls is None else calls:
+        try:
+            with compiling(arch, on_launch):
+                _run_rows(call, op, DTYPES[dtype], result, every_row)
+        except Exception as error:  # the compiler's errors are of many kinds; the next call is compiled all the same
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            line = next(iter(str(error).strip().splitlines()), "")
+            result.errors.append(f"{op} {dtype} {arch}, {call.name}: {type(error).__name__}: {line} ({Path(place.filename).name}:{place.lineno})")
+    result.kernels = list(seen.values())
+    return result
+
+
+def unreached(rows):
+    """Rows of tables that no call was compiled with; `rows` holds what all ops, dtypes and architectures used."""
+    return [f"{kernel}: row {i} ({row}) serves none of the calls in triton_launches.py"
+            for kernel, table in configs.TABLES.items() for i, row in enumerate(table.rows) if (kernel, i) not in rows]
+
+
+def examine_all(ops, dtypes, archs, jobs, console):
+    """Result of everything, in `jobs` processes."""
+    work = [(op, dtype, arch) for op in ops for dtype in dtypes for arch in archs]
+    total = Result()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress, \
+            ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:  # fmt: skip
+        bar = progress.add_task("compiling", total=len(work))
+        futures = {pool.submit(examine, *unit): unit for unit in work}
+        found = {}
+        for future in as_completed(futures):
+            found[futures[future]] = future.result()
+            progress.update(bar, advance=1, description=" ".join(futures[future]))
+    for unit in work:  # in the same order every time
+        total.kernels += found[unit].kernels
+        total.rows |= found[unit].rows
+        total.errors += found[unit].errors
+    return total
+
+
+# ---- the document ------------------------------------------------------------------------------------------
+
+HEAD = """# Triton kernels as compiled
+
+Written by `make aot` (Triton {triton}): every kernel, dtype and configuration, compiled through the launchers at the sizes of Bamba-9B,
+DBRX, Mixtral, BLT-1B and a few others ([tests/tools/triton_launches.py](../tests/tools/triton_launches.py)). No GPU was used: these are
+the compilers' own numbers. A cell is registers of a thread · KiB of shared memory · tensor-core, asynchronous-copy and
+matrix-load instructions; where several calls lead to the same configuration, the largest of each. No kernel spills registers
+(`make aot` fails otherwise). `any`: the kernel takes no floating-point tensor, or only float32 ones.
+"""
+LIMITS = "Shared memory of a block, KiB: {limits}."
+
+
+def _cell(kernels):
+    if not kernels:
+        return "–"
+    registers, shared = max(k.registers for k in kernels), max(k.shared for k in kernels)
+    spills = max(k.spills for k in kernels)
+    names = sorted(set().union(*(k.instructions for k in kernels)))
+    return " · ".join([f"{registers}" + (f" (spills {spills})" if spills else ""), f"{shared / 1024:.0f}", *([" ".join(names)] if names else [])])
+
+
+def document(kernels, archs):
+    """The text of docs/triton_kernels.md."""
+    import triton
+
+    shown = {}  # (kernel, config) -> dtype -> arch -> [Kernel]
+    for k in kernels:
+        shown.setdefault(k.name, {}).setdefault(k.config, {}).setdefault(k.dtype, {}).setdefault(k.arch, []).append(k)
+    lines = [HEAD.format(triton=triton.__version__), LIMITS.format(limits=", ".join(f"{a} {runtime.SHARED_KIB[a]}" for a in archs))]
+    ops = {k.name: dict.fromkeys(other.op for other in kernels if other.name == k.name) for k in kernels}
+    for name in sorted(shown):
+        lines += ["", f"## {name}", f"Of {', '.join(ops[name])}.", ""]
+        lines += [f"| configuration | dtype | {' | '.join(archs)} |", "|---" * (2 + len(archs)) + "|"]
+        for config, by_dtype in shown[name].items():
+            keys = [{k.key for found in by_arch.values() for k in found} for by_arch in by_dtype.values()]
+            if len(keys) > 1 and all(key == keys[0] for key in keys):
+                by_dtype = {"any": next(iter(by_dtype.values()))}
+            same = {}  # cells -> the dtypes that have them
+            for dtype, by_arch in by_dtype.items():
+                same.setdefault(" | ".join(_cell(by_arch.get(arch)) for arch in archs), []).append(dtype)
+            lines += [f"| {config} | {', '.join(dtypes)} | {cells} |" for cells, dtypes in same.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="triton_aot", description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", metavar="OP")
+    parser.add_argument("--arch", default=",".join(TARGETS))
+    parser.add_argument("--dtype", default=",".join(DTYPES))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--write", type=Path, metavar="FILE", help=f"write the table there (make aot: {DOC.name})")
+    args = parser.parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    ops, archs, dtypes = args.ops or [op for op in LAUNCHES if has_triton(op)], args.arch.split(","), args.dtype.split(",")
+    result = examine_all(ops, dtypes, archs, args.jobs, console)
+    whole = not args.ops and archs == list(TARGETS) and dtypes == list(DTYPES)
+    offenders = [line for k in result.kernels for line in k.offences()] + result.errors
+    if whole:
+        offenders += [f"{op} has a triton backend and no call in triton_launches.py" for op in missing()] + unreached(result.rows)
+    if args.write:
+        args.write.write_text(document(result.kernels, archs))
+        console.print(f"wrote {args.write}", highlight=False)
+    slowest = sorted(result.kernels, key=lambda k: -k.seconds)[:5]
+    slowest = ", ".join(f"{k.name} {k.dtype} {k.arch} {k.seconds:.1f} s" for k in slowest)
+    console.print(f"{len(result.kernels)} kernels; slowest to compile: {slowest}", highlight=False)
+    for line in offenders:
+        console.print(line, style="red", highlight=False, soft_wrap=True)
+    console.print(f"{len(offenders)} offenders" if offenders else "no offenders", highlight=False)
+    return 1 if offenders else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,83 @@
+"""What `make aot` gates, on the part of it that is quick: bfloat16, each kernel at a size or two, the rows that the tables pick."""
+from dataclasses import replace
+
+import pytest
+import terrazzo
+import torch
+from terrazzo.cases import Unwritten
+from terrazzo.explain import tensors_at_choice
+from terrazzo.triton_kernels import configs
+
+from tools import triton_aot
+from tools.triton_launches import LAUNCHES
+
+OPS = [op for op in LAUNCHES if triton_aot.has_triton(op)]
+KERNEL = triton_aot.Kernel("op", "kernel", "bf16", "gfx942", "BLOCK_M=16", "a call", "", 100, 0, 64 * 1024, {"MFMA": 4}, True, 1.0)
+
+
+def test_every_triton_op_has_calls():
+    assert not triton_aot.missing(), "ops with a triton backend need calls at model sizes in tests/tools/triton_launches.py"
+    assert set(LAUNCHES) <= set(terrazzo.dispatch.OPS)
+
+
+@pytest.mark.unpoisoned  # gigabytes that nobody touches
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942"])
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_within_the_device(op, arch):
+    found = triton_aot.examine(op, "bf16", arch, triton_aot.quick_calls(op), every_row=False)
+    assert not found.errors and found.kernels
+    assert not [line for kernel in found.kernels for line in kernel.offences()]
+    text = triton_aot.DOC.read_text()
+    for kernel in found.kernels:
+        assert f"## {kernel.name}\n" in text, "docs/triton_kernels.md is old: make aot"
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("op", [op for op in LAUNCHES if op != "PatcherState"])
+def test_calls_pass_the_public_checks(op):
+    for call in LAUNCHES[op]:
+        tensors_at_choice(call.function or op, call.build(Unwritten(), torch.bfloat16))
+
+
+@pytest.mark.unpoisoned
+def test_every_row_of_every_table_serves_a_call():
+    rows = set()
+    for op in OPS:
+        for arch in triton_aot.TARGETS:
+            for dtype in ("bf16", "fp32"):
+                rows |= triton_aot.serving_rows(op, dtype, arch)
+    assert not triton_aot.unreached(rows)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({}, None), ({"spills": 8}, "spills 8"), ({"shared": 64 * 1024 + 1}, "gfx942 has 64"), ({"instructions": {}}, "without a tensor-core"),
+    ({"instructions": {}, "dots": False}, None), ({"instructions": {"LDSM": 3}}, "without a tensor-core")])  # fmt: skip
+def test_gates(change, words):
+    found = replace(KERNEL, **change).offences()
+    assert not found if words is None else len(found) == 1 and words in found[0]
+
+
+def test_finds_dots_of_16_bits():
+    line = "%9 = tt.dot %a, %b, %c, inputPrecision = {} : tensor<64x32x{}> * tensor<32x64x{}> -> tensor<64x64xf32> loc(#loc1)"
+    assert triton_aot.DOT_OF_16_BITS.search(line.format("tf32", "bf16", "bf16"))
+    assert not triton_aot.DOT_OF_16_BITS.search(line.format("ieee", "f32", "f32"))
+
+
+def test_every_row_that_serves_is_compiled_once(monkeypatch):
+    monkeypatch.setattr(configs, "TABLES", {})
+    rows = configs.Row({"BLOCK_M": 1}, up_to={"M": 4}), configs.Row({"BLOCK_M": 2}, arch=("gfx",)), configs.Row({"BLOCK_M": 3})
+    table = configs.Table("kernel", *rows)
+    used, result = [], triton_aot.Result()
+
+    class Call:
+        def __init__(self, M):
+            self.M = M
+
+        def run(self, op, dtype):
+            used.append(table.pick(torch.empty(1), M=self.M)["BLOCK_M"])
+
+    for M in (8, 2, 2):
+        triton_aot._run_rows(Call(M), "op", torch.float32, result, every_row=True)
+    assert used == [3, 1, 1]  # row 1 serves another architecture; the last was compiled by the first call
+    assert triton_aot.unreached(result.rows) == [f"kernel: row 1 ({rows[1]}) serves none of the calls in triton_launches.py"]
+    assert table.pick(torch.empty(1), M=2)["BLOCK_M"] == 1
