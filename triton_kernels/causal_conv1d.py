@@ -29,7 +29,7 @@ FWD = configs.Table(
 # Elements of a tile that a thread holds 3 W times over: fewer for wide filters, or the registers run out.
 BWD = configs.Table(
     "causal_conv1d_bwd",
-    configs.Row({"BLOCK_L": 16, "BLOCK_D": 64, "TILES": 8}, num_warps=4, up_to={"stride_d": 1, "W": 4}),
+    configs.Row({"BLOCK_L": 16, "BLOCK_D": 64, "TILES": 8}, num_warps=8, up_to={"stride_d": 1, "W": 4}),
     configs.Row({"BLOCK_L": 128, "BLOCK_D": 8, "TILES": 4}, num_warps=4, up_to={"W": 4}),
     configs.Row({"BLOCK_L": 4, "BLOCK_D": 64, "TILES": 32}, num_warps=4, up_to={"stride_d": 1}),
     configs.Row({"BLOCK_L": 64, "BLOCK_D": 4, "TILES": 8}, num_warps=4),
@@ -51,30 +51,6 @@ def _reach_before(reach_ptr, before_ptr, row, b, l, L, W: tl.constexpr, PACKED: 
 
 
 @triton.jit
-def _run_input(x, k, reach, before, init_ptr, offs_init, mask_d, stride_s, stride_w, W: tl.constexpr, PACKED: tl.constexpr, HAS_INIT: tl.constexpr):
-    """The inputs k positions before others, as their run sees them: x (BLOCK_L, BLOCK_D) of the run, its initial state, zeros."""
-    if PACKED:
-        x = tl.where((reach >= k)[:, None], x, 0.0)
-    if HAS_INIT:
-        if k > 0:
-            offs = before.to(tl.int64) * stride_s + (W - 1 - k + reach) * stride_w
-            mask = ((before >= 0) & (reach < k))[:, None] & mask_d[None, :]
-            x += tl.load(init_ptr + offs[:, None] + offs_init[None, :], mask=mask, other=0.0).to(x.dtype)
-    return x
-
-
-@triton.jit
-def _silu(pre):
-    return pre * tl.sigmoid(pre)
-
-
-@triton.jit
-def _silu_slope(pre):
-    sigmoid = tl.sigmoid(pre)
-    return sigmoid * (1 + pre * (1 - sigmoid))
-
-
-@triton.jit
 def causal_conv1d_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, init_ptr, reach_ptr, before_ptr, y_ptr, D, L, num_l, num_d,
     stride_x_b, stride_x_d, stride_x_l, stride_weight_d, stride_weight_w, stride_bias_d, stride_init_s, stride_init_d, stride_init_w,
@@ -93,19 +69,26 @@ def causal_conv1d_fwd_kernel(
     reach, before = _reach_before(reach_ptr, before_ptr, batch * L, b, l, L, W, PACKED)
 
     acc = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_d * stride_bias_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     here = x_ptr + batch * stride_x_b + offs_l[:, None] * stride_x_l + offs_d[None, :] * stride_x_d
     for k in tl.static_range(W):
         inside = l < L
         if k > 0:
             inside = inside & (l >= k)
         x = tl.load(here - k * stride_x_l, mask=inside[:, None] & mask_d[None, :], other=0.0)
-        x = _run_input(x, k, reach, before, init_ptr, offs_d * stride_init_d, mask_d, stride_init_s, stride_init_w, W, PACKED, HAS_INIT)
+        # as the position's run sees it: of the run, of its initial state, or zero
+        if PACKED:
+            x = tl.where((reach >= k)[:, None], x, 0.0)
+        if HAS_INIT:
+            if k > 0:
+                offs = before.to(tl.int64) * stride_init_s + (W - 1 - k + reach) * stride_init_w
+                mask = ((before >= 0) & (reach < k))[:, None] & mask_d[None, :]
+                x += tl.load(init_ptr + offs[:, None] + offs_d[None, :] * stride_init_d, mask=mask, other=0.0).to(x.dtype)
         tap = tl.load(weight_ptr + offs_d * stride_weight_d + (W - 1 - k) * stride_weight_w, mask=mask_d, other=0.0).to(tl.float32)
         acc += x.to(tl.float32) * tap[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_d * stride_bias_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     if SILU:
-        acc = _silu(acc)
+        acc = acc / (1 + tl.exp(-acc))
     if PACKED:
         acc = tl.where((reach >= 0)[:, None], acc, 0.0)
     out = y_ptr + batch * stride_y_b + offs_l[:, None] * stride_y_l + offs_d[None, :] * stride_y_d
@@ -149,30 +132,38 @@ def causal_conv1d_bwd_kernel(
             inside = (l >= W - 1 - i) & (l < L - (i - (W - 1)))
             xs = xs + (tl.load(here + (i - (W - 1)) * stride_x_l, mask=inside[:, None] & mask_d[None, :], other=0.0),)
 
-        # g at l + k, from the last to the first: that one makes dweight
+        # g at l + k; that at l makes dweight
         dx = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
         slopes = dy_ptr + batch * stride_dy_b + offs_l[:, None] * stride_dy_l + offs_d[None, :] * stride_dy_d
         for k in tl.static_range(W):
             g = tl.load(slopes + k * stride_dy_l, mask=(l < L - k)[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
             reach, before = _reach_before(reach_ptr, before_ptr, row, b, l + k, L, W, PACKED)
+            inputs = ()  # j positions before l + k, as its run sees them
+            for j in tl.static_range(W if SILU or k == 0 else 0):
+                x = xs[W - 1 + k - j]
+                if PACKED:
+                    x = tl.where((reach >= j)[:, None], x, 0.0)
+                if HAS_INIT:
+                    if j > 0:
+                        offs = before.to(tl.int64) * stride_init_s + (W - 1 - j + reach) * stride_init_w
+                        mask = ((before >= 0) & (reach < j))[:, None] & mask_d[None, :]
+                        x += tl.load(init_ptr + offs[:, None] + offs_d[None, :] * stride_init_d, mask=mask, other=0.0).to(x.dtype)
+                inputs = inputs + (x.to(tl.float32),)
             if SILU:
-                pre = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+                pre = inputs[0] * taps[0][None, :]
+                for j in tl.static_range(1, W):
+                    pre += inputs[j] * taps[j][None, :]
                 if HAS_BIAS:
                     pre += bias[None, :]
-                for j in tl.static_range(W):
-                    x = _run_input(xs[W - 1 + k - j], j, reach, before, init_ptr, offs_d * stride_init_d, mask_d, stride_init_s, stride_init_w,
-                                   W, PACKED, HAS_INIT).to(tl.float32)
-                    pre += x * taps[j][None, :]
-                g *= _silu_slope(pre)
+                sigmoid = 1 / (1 + tl.exp(-pre))
+                g *= sigmoid * (1 + pre * (1 - sigmoid))
             if PACKED:
                 g = tl.where((reach >= k)[:, None], g, 0.0)
             dx += g * taps[k][None, :]
             if k == 0:
                 new = ()
                 for j in tl.static_range(W):
-                    x = _run_input(xs[W - 1 - j], j, reach, before, init_ptr, offs_d * stride_init_d, mask_d, stride_init_s, stride_init_w,
-                                   W, PACKED, HAS_INIT).to(tl.float32)
-                    new = new + (sums[j] + g * x,)
+                    new = new + (sums[j] + g * inputs[j],)
                 if HAS_BIAS:
                     new = new + (sums[W] + g,)
                 sums = new
@@ -302,7 +293,8 @@ def causal_conv1d_bwd_states_kernel(
                     x = x.to(x_ptr.dtype.element_ty)
                 tap = tl.load(weight_ptr + offs_d * stride_weight_d + (W - 1 - k) * stride_weight_w, mask=mask_i, other=0.0)
                 pre += x.to(tl.float32) * tap.to(tl.float32)
-            g *= _silu_slope(pre)
+            sigmoid = 1 / (1 + tl.exp(-pre))
+            g *= sigmoid * (1 + pre * (1 - sigmoid))
         taps = tl.load(weight_ptr + offs_d[:, None] * stride_weight_d + (w - i)[None, :] * stride_weight_w, mask=mask & (w >= i)[None, :], other=0.0)
         dinit += g[:, None] * taps.to(tl.float32)
     tl.store(dinit_ptr + (sequence * D + offs_d[:, None]) * (W - 1) + w[None, :], dinit.to(dinit_ptr.dtype.element_ty), mask=mask)

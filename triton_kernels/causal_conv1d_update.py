@@ -53,7 +53,7 @@ def causal_conv1d_update_kernel(
             tap = tl.load(weight_ptr + offs_d * stride_weight_d + (W - 1 - k) * stride_weight_w, mask=mask_d, other=0.0).to(tl.float32)
             acc += (new + old).to(tl.float32) * tap[:, None]
         if SILU:
-            acc *= tl.sigmoid(acc)
+            acc = acc / (1 + tl.exp(-acc))
         acc = tl.where(mask, acc, 0.0)
         tl.store(y_ptr + (b * D + offs_d)[:, None] * L + l[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask_d[:, None] & (l < L)[None, :])
     tl.debug_barrier()
