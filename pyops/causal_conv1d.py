@@ -6,18 +6,18 @@ from .reference import causal_conv1d as reference
 from .triton_kernels import runtime
 
 ACTIVATIONS = {None: False, "silu": True, "swish": True}
-TRITON_WIDTH = 16  # taps are unrolled: code and registers grow with the width
+WIDTH = 4  # of the kernels: their taps are unrolled and stay in registers, which wider filters outgrow
 
 
 def _cpu_limit(x, weight, *rest):
-    if not 2 <= weight.shape[1] <= 4:
-        return f"the cpu kernels take widths 2 to 4, got {weight.shape[1]}"
+    if not 2 <= weight.shape[1] <= WIDTH:
+        return f"the cpu kernels take widths 2 to {WIDTH}, got {weight.shape[1]}"
     return dispatch.cpu_dtypes(x, weight, *rest)
 
 
 def _triton_limit(x, weight, *rest):
-    if not 2 <= weight.shape[1] <= TRITON_WIDTH:
-        return f"the triton kernels take widths 2 to {TRITON_WIDTH}, got {weight.shape[1]}"
+    if not 2 <= weight.shape[1] <= WIDTH:
+        return f"the triton kernels take widths 2 to {WIDTH}, got {weight.shape[1]}"
     return runtime.dtypes(x, weight, *rest)
 
 
@@ -63,7 +63,7 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
 
     Args:
         x: (B, D, L) float32, bfloat16, float16 or float64; either D or L with unit stride (else it is copied).
-        weight: (D, W), any of these dtypes. The cpu kernels take W 2 to 4, triton's 2 to 16, the reference any W >= 2.
+        weight: (D, W), any of these dtypes. The kernels take W 2 to 4, the reference any W >= 2.
         bias: (D,) or None.
         seq_idx: (B, L) int32 or None: packed sequences. Nothing crosses a change of its value; positions with a
             negative value are padding: their output is zero.

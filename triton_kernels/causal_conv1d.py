@@ -21,18 +21,14 @@ from .causal_conv1d_update import causal_conv1d_update_triton, causal_conv1d_var
 
 FWD = configs.Table(
     "causal_conv1d_fwd",
-    configs.Row({"BLOCK_L": 32, "BLOCK_D": 64}, num_warps=4, up_to={"stride_d": 1, "W": 8}),
-    configs.Row({"BLOCK_L": 256, "BLOCK_D": 8}, num_warps=4, up_to={"W": 8}),
-    configs.Row({"BLOCK_L": 8, "BLOCK_D": 64}, num_warps=4, up_to={"stride_d": 1}),
-    configs.Row({"BLOCK_L": 128, "BLOCK_D": 4}, num_warps=4),
+    configs.Row({"BLOCK_L": 32, "BLOCK_D": 64}, num_warps=4, up_to={"stride_d": 1}),
+    configs.Row({"BLOCK_L": 256, "BLOCK_D": 8}, num_warps=4),
 )
-# Elements of a tile that a thread holds 3 W times over: fewer for wide filters, or the registers run out.
+# Four elements for a thread: it holds each 2 W times over, inputs and sums.
 BWD = configs.Table(
     "causal_conv1d_bwd",
-    configs.Row({"BLOCK_L": 16, "BLOCK_D": 64, "TILES": 8}, num_warps=8, up_to={"stride_d": 1, "W": 4}),
-    configs.Row({"BLOCK_L": 128, "BLOCK_D": 8, "TILES": 4}, num_warps=4, up_to={"W": 4}),
-    configs.Row({"BLOCK_L": 4, "BLOCK_D": 64, "TILES": 32}, num_warps=4, up_to={"stride_d": 1}),
-    configs.Row({"BLOCK_L": 64, "BLOCK_D": 4, "TILES": 8}, num_warps=4),
+    configs.Row({"BLOCK_L": 16, "BLOCK_D": 64, "TILES": 8}, num_warps=8, up_to={"stride_d": 1}),
+    configs.Row({"BLOCK_L": 128, "BLOCK_D": 8, "TILES": 4}, num_warps=8),
 )
 BLOCK_STATES = 64  # channels of a program of the kernels for states and sums
 
@@ -332,7 +328,7 @@ def causal_conv1d_fwd_triton(x, weight, bias, seq_idx, cu_seqlens, initial_state
             HAS_BIAS=bias is not None, SILU=silu, BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, **flags, **options,
         )
 
-    FWD.launch(x, run, stride_d=x.stride(1), W=W)
+    FWD.launch(x, run, stride_d=x.stride(1))
     if return_final_states:
         num_d = triton.cdiv(D, BLOCK_STATES)
         causal_conv1d_fwd_states_kernel[(S * num_d,)](
@@ -367,7 +363,7 @@ def causal_conv1d_bwd_triton(dy, x, weight, bias, seq_idx, cu_seqlens, initial_s
             partial, dweight, dbias, partial.shape[0], D, W=W, HAS_BIAS=bias is not None, BLOCK_M=16, BLOCK_D=BLOCK_STATES,
         )
 
-    BWD.launch(x, run, stride_d=x.stride(1), W=W)
+    BWD.launch(x, run, stride_d=x.stride(1))
     if initial_states is not None:
         num_d = triton.cdiv(D, BLOCK_STATES)
         causal_conv1d_bwd_states_kernel[(initial_states.shape[0] * num_d,)](
