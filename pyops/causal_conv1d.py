@@ -3,14 +3,22 @@ import torch
 
 from . import checks, dispatch, kernels
 from .reference import causal_conv1d as reference
+from .triton_kernels import runtime
 
 ACTIVATIONS = {None: False, "silu": True, "swish": True}
+WIDTH = 4  # of the kernels: their taps are unrolled and stay in registers, which wider filters outgrow
 
 
 def _cpu_limit(x, weight, *rest):
-    if not 2 <= weight.shape[1] <= 4:
-        return f"the cpu kernels take widths 2 to 4, got {weight.shape[1]}"
+    if not 2 <= weight.shape[1] <= WIDTH:
+        return f"the cpu kernels take widths 2 to {WIDTH}, got {weight.shape[1]}"
     return dispatch.cpu_dtypes(x, weight, *rest)
+
+
+def _triton_limit(x, weight, *rest):
+    if not 2 <= weight.shape[1] <= WIDTH:
+        return f"the triton kernels take widths 2 to {WIDTH}, got {weight.shape[1]}"
+    return runtime.dtypes(x, weight, *rest)
 
 
 def _cpu_update_limit(x, weight, bias, conv_state):
@@ -21,9 +29,19 @@ def _cpu_update_limit(x, weight, bias, conv_state):
     return _cpu_limit(x, weight, conv_state)
 
 
-dispatch.register("causal_conv1d_fn", "causal_conv1d", ("causal_conv1d_fwd", "causal_conv1d_bwd"), cpu=_cpu_limit)
-_UPDATE = dispatch.register("causal_conv1d_update", "causal_conv1d", ("causal_conv1d_update",), cpu=_cpu_update_limit)
-dispatch.register("causal_conv1d_varlen_states", "causal_conv1d", (), cpu=dispatch.cpu_dtypes)  # a copy: no kernel of its own
+def _triton_update_limit(x, weight, bias, conv_state):
+    if dispatch.needs_grad(x, weight, bias, conv_state):
+        return "the decoding step has no gradient on the triton backend; call it under torch.no_grad()"
+    return _triton_limit(x, weight, bias, conv_state)
+
+
+dispatch.register("causal_conv1d_fn", "causal_conv1d", ("causal_conv1d_fwd", "causal_conv1d_bwd"), cpu=_cpu_limit, triton=_triton_limit)
+_UPDATE = dispatch.register(
+    "causal_conv1d_update", "causal_conv1d", ("causal_conv1d_update",), cpu=_cpu_update_limit, triton=_triton_update_limit
+)
+dispatch.register(  # a copy: the cpu has no kernel for it
+    "causal_conv1d_varlen_states", "causal_conv1d", (), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes
+)
 
 
 def _silu(fn, activation):
@@ -45,7 +63,7 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
 
     Args:
         x: (B, D, L) float32, bfloat16, float16 or float64; either D or L with unit stride (else it is copied).
-        weight: (D, W), any of these dtypes. The native kernels take W 2 to 4, the reference any W >= 2.
+        weight: (D, W), any of these dtypes. The kernels take W 2 to 4, the reference any W >= 2.
         bias: (D,) or None.
         seq_idx: (B, L) int32 or None: packed sequences. Nothing crosses a change of its value; positions with a
             negative value are padding: their output is zero.
@@ -189,7 +207,7 @@ def _update_fast(x, conv_state, weight, bias, activation, cache_seqlens, conv_st
     None when it cannot serve the call or refuses it; the full checks then say why.
     """
     try:
-        if not dispatch.cpu_may_serve(_UPDATE, backend) or dispatch.needs_grad(x, weight, bias, conv_state):
+        if not x.is_cpu or not dispatch.cpu_may_serve(_UPDATE, backend) or dispatch.needs_grad(x, weight, bias, conv_state):
             return None
         silu = ACTIVATIONS[activation]
         kernel = torch.ops.terrazzo.causal_conv1d_update.default

@@ -177,7 +177,7 @@ def counters():
         counts = {name.removesuffix("_fwd"): n for name, n in counts.items() if n}
         for entry in OPS.values():
             for suffix, kernel in zip(("", "_bwd"), entry.kernels):
-                n = counts.get(kernel.removesuffix("_fwd"))
+                n = counts.get(kernel.removesuffix("_fwd")) or counts.get(entry.name + suffix)  # a kernel of the op's own name counts too
                 if n:
                     result.setdefault(entry.name + suffix, {})[backend] = n
     return result

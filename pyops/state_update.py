@@ -3,6 +3,7 @@ import torch
 
 from . import checks, dispatch, kernels
 from .reference import state_update as reference
+from .triton_kernels import runtime
 
 OP = "selective_state_update"
 
@@ -17,7 +18,13 @@ def _cpu_limit(x, state, *rest):
     return dispatch.cpu_dtypes(x, state, *rest)
 
 
-_ENTRY = dispatch.register(OP, "state_update", ("state_update",), cpu=_cpu_limit)
+def _triton_limit(x, state, *rest):
+    if dispatch.needs_grad(x, state, *rest):
+        return "the decoding step has no gradient on the triton backend; call it under torch.no_grad()"
+    return runtime.dtypes(x, state, *rest)
+
+
+_ENTRY = dispatch.register(OP, "state_update", ("state_update",), cpu=_cpu_limit, triton=_triton_limit)
 
 
 def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False,
@@ -97,7 +104,9 @@ def _fast(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
     None when it cannot serve the call or refuses it; the full checks then say why.
     """
     try:
-        if not dispatch.cpu_may_serve(_ENTRY, backend) or state.dim() != 4 or dispatch.needs_grad(state, x, dt, A, B, C, D, z, dt_bias):
+        if not x.is_cpu or not dispatch.cpu_may_serve(_ENTRY, backend) or state.dim() != 4:
+            return None
+        if dispatch.needs_grad(state, x, dt, A, B, C, D, z, dt_bias):
             return None
         return torch.ops.terrazzo.selective_state_update.default(
             state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
