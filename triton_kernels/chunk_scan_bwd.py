@@ -1,0 +1,2 @@
+def chunk_scan_bwd_triton(*args):
+    raise NotImplementedError
