@@ -14,12 +14,61 @@ SCHEMAS = {
         "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu, Tensor? cache_seqlens, Tensor? conv_state_indices) -> Tensor",
         "causal_conv1d_varlen_states(Tensor x, Tensor cu_seqlens, int state_len) -> Tensor",
     ),
+    "chunk_scan": (
+        "chunk_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max, bool return_final_states) -> (Tensor, Tensor)",
+        "chunk_scan_bwd(Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ),
     "state_update": (
         "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices) -> Tensor",
     ),
     "rmsnorm_gated": (
         "rmsnorm_gated_fwd(Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> Tensor",
         "rmsnorm_gated_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> (Tensor, Tensor, Tensor)",
+    ),
+    "grouped_gemm": (
+        "grouped_gemm_fwd(Tensor a, Tensor b, Tensor offs, Tensor? bias) -> Tensor",
+        "grouped_wgrad_fwd(Tensor a, Tensor b, Tensor offs) -> Tensor",
+        "grouped_wgrad_bwd(Tensor dy, Tensor a, Tensor b, Tensor offs) -> (Tensor, Tensor)",
+        "grouped_gemm_bwd(Tensor dy, Tensor a, Tensor b, Tensor offs, bool need_a, bool need_b, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    ),
+    "linear": (
+        "linear_fwd(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor",
+        "linear_bwd(Tensor dy, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    ),
+    "moe": (
+        "moe_route_fwd(Tensor logits, Tensor? bias, int top_k, float norm_order, bool softmax_first, bool sigmoid, int n_group, int topk_group, float scale) -> (Tensor, Tensor)",
+        "moe_route_bwd(Tensor dweights, Tensor logits, Tensor indices, float norm_order, bool softmax_first, bool sigmoid, float scale) -> Tensor",
+        "moe_permute(Tensor indices, int num_experts) -> (Tensor, Tensor, Tensor)",
+        "moe_unpermute_fwd(Tensor rows, Tensor inverse, Tensor weights) -> Tensor",
+        "moe_unpermute_bwd(Tensor dy, Tensor rows, Tensor inverse, Tensor weights) -> (Tensor, Tensor)",
+    ),
+    "fused_experts": (
+        "fused_experts_fwd(Tensor x, Tensor w1, Tensor? w_up, Tensor w2, Tensor topk_weights, Tensor topk_indices, Tensor? bias1, Tensor? bias_up, Tensor? bias2, int activation, bool interleaved, float alpha, float limit, bool save) -> (Tensor, Tensor)",
+        "fused_experts_bwd(Tensor dy, Tensor x, Tensor w1, Tensor? w_up, Tensor w2, Tensor topk_weights, Tensor topk_indices, Tensor? bias1, Tensor? bias_up, Tensor? bias2, int activation, bool interleaved, float alpha, float limit, Tensor saved, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ),
+    "patch_reduce": (
+        "patch_reduce_fwd(Tensor h, Tensor patch_ids, int num_patches, int reduce) -> Tensor",
+        "patch_reduce_bwd(Tensor dy, Tensor h, Tensor y, Tensor patch_ids, int reduce) -> Tensor",
+    ),
+    "patch_cross_attention": (
+        "patch_cross_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor patch_ids, int num_patches, bool bytes_ask, int k_per_patch, float scale, int window, Tensor? key_mask, Tensor? cu_seqlens) -> Tensor",
+        "patch_cross_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor patch_ids, int num_patches, bool bytes_ask, int k_per_patch, float scale, int window, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    ),
+    "local_attention": (
+        "local_attention_fwd(Tensor q, Tensor k, Tensor v, int window, bool causal, float scale, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+        "local_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, int window, bool causal, float scale, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    ),
+    "entropy_patch": (
+        "entropy_patch_fwd(Tensor logits, float threshold, int rule, float threshold_add, float patch_size, int max_length, Tensor? cu_seqlens, Tensor? valid_lengths, bool next) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "entropy_patch_bwd(Tensor dentropies, Tensor logits, Tensor? valid_lengths) -> Tensor",
+        "patch_cut(Tensor source, float threshold, int rule, float threshold_add, float patch_size, int max_length, int offset, Tensor? cu_seqlens, Tensor? valid_lengths, bool next) -> (Tensor, Tensor, Tensor, Tensor)",
+        "patcher_update(Tensor entropies, Tensor(a!) state, Tensor(b!) before, float threshold, int rule, float threshold_add, int max_length) -> (Tensor, Tensor)",
+        "patch_ids(Tensor lengths, int length) -> Tensor",
+    ),
+    "byte_hash_embedding": (
+        "byte_hash_ids(Tensor tokens, int[] group_sizes, int num_functions, int vocab, Tensor? cu_seqlens) -> Tensor",
+        "byte_hash_embedding_fwd(Tensor tokens, Tensor table, Tensor byte_embedding, int[] group_sizes, int num_functions, int vocab, Tensor? cu_seqlens, bool sparse_grad) -> Tensor",
+        "byte_hash_embedding_bwd(Tensor dy, Tensor tokens, Tensor table_like, int table_rows, Tensor byte_like, int byte_rows, int[] group_sizes, int num_functions, int vocab, Tensor? cu_seqlens, bool sparse_grad, bool need_table, bool need_bytes) -> (Tensor, Tensor, Tensor)",
     ),
 }
 NAMESPACE = "terrazzo_triton"
