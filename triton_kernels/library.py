@@ -8,6 +8,12 @@ from . import runtime
 
 # family (the file of the launchers): schemas
 SCHEMAS = {
+    "grouped_gemm": (
+        "grouped_gemm_fwd(Tensor a, Tensor b, Tensor offs, Tensor? bias) -> Tensor",
+        "grouped_wgrad_fwd(Tensor a, Tensor b, Tensor offs) -> Tensor",
+        "grouped_wgrad_bwd(Tensor dy, Tensor a, Tensor b, Tensor offs) -> (Tensor, Tensor)",
+        "grouped_gemm_bwd(Tensor dy, Tensor a, Tensor b, Tensor offs, bool need_a, bool need_b, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    ),
     "rmsnorm_gated": (
         "rmsnorm_gated_fwd(Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> Tensor",
         "rmsnorm_gated_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> (Tensor, Tensor, Tensor)",
