@@ -8,6 +8,17 @@ from . import runtime
 
 # family (the file of the launchers): schemas
 SCHEMAS = {
+    "fused_experts": (
+        "fused_experts_fwd(Tensor x, Tensor w1, Tensor? w_up, Tensor w2, Tensor topk_weights, Tensor topk_indices, Tensor? bias1, Tensor? bias_up, Tensor? bias2, int activation, bool interleaved, float alpha, float limit, bool save) -> (Tensor, Tensor)",
+        "fused_experts_bwd(Tensor dy, Tensor x, Tensor w1, Tensor? w_up, Tensor w2, Tensor topk_weights, Tensor topk_indices, Tensor? bias1, Tensor? bias_up, Tensor? bias2, int activation, bool interleaved, float alpha, float limit, Tensor saved, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ),
+    "moe": (
+        "moe_route_fwd(Tensor logits, Tensor? bias, int top_k, float norm_order, bool softmax_first, bool sigmoid, int n_group, int topk_group, float scale) -> (Tensor, Tensor)",
+        "moe_route_bwd(Tensor dweights, Tensor logits, Tensor indices, float norm_order, bool softmax_first, bool sigmoid, float scale) -> Tensor",
+        "moe_permute(Tensor indices, int num_experts) -> (Tensor, Tensor, Tensor)",
+        "moe_unpermute_fwd(Tensor rows, Tensor inverse, Tensor weights) -> Tensor",
+        "moe_unpermute_bwd(Tensor dy, Tensor rows, Tensor inverse, Tensor weights) -> (Tensor, Tensor)",
+    ),
     "grouped_gemm": (
         "grouped_gemm_fwd(Tensor a, Tensor b, Tensor offs, Tensor? bias) -> Tensor",
         "grouped_wgrad_fwd(Tensor a, Tensor b, Tensor offs) -> Tensor",
