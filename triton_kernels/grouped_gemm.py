@@ -243,11 +243,12 @@ def product(a, b, offs, bias, c, *, a2=None, b2=None, order=None, A=1, rest=True
     return c
 
 
-def weight_gradient(a, b, offs, c, *, order=None, A=1, gather=""):
-    """c[e] = a[rows of e]^T b[rows of e]; c (E, K, N) in any strides. gather names the operands, of "a" and "b", whose rows are
-    rows order // A. The gradient is computed in the order in which c lies."""
+def weight_gradient(a, b, offs, out, *, order=None, A=1, gather=""):
+    """out[e] = a[rows of e]^T b[rows of e]; out (E, K, N) in any strides. gather names the operand, "a" or "b", whose rows are
+    rows order // A. The gradient is computed in the order in which it lies."""
+    c = out
     if c.stride(2) != 1 and c.stride(1) == 1:
-        a, b, c, gather = b, a, c.mT, {"a": "b", "b": "a"}.get(gather, gather)
+        a, b, c, gather = b, a, c.mT, {"a": "b", "b": "a"}.get(gather, "")
     E, K, N = c.shape
     T = order.shape[0] if order is not None else a.shape[0]
 
@@ -259,7 +260,7 @@ def weight_gradient(a, b, offs, c, *, order=None, A=1, gather=""):
         )
 
     WGRAD.launch(widest(a, b), run)
-    return c
+    return out
 
 
 def column_sums(x, offs, E, *, order=None, A=1, weights=None):
