@@ -196,19 +196,11 @@ def _check_topk(x, topk_weights, topk_indices):
     checks.check_not_negative(OP, "topk_indices", topk_indices)
 
 
-def _forward_shapes(x, w1, w_up, w2, indices, save, dtype):
+@kernels.register_fake("fused_experts_fwd")
+def _(x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit, save):
     columns = w1.shape[1] + (w2.shape[2] if w_up is not None else 0)
-    return x.new_empty(x.shape), x.new_empty((indices.numel() if save else 0, columns), dtype=dtype)
-
-
-@kernels.register_fake("fused_experts_fwd", ("cpu",))
-def _(x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit, save):
-    return _forward_shapes(x, w1, w_up, w2, indices, save, torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-@kernels.register_fake("fused_experts_fwd", ("triton",))  # keeps the products in x's dtype
-def _(x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit, save):
-    return _forward_shapes(x, w1, w_up, w2, indices, save, x.dtype)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape), x.new_empty((indices.numel() if save else 0, columns), dtype=acc)
 
 
 def _stored_transposed(weight):

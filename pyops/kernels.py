@@ -21,13 +21,12 @@ def _backends(name):
     return found + ["triton"] if name in library.NAMES else found
 
 
-def register_fake(name, backends=("cpu", "triton")):
-    """Registers the shape function of an op, in every one of `backends` that has it."""
+def register_fake(name):
+    """Registers the shape function of an op, in every backend that has it."""
 
     def register(fake):
         for backend in _backends(name):
-            if backend in backends:
-                torch.library.register_fake(f"{ops(backend).name}::{name}", fake)
+            torch.library.register_fake(f"{ops(backend).name}::{name}", fake)
         return fake
 
     return register

@@ -5,7 +5,7 @@ choice) are sorted by expert on the device; a pair's place among them is its slo
 never touched. The host learns nothing of the routing.
 
   forward   1. h[slot] = gate(x[token] w1^T): rows of x are gathered as they are loaded, the gate works on the accumulators;
-               both products are kept for the backward where asked for, in x's dtype and in w1's order of columns
+               both products are kept for the backward where asked for, in float32 and in w1's order of columns
             2. rows[slot] = h w2^T + bias2      3. y[t] = weighted sum of the token's rows, in the order of its choices
   backward  1. dh[slot] = dy[token] w2 stays in the accumulators: h is computed again, its dot product with dh is the weight's
                gradient (a partial sum for each tile, added up in order), and dproducts = weight dh through the gate
@@ -28,8 +28,8 @@ GATE = configs.Table(
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=4, up_to={"rows": 16}, arch=("sm",)),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=2, up_to={"rows": 16}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3, up_to={"rows": 64}),
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm90", "sm100", "sm103")),
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm80",)),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm90",), up_to={"save": 0}),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm80", "sm90", "sm100", "sm103")),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=2),
 )
 GATE_BWD = configs.Table(
@@ -85,16 +85,16 @@ def fused_experts_fwd_gate_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """h (S, F) = gate(x[token] w_g^T + bias_g, x[token] w_u^T + bias_u); interleaved: w_g holds both, u behind each g."""
-    begin, end, tiles_up_to = count_tiles(offs_ptr, E, S, True, False, BLOCK_M, BLOCK_E)
+    tiles_up_to = count_tiles(offs_ptr, E, S, True, False, BLOCK_M, BLOCK_E)
     tiles_n = tl.cdiv(F, BLOCK_N)
     for tile in range(tl.program_id(0), tl.max(tiles_up_to, 0) * tiles_n, tl.num_programs(0)):
-        e, row, end_row, tile_n = find_tile(tile, begin, end, tiles_up_to, tiles_n, BLOCK_M, BLOCK_E, GROUP_M)
+        e, row, end, tile_n = find_tile(tile, tiles_up_to, tiles_n, offs_ptr, E, S, True, BLOCK_M, GROUP_M)
         offs_m, offs_n = row + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_m, mask_n = offs_m < end_row, offs_n < F
+        mask_m, mask_n = offs_m < end, offs_n < F
         mask = mask_m[:, None] & mask_n[None, :]
         token = tl.load(order_ptr + offs_m, mask=mask_m, other=0) // A
         expert = e.to(tl.int64)
-        saved_row = saved_ptr + offs_m[:, None].to(tl.int64) * columns
+        saved_tile = saved_ptr + row.to(tl.int64) * columns + tl.arange(0, BLOCK_M)[:, None] * columns
         # both products (BLOCK_M, BLOCK_N)
         if INTERLEAVED:
             offs_both = tile_n * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N)
@@ -105,7 +105,7 @@ def fused_experts_fwd_gate_kernel(
             if HAS_BIAS_G:
                 both = add_bias(both, bias_g_ptr, expert, offs_both, mask_both, stride_bias_g_e, stride_bias_g_n)
             if SAVE:
-                tl.store(saved_row + offs_both[None, :], both.to(saved_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_both[None, :])
+                tl.store(saved_tile + offs_both[None, :], both, mask=mask_m[:, None] & mask_both[None, :])
             g, u = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_N, 2)))
         else:
             g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -121,15 +121,16 @@ def fused_experts_fwd_gate_kernel(
             if HAS_BIAS_G:
                 g = add_bias(g, bias_g_ptr, expert, offs_n, mask_n, stride_bias_g_e, stride_bias_g_n)
             if SAVE:
-                tl.store(saved_row + offs_n[None, :], g.to(saved_ptr.dtype.element_ty), mask=mask)
+                tl.store(saved_tile + offs_n[None, :], g, mask=mask)
                 if GATED:
-                    tl.store(saved_row + F + offs_n[None, :], u.to(saved_ptr.dtype.element_ty), mask=mask)
+                    tl.store(saved_tile + F + offs_n[None, :], u, mask=mask)
         # the gate
         if GATED:
             h, _, _ = gate_curve(g, u, alpha, limit, ACTIVATION)
         else:
             h, _ = activation_curve(g, ACTIVATION)
-        tl.store(h_ptr + offs_m[:, None].to(tl.int64) * F + offs_n[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
+        h_tile = h_ptr + row.to(tl.int64) * F + tl.arange(0, BLOCK_M)[:, None] * F
+        tl.store(h_tile + offs_n[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -141,12 +142,12 @@ def fused_experts_bwd_gate_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """h (S, F) times the weight, dproducts (S, columns), and partial (S, tiles of F): each tile's part of <dh, h>."""
-    begin, end, tiles_up_to = count_tiles(offs_ptr, E, S, True, False, BLOCK_M, BLOCK_E)
+    tiles_up_to = count_tiles(offs_ptr, E, S, True, False, BLOCK_M, BLOCK_E)
     tiles_n = tl.cdiv(F, BLOCK_N)
     for tile in range(tl.program_id(0), tl.max(tiles_up_to, 0) * tiles_n, tl.num_programs(0)):
-        e, row, end_row, tile_n = find_tile(tile, begin, end, tiles_up_to, tiles_n, BLOCK_M, BLOCK_E, GROUP_M)
+        e, row, end, tile_n = find_tile(tile, tiles_up_to, tiles_n, offs_ptr, E, S, True, BLOCK_M, GROUP_M)
         offs_m, offs_n = row + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_m, mask_n = offs_m < end_row, offs_n < F
+        mask_m, mask_n = offs_m < end, offs_n < F
         mask = mask_m[:, None] & mask_n[None, :]
         pair = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
         token = pair // A
@@ -154,31 +155,33 @@ def fused_experts_bwd_gate_kernel(
         dh = accumulate(dh, dy_ptr, w2_ptr + e.to(tl.int64) * stride_w2_e, token, mask_m, offs_n, mask_n, D,
                         stride_dy_t, stride_dy_d, stride_w2_d, stride_w2_f, DOT, PRECISION, BLOCK_K)
         # the gate once more, and through it
-        products = offs_m[:, None].to(tl.int64) * columns + offs_n[None, :]
+        first = row.to(tl.int64) * columns  # inside a tile 32 bits are enough, and half the registers
+        products = tl.arange(0, BLOCK_M)[:, None] * columns + offs_n[None, :]
         offs_both = tile_n * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N)
-        both = offs_m[:, None].to(tl.int64) * columns + offs_both[None, :]
+        both = tl.arange(0, BLOCK_M)[:, None] * columns + offs_both[None, :]
         mask_both = mask_m[:, None] & (offs_both < 2 * F)[None, :]
         if INTERLEAVED:
-            g, u = tl.split(tl.reshape(tl.load(saved_ptr + both, mask=mask_both, other=0.0).to(tl.float32), (BLOCK_M, BLOCK_N, 2)))
+            g, u = tl.split(tl.reshape(tl.load(saved_ptr + first + both, mask=mask_both, other=0.0), (BLOCK_M, BLOCK_N, 2)))
         else:
-            g = tl.load(saved_ptr + products, mask=mask, other=0.0).to(tl.float32)
+            g = tl.load(saved_ptr + first + products, mask=mask, other=0.0)
             if GATED:
-                u = tl.load(saved_ptr + products + F, mask=mask, other=0.0).to(tl.float32)
+                u = tl.load(saved_ptr + first + F + products, mask=mask, other=0.0)
         if GATED:
             h, by_g, by_u = gate_curve(g, u, alpha, limit, ACTIVATION)
         else:
             h, by_g = activation_curve(g, ACTIVATION)
         tl.store(partial_ptr + offs_m.to(tl.int64) * tiles_n + tile_n, tl.sum(tl.where(mask, dh * h, 0.0), 1), mask=mask_m)
         weight = tl.load(weights_ptr + token.to(tl.int64) * stride_weights_t + (pair % A) * stride_weights_a, mask=mask_m, other=0.0).to(tl.float32)
-        tl.store(h_ptr + offs_m[:, None].to(tl.int64) * F + offs_n[None, :], (h * weight[:, None]).to(h_ptr.dtype.element_ty), mask=mask)
+        h_tile = h_ptr + row.to(tl.int64) * F + tl.arange(0, BLOCK_M)[:, None] * F
+        tl.store(h_tile + offs_n[None, :], (h * weight[:, None]).to(h_ptr.dtype.element_ty), mask=mask)
         dh *= weight[:, None]
         dtype = dproducts_ptr.dtype.element_ty
         if INTERLEAVED:
-            tl.store(dproducts_ptr + both, tl.interleave(dh * by_g, dh * by_u).to(dtype), mask=mask_both)
+            tl.store(dproducts_ptr + first + both, tl.interleave(dh * by_g, dh * by_u).to(dtype), mask=mask_both)
         else:
-            tl.store(dproducts_ptr + products, (dh * by_g).to(dtype), mask=mask)
+            tl.store(dproducts_ptr + first + products, (dh * by_g).to(dtype), mask=mask)
             if GATED:
-                tl.store(dproducts_ptr + products + F, (dh * by_u).to(dtype), mask=mask)
+                tl.store(dproducts_ptr + first + F + products, (dh * by_u).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -216,7 +219,7 @@ def halves(tensor, F, interleaved):
 def fused_experts_fwd_triton(x, w1, w_up, w2, weights, indices, bias1, bias_up, bias2, activation, interleaved, alpha, limit, save):
     (T, D), (E, _, F), A = x.shape, w2.shape, indices.shape[1]
     S, columns = T * A, w1.shape[1] + (F if w_up is not None else 0)
-    y, saved = x.new_empty(T, D), x.new_empty(S if save else 0, columns)
+    y, saved = x.new_empty(T, D), x.new_empty((S if save else 0, columns), dtype=torch.float32)
     if T == 0:
         return y, saved
     order, inverse, offs = moe.moe_permute_triton(indices, E)
@@ -233,7 +236,7 @@ def fused_experts_fwd_triton(x, w1, w_up, w2, weights, indices, bias1, bias_up, 
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **options,
         )
 
-    GATE.launch(widest(x, w1), run, rows=triton.cdiv(S, E))
+    GATE.launch(widest(x, w1), run, rows=triton.cdiv(S, E), save=int(save))
     rows = product(h, w2.mT, offs, bias2, x.new_empty(S, D), rest=False)
     return moe.weighted_sum(rows, inverse, weights, offs, y), saved
 

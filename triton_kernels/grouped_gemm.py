@@ -26,7 +26,8 @@ FWD = configs.Table(
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}, num_warps=4, num_stages=4, up_to={"rows": 16}, arch=("sm",)),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}, num_warps=4, num_stages=2, up_to={"rows": 16}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=4, num_stages=3, up_to={"rows": 64}),
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm90", "sm100", "sm103")),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm90",)),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=4, arch=("sm100", "sm103")),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm80",)),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=2),
 )
@@ -55,25 +56,23 @@ def group_bounds(offs_ptr, e, E, T, HAS_OFFS: tl.constexpr):
 
 @triton.jit
 def count_tiles(offs_ptr, E, T, HAS_OFFS: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """First row, end, and the tile rows of all groups up to this one, (BLOCK_E,) each; the rest is a group where REST."""
+    """Tile rows of all groups up to each one, (BLOCK_E,); the rest counts as a group where REST."""
     e = tl.arange(0, BLOCK_E)
     begin, end = group_bounds(offs_ptr, e, E, T, HAS_OFFS)
-    tiles = tl.where(e < E + REST, (end - begin + BLOCK_M - 1) // BLOCK_M, 0)
-    return begin, end, tl.cumsum(tiles, 0)
+    return tl.cumsum(tl.where(e < E + REST, (end - begin + BLOCK_M - 1) // BLOCK_M, 0), 0)
 
 
 @triton.jit
-def find_tile(tile, begin, end, tiles_up_to, tiles_n, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr):
+def find_tile(tile, tiles_up_to, tiles_n, offs_ptr, E, T, HAS_OFFS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
     """The group of a tile, the tile's first row, the group's end, and the tile's column of tiles."""
-    groups = tl.arange(0, BLOCK_E)
-    e = tl.sum((tiles_up_to * tiles_n <= tile).to(tl.int32), 0)
-    first_row = tl.sum(tl.where(groups == e, begin, 0), 0)
-    end_row = tl.sum(tl.where(groups == e, end, 0), 0)
-    inside = tile - tl.sum(tl.where(groups == e - 1, tiles_up_to, 0), 0) * tiles_n
+    done = tiles_up_to * tiles_n <= tile
+    e = tl.sum(done.to(tl.int32), 0)
+    begin, end = group_bounds(offs_ptr, e, E, T, HAS_OFFS)
+    inside = tile - tl.max(tl.where(done, tiles_up_to, 0), 0) * tiles_n
     band = inside // (GROUP_M * tiles_n) * GROUP_M
-    band_rows = tl.minimum((end_row - first_row + BLOCK_M - 1) // BLOCK_M - band, GROUP_M)
+    band_rows = tl.minimum((end - begin + BLOCK_M - 1) // BLOCK_M - band, GROUP_M)
     inside -= band * tiles_n
-    return e, first_row + (band + inside % band_rows) * BLOCK_M, end_row, inside // band_rows
+    return e, begin + (band + inside % band_rows) * BLOCK_M, end, inside // band_rows
 
 
 @triton.jit
@@ -101,30 +100,27 @@ def accumulate(
 
 @triton.jit
 def grouped_gemm_fwd_kernel(
-    a_ptr, b_ptr, a2_ptr, b2_ptr, bias_ptr, c_ptr, offs_ptr, order_ptr, T, E, K, N, A,
+    a_ptr, b_ptr, a2_ptr, b2_ptr, bias_ptr, c_ptr, offs_ptr, T, E, K, N,
     stride_a_m, stride_a_k, stride_b_e, stride_b_k, stride_b_n, stride_b2_e, stride_b2_k, stride_b2_n, stride_bias_e, stride_bias_n, stride_c_m,
-    HAS_OFFS: tl.constexpr, REST: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr, GATHER: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_OFFS: tl.constexpr, REST: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """c = activation(a b + a2 b2 + bias); with GATHER row r of a is row order[r] // A of what a_ptr points to."""
-    begin, end, tiles_up_to = count_tiles(offs_ptr, E, T, HAS_OFFS, REST, BLOCK_M, BLOCK_E)
+    """c = activation(a b + a2 b2 + bias)."""
+    tiles_up_to = count_tiles(offs_ptr, E, T, HAS_OFFS, REST, BLOCK_M, BLOCK_E)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tl.max(tiles_up_to, 0) * tiles_n, tl.num_programs(0)):
         # which rows (BLOCK_M,) of which group, which columns (BLOCK_N,)
-        e, row, end_row, tile_n = find_tile(tile, begin, end, tiles_up_to, tiles_n, BLOCK_M, BLOCK_E, GROUP_M)
+        e, row, end, tile_n = find_tile(tile, tiles_up_to, tiles_n, offs_ptr, E, T, HAS_OFFS, BLOCK_M, GROUP_M)
         offs_m, offs_n = row + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_m, mask_n = offs_m < end_row, offs_n < N
+        mask_m, mask_n = offs_m < end, offs_n < N
         depth = tl.where(e < E, K, 0)
         matrix = tl.minimum(e, E - 1).to(tl.int64)
-        source = offs_m
-        if GATHER:
-            source = tl.load(order_ptr + offs_m, mask=mask_m, other=0) // A
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc = accumulate(acc, a_ptr, b_ptr + matrix * stride_b_e, source, mask_m, offs_n, mask_n, depth,
+        acc = accumulate(acc, a_ptr, b_ptr + matrix * stride_b_e, offs_m, mask_m, offs_n, mask_n, depth,
                          stride_a_m, stride_a_k, stride_b_k, stride_b_n, DOT, PRECISION, BLOCK_K)
         if HAS_SECOND:
-            acc = accumulate(acc, a2_ptr, b2_ptr + matrix * stride_b2_e, source, mask_m, offs_n, mask_n, depth,
+            acc = accumulate(acc, a2_ptr, b2_ptr + matrix * stride_b2_e, offs_m, mask_m, offs_n, mask_n, depth,
                              stride_a_m, stride_a_k, stride_b2_k, stride_b2_n, DOT, PRECISION, BLOCK_K)
         # epilogue
         if HAS_BIAS:
@@ -224,17 +220,17 @@ def strides(tensor, dims):
     return tensor.stride() if tensor is not None else (0,) * dims
 
 
-def product(a, b, offs, bias, c, *, a2=None, b2=None, order=None, A=1, rest=True, activation=0):
-    """c = activation(a b + a2 b2 + bias) by groups. offs None: one group of all rows. a2 has a's strides. order: gathers rows
-    order // A of a. rest: write zeros behind the last group."""
+def product(a, b, offs, bias, c, *, a2=None, b2=None, rest=True, activation=0):
+    """c = activation(a b + a2 b2 + bias) by groups. offs None: one group of all rows. a2 has a's strides. rest: write zeros
+    behind the last group."""
     (E, K, N), T = b.shape, c.shape[0]
     if T == 0:
         return c
 
     def run(BLOCK_M, BLOCK_N, **options):
         grouped_gemm_fwd_kernel[(num_programs(T, E, N, c.device, BLOCK_M, BLOCK_N),)](
-            a, b, a2, b2, bias, c, offs, order, T, E, K, N, A, *a.stride(), *b.stride(), *strides(b2, 3), *strides(bias, 2), c.stride(0),
-            HAS_OFFS=offs is not None, REST=rest, HAS_SECOND=a2 is not None, HAS_BIAS=bias is not None, GATHER=order is not None,
+            a, b, a2, b2, bias, c, offs, T, E, K, N, *a.stride(), *b.stride(), *strides(b2, 3), *strides(bias, 2), c.stride(0),
+            HAS_OFFS=offs is not None, REST=rest, HAS_SECOND=a2 is not None, HAS_BIAS=bias is not None,
             ACTIVATION=activation, **dot_options(c.device, a, b, b2), BLOCK_E=block_groups(E), GROUP_M=GROUP_M,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **options,
         )
