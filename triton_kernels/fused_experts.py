@@ -37,8 +37,7 @@ GATE_BWD = configs.Table(
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=2, itemsize=4, up_to={"rows": 16}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=4, num_stages=2, itemsize=4),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3, up_to={"rows": 16}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3, up_to={"rows": 64}),
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3),
 )
 BLOCK_PAIRS, BLOCK_PARTIALS = 16, 64
 
