@@ -5,7 +5,7 @@
 """
 from terrazzo.triton_kernels import runtime
 
-INTERPRETED = ["test_interpreted.py", "test_interpreter.py"]
+INTERPRETED = ["test_interpreted.py", "test_interpreted_moe.py", "test_interpreter.py"]
 
 
 def pytest_ignore_collect(collection_path):
