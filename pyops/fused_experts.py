@@ -4,9 +4,10 @@ import torch
 from . import activations, checks, dispatch, kernels
 from .packing import PackedExperts
 from .reference import fused_experts as reference
+from .triton_kernels import runtime
 
 OP = "fused_experts"
-dispatch.register(OP, "moe", ("fused_experts_fwd", "fused_experts_bwd"), cpu=dispatch.cpu_dtypes)
+dispatch.register(OP, "moe", ("fused_experts_fwd", "fused_experts_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
 
 
 def fused_experts(x, w_gate_up, w_down, topk_weights, topk_indices, *, w_up=None, bias_gate_up=None, bias_up=None, bias_down=None,
@@ -68,8 +69,7 @@ def fused_experts(x, w_gate_up, w_down, topk_weights, topk_indices, *, w_up=None
     chosen, _ = dispatch.pick(OP, x, w1, w_up, w2, topk_weights, bias_gate_up, bias_up, bias_down, backend=backend)
     args = (x, w1, w_up, w2, topk_weights, topk_indices, bias_gate_up, bias_up, bias_down)
     if chosen != "reference":
-        indices = topk_indices if topk_indices.dtype == torch.int32 else topk_indices.clamp(max=E).to(torch.int32)
-        tensors = (x, w1, w_up, w2, topk_weights, indices, bias_gate_up, bias_up, bias_down)
+        tensors = (x, w1, w_up, w2, topk_weights, _int32(topk_indices, E), bias_gate_up, bias_up, bias_down)
         options = (activations.IDS[activation], interleaved, float(alpha), float(limit))
         return kernels.ops(chosen).fused_experts_fwd(*tensors, *options, dispatch.needs_grad(*tensors))[0]
     dispatch.count(OP, chosen)
@@ -94,15 +94,22 @@ def _packed(x, packed, topk_weights, topk_indices, biases, activation, alpha, li
     if any((w.dtype == torch.float64) != (x.dtype == torch.float64) for w in packed.weights):
         checks.fail(OP, f"float64 goes with float64 only, got x {x.dtype} and packed weights {w1.dtype}")
     chosen, _ = dispatch.pick(OP, x, topk_weights, bias1, bias_up, bias2, backend=backend)
+    indices, kind = _int32(topk_indices, E), activations.IDS[activation]
     if chosen == "cpu":
-        indices = topk_indices if topk_indices.dtype == torch.int32 else topk_indices.clamp(max=E).to(torch.int32)
         return torch.ops.terrazzo.fused_experts_packed(
             x, w1.data, w_up and w_up.data, w2.data, w1.scale, w_up and w_up.scale, w2.scale, topk_weights, indices, bias1, bias_up, bias2,
-            N1, F, activations.IDS[activation], packed.interleaved, alpha, limit,
+            N1, F, kind, packed.interleaved, alpha, limit,
         )
-    dispatch.count(OP, chosen)
     dense = [None if w is None else w.unpack().mT for w in (w1, w_up, w2)]
+    if chosen != "reference":  # the panels are the cpu kernels' own: others take the weights themselves
+        return kernels.ops(chosen).fused_experts_fwd(
+            x, *dense, topk_weights, indices, bias1, bias_up, bias2, kind, packed.interleaved, alpha, limit, False)[0]
+    dispatch.count(OP, chosen)
     return reference.fused_experts(x, *dense, topk_weights, topk_indices, bias1, bias_up, bias2, activation, packed.interleaved, alpha, limit)
+
+
+def _int32(topk_indices, E):
+    return topk_indices if topk_indices.dtype == torch.int32 else topk_indices.clamp(max=E).to(torch.int32)
 
 
 @kernels.register_fake("fused_experts_packed")

@@ -4,10 +4,11 @@ import torch
 from . import checks, dispatch, kernels
 from .packing import PackedWeight
 from .reference import grouped_gemm as reference
+from .triton_kernels import runtime
 
 OP, WGRAD = "grouped_mm", "gmm"
-dispatch.register(OP, "grouped_gemm", ("grouped_gemm", "grouped_gemm_bwd"), cpu=dispatch.cpu_dtypes)
-dispatch.register(WGRAD, "grouped_gemm", ("grouped_wgrad", "grouped_wgrad_bwd"), cpu=dispatch.cpu_dtypes)
+dispatch.register(OP, "grouped_gemm", ("grouped_gemm", "grouped_gemm_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
+dispatch.register(WGRAD, "grouped_gemm", ("grouped_wgrad", "grouped_wgrad_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
 
 
 def grouped_mm(a, b, offs, bias=None, *, backend=None):
@@ -64,6 +65,8 @@ def _packed(a, b, offs, bias, backend):
     chosen, _ = dispatch.pick(OP, a, bias, backend=backend)
     if chosen == "cpu":
         return torch.ops.terrazzo.grouped_gemm_packed(a, b.data, b.scale, offs, bias, N)
+    if chosen != "reference":  # the panels are the cpu kernels' own: others take the weight itself
+        return kernels.ops(chosen).grouped_gemm_fwd(a, b.unpack(), offs, bias)
     dispatch.count(OP, chosen)
     return reference.grouped_mm(a, b.unpack(), offs, bias)
 
