@@ -129,8 +129,8 @@ def byte_hash_embedding_bwd_sums_kernel(
     begun = (tl.load(rows_ptr + begin - 1, mask=begin > 0, other=-1) != row).to(tl.int32)
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for i in range(begin, end):
-        position = tl.load(order_ptr + i) // per_position
-        acc += tl.load(dy_ptr + position * stride_dy_t, mask=mask_d, other=0.0).to(tl.float32)
+        position = tl.load(order_ptr + i).to(tl.int32) // per_position  # a division of int64 is a function call
+        acc += tl.load(dy_ptr + position.to(tl.int64) * stride_dy_t, mask=mask_d, other=0.0).to(tl.float32)
         following = tl.load(rows_ptr + i + 1, mask=i + 1 < pairs, other=-1)
         ends = following != row
         if ends & (begun == 1):

@@ -211,7 +211,7 @@ def patcher_update_kernel(
     tl.store(state_ptr, seen + K)
     tl.store(state_ptr + 1, length)
     tl.store(state_ptr + 2, count - 1)
-    tl.store(before_ptr, tl.load(entropies_ptr + (K - 1).to(tl.int64) * stride_entropies_k).to(dtype))
+    tl.store(before_ptr, tl.load(entropies_ptr + tl.cast(K - 1, tl.int64) * stride_entropies_k).to(dtype))
 
 
 @triton.jit

@@ -13,8 +13,12 @@ import triton.language as tl
 from . import configs
 
 AMAX, MEAN, AMIN = (tl.constexpr(number) for number in range(3))  # PatchReduction of csrc/common/params.h
+# A row of the block is 16 bytes for every thread, so that bytes are summed within threads.
 REDUCE = configs.Table(
     "patch_reduce",
+    configs.Row({"BLOCK_L": 8, "BLOCK_D": 512}, num_warps=1, arch=("gfx",), itemsize=2),
+    configs.Row({"BLOCK_L": 8, "BLOCK_D": 256}, num_warps=1, arch=("gfx",)),
+    configs.Row({"BLOCK_L": 8, "BLOCK_D": 512}, num_warps=2, itemsize=2),
     configs.Row({"BLOCK_L": 8, "BLOCK_D": 256}, num_warps=2),
 )
 BLOCK_IDS, BLOCK_CLEAR = 256, 16
@@ -60,7 +64,7 @@ def patch_reduce_fwd_kernel(
     REDUCE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     item = tl.program_id(0).to(tl.int64)
-    row, s = item // S, item % S
+    row, s = (tl.program_id(0) // S).to(tl.int64), (tl.program_id(0) % S).to(tl.int64)
     offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     mask_d = offs_d < D
     h_ptr += row * stride_h_b
@@ -100,7 +104,7 @@ def patch_reduce_bwd_kernel(
     REDUCE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     item = tl.program_id(0).to(tl.int64)
-    row, s = item // S, item % S
+    row, s = (tl.program_id(0) // S).to(tl.int64), (tl.program_id(0) % S).to(tl.int64)
     offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     mask_d = offs_d < D
     h_ptr += row * stride_h_b + offs_d[None, :] * stride_h_d

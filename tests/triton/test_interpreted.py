@@ -70,6 +70,10 @@ def test_traces_whole(op):
     eager = cases.run(case, kwargs, "triton", gradients=bool(case.grads))
     compiled = torch.compile(getattr(terrazzo, op), fullgraph=True, backend="aot_eager")
     found = cases.run(case, kwargs, "triton", gradients=bool(case.grads), function=compiled)
+    if "lengths" in found:  # a graph keeps every column: how many are used depends on the data
+        width = eager["lengths"].shape[1]
+        assert not found["lengths"][:, width:].any()
+        found["lengths"] = found["lengths"][:, :width]
     for name, value in eager.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0)
 
