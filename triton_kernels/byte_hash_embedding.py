@@ -20,7 +20,7 @@ from .search import count_at_most
 
 FWD = configs.Table(
     "byte_hash_embedding_fwd",
-    configs.Row({"BLOCK_T": 16, "BLOCK_D": 128}, num_warps=4, up_to={"D": 128}),
+    configs.Row({"BLOCK_T": 32, "BLOCK_D": 128}, num_warps=4, up_to={"D": 128}),
     configs.Row({"BLOCK_T": 4, "BLOCK_D": 1024}, num_warps=4, itemsize=2),
     configs.Row({"BLOCK_T": 4, "BLOCK_D": 512}, num_warps=4),
 )

@@ -18,11 +18,13 @@ from .patch_cut import patch_cut_triton, patch_ids_triton, patcher_update_triton
 
 FWD = configs.Table(
     "entropy_patch_fwd",
+    configs.Row({"BLOCK_M": 64, "BLOCK_V": 64}, num_warps=4, up_to={"V": 64}),
     configs.Row({"BLOCK_M": 16, "BLOCK_V": 256}, num_warps=4, up_to={"V": 1024}),
     configs.Row({"BLOCK_M": 1, "BLOCK_V": 2048}, num_warps=4),
 )
 BWD = configs.Table(
     "entropy_patch_bwd",
+    configs.Row({"BLOCK_M": 64, "BLOCK_V": 64}, num_warps=4, up_to={"V": 64}),
     configs.Row({"BLOCK_M": 16, "BLOCK_V": 256}, num_warps=4, up_to={"V": 1024}),
     configs.Row({"BLOCK_M": 1, "BLOCK_V": 2048}, num_warps=4),
 )

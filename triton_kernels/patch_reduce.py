@@ -88,7 +88,7 @@ def patch_reduce_fwd_kernel(
             acc = tl.maximum(acc, tl.max(tl.where(mask & (h == h), h, -float("inf")), 0))
             spoilt += tl.sum((h != h).to(tl.int32), 0)
     if REDUCE == MEAN:
-        acc /= count
+        acc /= tl.maximum(count, 1)
     elif REDUCE == AMIN:
         acc = -acc
     if REDUCE != MEAN:
@@ -122,7 +122,7 @@ def patch_reduce_bwd_kernel(
             h = tl.load(h_ptr + offs_l[:, None] * stride_h_l, mask=mask, other=0.0).to(tl.float32)
             holders += tl.sum((mask & (h == y[None, :])).to(tl.int32), 0)
     dy = tl.load(dy_ptr + row * stride_dy_b + s * stride_dy_s + offs_d * stride_dy_d, mask=mask_d, other=0.0).to(tl.float32)
-    share = tl.where(holders > 0, dy / holders, 0.0)  # none hold it: the result is NaN
+    share = dy / tl.maximum(holders, 1)  # where none hold it, the result is NaN and nobody gets anything
     for begin in range(first, end, BLOCK_L):
         offs_l, mine = _bytes(ids_ptr, begin, end, s, stride_ids_l, BLOCK_L)
         mask = mine[:, None] & mask_d[None, :]
