@@ -209,8 +209,9 @@ def _sum_rows(dy, rows, order, per_position, out):
         BLOCK_D = min(BLOCK_D, triton.next_power_of_2(D))
         grid = triton.cdiv(pairs, BLOCK_P), triton.cdiv(D, BLOCK_D)
         parts = torch.empty(grid[0], 2, D, dtype=torch.float32, device=dy.device)
-        byte_hash_embedding_bwd_sums_kernel[grid](dy, rows, order, out, parts, pairs, D, per_position, *dy.stride(), BLOCK_P=BLOCK_P, BLOCK_D=BLOCK_D, **options)
-        byte_hash_embedding_bwd_join_kernel[grid](rows, out, parts, pairs, D, pairs.bit_length(), BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_PARTS, BLOCK_D=BLOCK_D, **options)
+        blocks = dict(BLOCK_P=BLOCK_P, BLOCK_D=BLOCK_D)
+        byte_hash_embedding_bwd_sums_kernel[grid](dy, rows, order, out, parts, pairs, D, per_position, *dy.stride(), **blocks, **options)
+        byte_hash_embedding_bwd_join_kernel[grid](rows, out, parts, pairs, D, pairs.bit_length(), BLOCK_C=BLOCK_PARTS, **blocks, **options)
 
     if pairs:
         BWD.launch(dy, run)

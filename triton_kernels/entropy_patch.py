@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .patch_cut import patch_cut_triton, patch_ids_triton, patcher_update_triton  # noqa: F401
+from .patch_cut import contiguous, patch_cut_triton, patch_ids_triton, patcher_update_triton  # noqa: F401
 
 FWD = configs.Table(
     "entropy_patch_fwd",
@@ -135,14 +135,10 @@ def _tail(V, BLOCK_V):
     return triton.next_power_of_2(V % BLOCK_V) if V % BLOCK_V else 0
 
 
-def _contiguous(tensor):
-    return tensor if tensor is None else tensor.contiguous()
-
-
 def entropy_patch_fwd_triton(logits, threshold, rule, threshold_add, patch_size, max_length, cu_seqlens, valid_lengths, next):
     B, L, V = logits.shape
     entropies = logits.new_empty(B, L, dtype=torch.float32)
-    valid_lengths = _contiguous(valid_lengths)
+    valid_lengths = contiguous(valid_lengths)
 
     def run(BLOCK_M, BLOCK_V, **options):
         entropy_patch_fwd_kernel[(B * triton.cdiv(L, BLOCK_M),)](
@@ -158,7 +154,7 @@ def entropy_patch_fwd_triton(logits, threshold, rule, threshold_add, patch_size,
 def entropy_patch_bwd_triton(dentropies, logits, valid_lengths):
     B, L, V = logits.shape
     dlogits = logits.new_empty(B, L, V)
-    valid_lengths = _contiguous(valid_lengths)
+    valid_lengths = contiguous(valid_lengths)
 
     def run(BLOCK_M, BLOCK_V, **options):
         entropy_patch_bwd_kernel[(B * triton.cdiv(L, BLOCK_M),)](

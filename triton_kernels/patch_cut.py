@@ -80,8 +80,8 @@ def _place(start, offs, live, last, count, max_length, LIMITED: tl.constexpr):
 
 @triton.jit
 def patch_cut_kernel(
-    source_ptr, cu_ptr, valid_ptr, starts_ptr, ids_ptr, begins_ptr, counts_ptr, L, N, texts, steps, threshold, threshold_add, size, offset, max_length,
-    stride_source_b, stride_source_l,
+    source_ptr, cu_ptr, valid_ptr, starts_ptr, ids_ptr, begins_ptr, counts_ptr, L, N, texts, steps,
+    threshold, threshold_add, size, offset, max_length, stride_source_b, stride_source_l,
     RULE: tl.constexpr, LIMITED: tl.constexpr, PACKED: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK_L: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -157,7 +157,8 @@ def patch_top_keys_kernel(
 
 @triton.jit
 def patch_top_take_kernel(
-    order_ptr, cu_ptr, valid_ptr, taken_ptr, L, N, texts, steps, patch_size_bits, PACKED: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK_L: tl.constexpr,
+    order_ptr, cu_ptr, valid_ptr, taken_ptr, L, N, texts, steps, patch_size_bits,
+    PACKED: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK_L: tl.constexpr,
 ):
     """taken[order[k]]: is the k-th key among the first floor(length / patch_size) - 2 of its text?"""
     blocks = tl.cdiv(N, BLOCK_L)
@@ -223,6 +224,10 @@ def patch_ids_kernel(ends_ptr, ids_ptr, S, length, steps, BLOCK_L: tl.constexpr)
     tl.store(ids_ptr + row * length + offs, count_at_most(ends_ptr + row * S, S, offs, steps), mask=offs < length)
 
 
+def contiguous(tensor):
+    return tensor if tensor is None else tensor.contiguous()
+
+
 def _take_largest(entropies, patch_size, N, texts, options):
     """(B, N) bool: which positions follow one of the largest entropies of their text."""
     B, L = entropies.shape
@@ -245,8 +250,7 @@ def patch_cut_triton(source, threshold, rule, threshold_add, patch_size, max_len
     counts = source.new_empty(B, dtype=torch.int32)
     if B == 0:
         return starts, ids, lengths, counts
-    cu_seqlens = cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
-    valid_lengths = valid_lengths if valid_lengths is None else valid_lengths.contiguous()
+    cu_seqlens, valid_lengths = contiguous(cu_seqlens), contiguous(valid_lengths)
     num_texts = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     texts = cu_seqlens, valid_lengths, num_texts, (num_texts + 1).bit_length()
     options = dict(PACKED=cu_seqlens is not None, HAS_VALID=valid_lengths is not None)
@@ -254,7 +258,8 @@ def patch_cut_triton(source, threshold, rule, threshold_add, patch_size, max_len
         source = _take_largest(source, patch_size, N, texts, options)
     begins = torch.empty(B, N + 1, dtype=torch.int32, device=source.device)
     patch_cut_kernel[(B,)](
-        source, *texts[:2], starts, ids, begins, counts, L, N, *texts[2:], threshold, threshold_add, int(patch_size), offset, max_length, *source.stride(),
+        source, *texts[:2], starts, ids, begins, counts, L, N, *texts[2:],
+        threshold, threshold_add, int(min(patch_size, N)), offset, max_length, *source.stride(),
         RULE=rule, LIMITED=max_length > 0, **options, **CUT.pick(source, N=N),
     )
     patch_lengths_kernel[(B * triton.cdiv(N, BLOCK_FLAT),)](begins, counts, lengths, N, BLOCK_L=BLOCK_FLAT)
