@@ -20,10 +20,11 @@ THRESHOLD, MONOTONIC, COMBINED, TOP, BYTES, STATIC, SPACE = (tl.constexpr(number
 CUT = configs.Table(
     "patch_cut",
     configs.Row({"BLOCK_L": 1024}, num_warps=4, up_to={"N": 4096}),
+    configs.Row({"BLOCK_L": 2048}, num_warps=16, arch=("gfx",)),  # 4096 would spill
     configs.Row({"BLOCK_L": 4096}, num_warps=16),
 )
 BLOCK_FLAT = 1024  # positions of a program that needs no neighbours
-BLOCK_UPDATE = 1024
+BLOCK_UPDATE = 256
 
 
 @triton.jit

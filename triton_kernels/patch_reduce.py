@@ -16,7 +16,7 @@ AMAX, MEAN, AMIN = (tl.constexpr(number) for number in range(3))  # PatchReducti
 # A row of the block is 16 bytes for every thread, so that bytes are summed within threads.
 REDUCE = configs.Table(
     "patch_reduce",
-    configs.Row({"BLOCK_L": 8, "BLOCK_D": 512}, num_warps=1, arch=("gfx",), itemsize=2),
+    configs.Row({"BLOCK_L": 4, "BLOCK_D": 512}, num_warps=1, arch=("gfx",), itemsize=2),  # 8 would spill
     configs.Row({"BLOCK_L": 8, "BLOCK_D": 256}, num_warps=1, arch=("gfx",)),
     configs.Row({"BLOCK_L": 8, "BLOCK_D": 512}, num_warps=2, itemsize=2),
     configs.Row({"BLOCK_L": 8, "BLOCK_D": 256}, num_warps=2),
@@ -70,28 +70,23 @@ def patch_reduce_fwd_kernel(
     h_ptr += row * stride_h_b
     ids_ptr += row * stride_ids_b
     first, end = _range(ranges_ptr, item)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    if REDUCE != MEAN:
-        acc += -float("inf")
+    nothing: tl.constexpr = 0.0 if REDUCE == MEAN else -float("inf") if REDUCE == AMAX else float("inf")
+    acc = tl.full((BLOCK_D,), nothing, tl.float32)
     spoilt = tl.zeros((BLOCK_D,), tl.int32)  # a NaN among the values is the result
     count = 0
     for begin in range(first, end, BLOCK_L):
         offs_l, mine = _bytes(ids_ptr, begin, end, s, stride_ids_l, BLOCK_L)
         mask = mine[:, None] & mask_d[None, :]
-        h = tl.load(h_ptr + offs_l[:, None] * stride_h_l + offs_d[None, :] * stride_h_d, mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + offs_l[:, None] * stride_h_l + offs_d[None, :] * stride_h_d, mask=mask, other=nothing).to(tl.float32)
         count += tl.sum(mine.to(tl.int32), 0)
         if REDUCE == MEAN:
             acc += tl.sum(h, 0)
         else:
-            if REDUCE == AMIN:
-                h = -h
-            acc = tl.maximum(acc, tl.max(tl.where(mask & (h == h), h, -float("inf")), 0))
+            acc = tl.maximum(acc, tl.max(h, 0)) if REDUCE == AMAX else tl.minimum(acc, tl.min(h, 0))
             spoilt += tl.sum((h != h).to(tl.int32), 0)
     if REDUCE == MEAN:
         acc /= tl.maximum(count, 1)
-    elif REDUCE == AMIN:
-        acc = -acc
-    if REDUCE != MEAN:
+    else:
         acc = tl.where(spoilt > 0, float("nan"), acc)
     acc = tl.where(count > 0, acc, 0.0)
     tl.store(y_ptr + item * D + offs_d, acc.to(y_ptr.dtype.element_ty), mask=mask_d)
