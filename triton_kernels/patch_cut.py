@@ -19,8 +19,8 @@ from .search import count_at_most
 THRESHOLD, MONOTONIC, COMBINED, TOP, BYTES, STATIC, SPACE = (tl.constexpr(number) for number in range(7))
 CUT = configs.Table(
     "patch_cut",
+    configs.Row({"BLOCK_L": 1024}, num_warps=16, arch=("gfx",)),  # more than one position a thread spills: masks lie in scalar registers
     configs.Row({"BLOCK_L": 1024}, num_warps=4, up_to={"N": 4096}),
-    configs.Row({"BLOCK_L": 2048}, num_warps=16, arch=("gfx",)),  # 4096 would spill
     configs.Row({"BLOCK_L": 4096}, num_warps=16),
 )
 BLOCK_FLAT = 1024  # positions of a program that needs no neighbours
@@ -66,7 +66,11 @@ def _unsure(i, e, before, threshold, threshold_add, RULE: tl.constexpr):
 
 @triton.jit
 def _space_like(byte):
-    return ((byte < 48) | ((byte > 57) & (byte < 65)) | ((byte > 90) & (byte < 97)) | ((byte > 122) & (byte < 128)) | (byte >= 192))
+    """No digit, no letter, and not inside a longer UTF-8 character. One comparison each: below 0 is far above as uint64."""
+    digit = (byte - 48).to(tl.uint64) < 10
+    letter = ((byte | 32) - 97).to(tl.uint64) < 26
+    inside = (byte - 128).to(tl.uint64) < 64
+    return (digit | letter | inside) == 0
 
 
 @triton.jit
