@@ -6,13 +6,14 @@ import torch
 
 from . import checks, dispatch, kernels
 from .reference import entropy_patch as reference
+from .triton_kernels import runtime
 
 OP, CUT, TOKENS, STATE, IDS = "entropy_patch", "patch_lengths_from_entropies", "patch_lengths_from_tokens", "PatcherState", "patch_ids_from_lengths"
-dispatch.register(OP, OP, ("entropy_patch_fwd", "entropy_patch_bwd"), cpu=dispatch.cpu_dtypes)
-dispatch.register(CUT, OP, ("patch_cut",), cpu=dispatch.cpu_dtypes)
-dispatch.register(TOKENS, OP, ("patch_cut_tokens",), cpu=lambda tokens: None)
-dispatch.register(STATE, OP, ("patcher_update",), cpu=dispatch.cpu_dtypes)
-dispatch.register(IDS, OP, ("patch_ids",), cpu=lambda lengths: None)
+dispatch.register(OP, OP, ("entropy_patch_fwd", "entropy_patch_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
+dispatch.register(CUT, OP, ("patch_cut",), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
+dispatch.register(TOKENS, OP, ("patch_cut_tokens",), cpu=lambda tokens: None, triton=lambda tokens: None)
+dispatch.register(STATE, OP, ("patcher_update",), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
+dispatch.register(IDS, OP, ("patch_ids",), cpu=lambda lengths: None, triton=lambda lengths: None)
 
 RULES = {name: number for number, name in enumerate(("threshold", "monotonic", "combined", "top", "bytes", "static", "space"))}
 MODES = ("space", "static", "bytes")
@@ -249,7 +250,7 @@ class PatcherState:
             return tuple(t[:, 0] for t in self.update(entropies[:, None]))
         checks.check_tensor(STATE, "entropies", entropies, 2, "(B, K) or (B,)", self.before)
         checks.check_shape(STATE, "entropies", entropies, (self.before.shape[0], None), "(B, K)")
-        chosen, _ = dispatch.pick(STATE, entropies, backend=self.backend)
+        chosen, _ = dispatch.pick(STATE, entropies, self.before, backend=self.backend)
         entropies = entropies.detach()
         if chosen != "reference":
             return kernels.ops(chosen).patcher_update(entropies, self.state, self.before, self.threshold, RULES[self.rule], self.threshold_add,

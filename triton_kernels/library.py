@@ -72,15 +72,20 @@ SCHEMAS = {
     ),
 }
 NAMESPACE = "terrazzo_triton"
+# op: (*args) -> the kernel it counts as, where that isn't its own name
+COUNTED_AS = {"patch_cut": lambda source, *rest: "patch_cut" if source.is_floating_point() else "patch_cut_tokens"}
 NAMES = {schema.partition("(")[0]: family for family, schemas in SCHEMAS.items() for schema in schemas}
 counts: dict[str, int] = {}  # name -> launches since import or dispatch.reset_counters()
 
 
 def _implementation(name, family):
+    counted_as = COUNTED_AS.get(name)
+
     def launch(*args):
         launcher = getattr(runtime.load(family), f"{name}_triton")
         first = next(arg for arg in args if isinstance(arg, torch.Tensor))
-        counts[name] = counts.get(name, 0) + 1
+        kernel = counted_as(*args) if counted_as else name
+        counts[kernel] = counts.get(kernel, 0) + 1
         with torch.cuda.device_of(first):
             return launcher(*args)
 
