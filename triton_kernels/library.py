@@ -12,6 +12,10 @@ SCHEMAS = {
         "local_attention_fwd(Tensor q, Tensor k, Tensor v, int window, bool causal, float scale, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor)",
         "local_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, int window, bool causal, float scale, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
     ),
+    "patch_cross_attention": (
+        "patch_cross_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor patch_ids, int num_patches, bool bytes_ask, int k_per_patch, float scale, int window, Tensor? key_mask, Tensor? cu_seqlens) -> Tensor",
+        "patch_cross_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor patch_ids, int num_patches, bool bytes_ask, int k_per_patch, float scale, int window, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    ),
     "rmsnorm_gated": (
         "rmsnorm_gated_fwd(Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> Tensor",
         "rmsnorm_gated_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> (Tensor, Tensor, Tensor)",
