@@ -17,31 +17,31 @@ import triton.language as tl
 
 from . import configs, runtime
 
-NVIDIA = ("sm80", "sm90", "sm10")
 FWD = configs.Table(
     "local_attention_fwd",
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3, arch=NVIDIA, itemsize=2, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2, arch=NVIDIA, itemsize=2, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3, arch=("sm",), itemsize=2, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 128}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=NVIDIA, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=("sm",), up_to={"P": 64}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1),
 )
 BWD_QUERIES = configs.Table(
     "local_attention_bwd_queries",
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=NVIDIA, itemsize=2, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2, arch=NVIDIA, itemsize=2, up_to={"P": 128}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 128}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=1, arch=NVIDIA, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=1, arch=("sm",), up_to={"P": 64}),
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1),
 )
 BWD_KEYS = configs.Table(
     "local_attention_bwd_keys",
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=NVIDIA, itemsize=2, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2, arch=NVIDIA, itemsize=2, up_to={"P": 128}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 128}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=1, arch=NVIDIA, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=4, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=1, arch=("sm",), up_to={"P": 64}),
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1),
 )

@@ -208,7 +208,7 @@ def patch_cross_attention_bwd_queries_kernel(
         )
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
         dp = tl.dot(dy, tl.trans(v.to(q.dtype)), input_precision=PRECISION)
-        p = tl.where(_sees(of_query, of_key, window), tl.exp2((s - top[:, None]) * unit) * inverse[:, None], 0.0)
+        p = tl.where(_sees(of_query, of_key, window), tl.exp2((s - top[:, None]) * unit), 0.0) * inverse[:, None]
         dq = tl.dot((p * (dp - D[:, None])).to(q.dtype), k.to(q.dtype), dq, input_precision=PRECISION)
     store_rows(dq_ptr + (b * Lq * H + h) * P, H * P, offs_m, mask_m, dq * scale, P, BLOCK_P)
 
@@ -252,7 +252,7 @@ def patch_cross_attention_bwd_keys_kernel(
             D = tl.load(at + 2 * Lq + offs_m, mask=mask_m, other=0.0)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
-            p = tl.where(_sees(of_query, of_key, window), tl.exp2((s - top[:, None]) * unit) * inverse[:, None], 0.0)
+            p = tl.where(_sees(of_query, of_key, window), tl.exp2((s - top[:, None]) * unit), 0.0) * inverse[:, None]
             dv = tl.dot(tl.trans(p.to(q.dtype)), dy, dv, input_precision=PRECISION)
             dk = tl.dot(tl.trans((p * (dp - D[:, None])).to(q.dtype)), q, dk, input_precision=PRECISION)
     offs_n = start_n + tl.arange(0, BLOCK_N)
