@@ -22,7 +22,6 @@ FWD = configs.Table(
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3, arch=("sm",), itemsize=2, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 128}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=("sm",), up_to={"P": 64}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1),
@@ -32,17 +31,15 @@ BWD_QUERIES = configs.Table(
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=1, arch=("sm",), up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1),
 )
 BWD_KEYS = configs.Table(
     "local_attention_bwd_keys",
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=4, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=1, arch=("sm",), up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1),
 )
 BLOCK_POSITIONS = 256
