@@ -88,6 +88,9 @@ def _cross_cases():
             f"{queries}_no_patch_at_all": cross(queries, (((9, -1),),), S=3),
             f"{queries}_fewer_patches_than_ids": cross(queries, S=3),
             f"{queries}_one_channel": cross(queries, H=1, P=1, index=torch.int64),
+            f"{queries}_long_patches": cross(queries, ((150, 3, 90, 1),), S=4, K=2, H=2),
+            f"{queries}_long_padding": cross(queries, (((70, -1), 5, 2, (90, -1), (3, 9), 4, (40, -1)), (6, (150, -1), (58, 11))), S=13, K=2, H=2),
+            f"{queries}_negative_scale": cross(queries, scale=-0.4, K=2, window=2),
             f"{queries}_many_patches": cross(queries, ((2, 3, 1, 4) * 60, (4, 3, 2, 1) * 60), S=240, K=2),
         }.items()
 
@@ -123,6 +126,7 @@ LOCAL = {
     "packed": local(B=1, cu_seqlens=torch.tensor([0, 1, 1, 65, 70, 150], dtype=torch.int32)),
     "packed_grouped_masked": local(B=1, H=4, Hk=2, padding=(3, 4), causal=False, cu_seqlens=torch.tensor([0, 64, 150], dtype=torch.int32)),
     "strided_scale": local(strided=True, P=9, scale=0.3),
+    "negative_scale": local(L=100, scale=-0.4, H=2),
     "one_position": local(L=1),
     "no_positions": local(L=0),
     "several_runs": local(B=1, L=700, H=2, P=64, window=100),

@@ -3,9 +3,21 @@ import torch
 
 from . import checks, dispatch, kernels
 from .reference import local_attention as reference
+from .triton_kernels import runtime
 
 OP = "local_attention"
-dispatch.register(OP, "local_attention", ("local_attention_fwd", "local_attention_bwd"), cpu=dispatch.cpu_dtypes)
+MAX_TRITON_P = 256
+
+
+def triton_heads(*tensors):
+    """The limit of the attentions' triton kernels: None, or why these tensors are refused."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dim() == 4 and tensor.shape[3] > MAX_TRITON_P:
+            return f"heads of {tensor.shape[3]} channels are over the {MAX_TRITON_P} of the triton kernels; the reference takes them"
+    return runtime.dtypes(*tensors)
+
+
+dispatch.register(OP, "local_attention", ("local_attention_fwd", "local_attention_bwd"), cpu=dispatch.cpu_dtypes, triton=triton_heads)
 
 
 def local_attention(q, k, v, window, *, causal=True, cu_seqlens=None, scale=None, key_mask=None, backend=None):

@@ -67,6 +67,22 @@ def correct():
             return as_float32 if dtype.scalar == tl.float32 else cast_impl(self, as_float32, dtype)
         return handle(to_bfloat16(source.data.astype(np.float32)), tl.bfloat16)
 
+    # Every call of one @triton.jit function by another, tl.max and tl.cdiv included, searches triton.language again for what
+    # the launch has already put in place: a third of all time. Once per launch and module is enough.
+    patch_lang, patched = interpreter._patch_lang, set()
+
+    def patch_lang_once(fn):
+        module, outermost = fn.__globals__["__name__"], not patched
+        if module in patched:
+            return None  # a function that is called looks at nothing
+        scope = patch_lang(fn)
+        patched.add(module)
+        if outermost:  # the launch's own: it ends with scope.restore()
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        return scope
+
     builder.create_dot, builder.binary_op = create_dot, corrected_binary_op
     builder.unary_op, builder.cast_impl = corrected_unary_op, corrected_cast
+    interpreter._patch_lang = patch_lang_once
     _corrected = True
