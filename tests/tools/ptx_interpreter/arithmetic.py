@@ -119,27 +119,28 @@ def add(ins, program):
     function = np.add if ins.opcode.startswith("add") else np.subtract
     if len(ins.types) == 2:
         return _mixed(ins, program, function)
-    if ins.opcode in ("add", "sub") and not ins.has("cc"):
-        if ins.has("sat") and not _is_float(ins):
-            raise Unsupported("saturating integers")
-        return elementwise(ins, program, function)
-    return _with_carry(ins, program)
+    if ins.opcode.endswith("c") or ins.has("cc"):
+        type = TYPES[f"u{ins.types[-1].bits}"]
+        x, y = (program.source(o, type) for o in ins.operands[1:])
+        return _with_carry(ins, program, type, x, y)
+    if ins.has("sat") and not _is_float(ins):
+        raise Unsupported("saturating integers")
+    return elementwise(ins, program, function)
 
 
-def _with_carry(ins, program):
-    """add.cc, addc, sub.cc, subc of 32 or 64 bits; wave.carry is the flag."""
-    type = TYPES[f"u{ins.types[-1].bits}"]
-    x, y = (program.source(o, type) for o in ins.operands[1:])
+def _with_carry(ins, program, type, x, y):
+    """x + y or x - y with the carry flag coming in (addc, subc, madc) or going out (.cc)."""
     put = program.destination(ins.operands[0], type)
-    adding, takes, gives = ins.opcode.startswith("add"), ins.opcode.endswith("c"), ins.has("cc")
+    adding, takes, gives = not ins.opcode.startswith("sub"), ins.opcode.endswith("c"), ins.has("cc")
 
     def run(wave, active):
-        flag = getattr(wave, "carry", np.zeros(wave.columns, bool)) if takes else np.zeros(wave.columns, bool)
-        a, b = x(wave), y(wave)
+        flag = wave.carry if takes else np.zeros(wave.columns, bool)
+        a, b = np.broadcast_to(x(wave), wave.columns), y(wave)
         first = a + b if adding else a - b
         result = first + flag.astype(type.dtype) if adding else first - flag.astype(type.dtype)
         if gives:
-            wave.carry = (first < a) | (result < first) if adding else (first > a) | (result > first)
+            carry = (first < a) | (result < first) if adding else (first > a) | (result > first)
+            wave.carry = carry if active is None else np.where(active, carry, wave.carry)
         put(wave, active, result)
 
     return run
@@ -160,12 +161,17 @@ def _high_product(x, y, bits):
     return high.astype(np.result_type(x))
 
 
-@instruction("mul", "mad", "mul24", "mad24")
+@instruction("mul", "mad", "madc")
 def mul(ins, program):
     type = ins.types[-1]
     adding = ins.opcode.startswith("mad")
-    if ins.has("cc") or ins.has("sat") and type.kind not in "fh":
-        raise Unsupported("carry or saturation of a product")
+    if ins.has("sat") and type.kind not in "fh":
+        raise Unsupported("saturating integers")
+    if ins.opcode == "madc" or ins.has("cc"):
+        uint = TYPES[f"u{type.bits}"]
+        x, y, z = (program.source(o, t) for o, t in zip(ins.operands[1:], (type, type, uint)))
+        high = ins.has("hi")
+        return _with_carry(ins, program, uint, lambda wave: (_high_product(x(wave), y(wave), type.bits) if high else x(wave) * y(wave)).astype(uint.dtype), z)
     if ins.has("wide"):
         wide = TYPES[f"{type.name[0]}{type.bits * 2}"]
         x, y = (program.source(o, type) for o in ins.operands[1:3])

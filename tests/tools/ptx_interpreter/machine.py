@@ -29,7 +29,8 @@ class Wave:
         self.everyone = np.arange(self.columns)
         self.shared = SharedMemory(blocks, program.shared_bytes + launch.dynamic_shared)
         self.local = LocalMemory(self.columns, program.local_bytes)
-        self.copies, self.commits = [], np.zeros(self.columns, np.int64)  # cp.async, see memory_instructions
+        self.copies, self.commits = [], np.zeros(self.columns, np.int64)  # of cp.async: see memory_access.py
+        self.carry = np.zeros(self.columns, bool)  # of add.cc and the like
         self._registers(program.kernel.registers)
         self._special()
 
