@@ -42,8 +42,8 @@ HOST = {word: np.asarray(_HostMemory(word)) for word in WORDS}
 class GlobalMemory:
     """`regions`: (first address, bytes) of everything that the launch may touch.
 
-    Blocks of one launch are not ordered: where one writes what another one reads or writes (atomics aside) is a race. Every
-    granule of 4 bytes notes the block that wrote it last and the one that read it (SEVERAL when there were more).
+    Blocks of one launch are not ordered: one that writes what another one reads or writes races with it (atomics aside, and
+    accesses of less than a granule). Every granule notes the block that wrote it and the one that read it, or SEVERAL.
     """
 
     GRANULE = 4
@@ -53,6 +53,9 @@ class GlobalMemory:
         regions = sorted((r for r in set(regions) if r[1] > 0))
         self.begins = np.array([begin for begin, _ in regions] or [0], np.uint64)
         self.ends = np.array([begin + size for begin, size in regions] or [0], np.uint64)
+        granules = [-(-size // self.GRANULE) for _, size in regions]
+        self.shadows = np.cumsum([0, *granules])[:-1] if granules else np.zeros(1, np.int64)
+        self.writer, self.reader = (np.full(sum(granules), self.NOBODY, np.int32) for _ in range(2))
 
     def check(self, addresses, nbytes):
         check_alignment(addresses, nbytes)
@@ -62,11 +65,33 @@ class GlobalMemory:
             at = first(outside)
             raise Fault(f"global memory out of bounds: {nbytes} bytes at {self._where(int(addresses[at]))}", at)
 
+    def _granules(self, addresses, nbytes):
+        """Places in the shadows of the granules of every access, (lanes, granules)."""
+        region = np.searchsorted(self.begins, addresses, "right") - 1
+        first_one = (addresses - self.begins[region]).astype(np.int64) // self.GRANULE + self.shadows[region]
+        return first_one[:, None] + np.arange(max(1, nbytes // self.GRANULE))
+
     def note_read(self, addresses, block, nbytes):
-        pass
+        place, block = self._granules(addresses, nbytes), block[:, None]
+        writer = self.writer[place]
+        foreign = (writer != self.NOBODY) & (writer != block)
+        if nbytes >= self.GRANULE and foreign.any():
+            raise Fault("race in global memory: another block of this launch wrote what is read", first(foreign.any(1)))
+        reader = self.reader[place]
+        self.reader[place] = np.where(reader == self.NOBODY, block, np.where(reader == block, reader, self.SEVERAL))
+        self.reader[place[(self.reader[place] != block)]] = self.SEVERAL  # blocks side by side
 
     def note_write(self, addresses, block, nbytes):
-        pass
+        if nbytes < self.GRANULE:  # neighbours in one granule may be other blocks'
+            return
+        place, block = self._granules(addresses, nbytes), block[:, None]
+        for shadow, what in ((self.writer, "wrote here too"), (self.reader, "read what is overwritten")):
+            foreign = (shadow[place] != self.NOBODY) & (shadow[place] != block)
+            if foreign.any():
+                raise Fault(f"race in global memory: another block of this launch {what}", first(foreign.any(1)))
+        self.writer[place] = block
+        if (foreign := self.writer[place] != block).any():
+            raise Fault("race in global memory: blocks of this launch write to one place", first(foreign.any(1)))
 
     def _where(self, address):
         distances = [(max(int(b) - address, address - int(e), 0), int(b), int(e)) for b, e in zip(self.begins, self.ends)]
