@@ -89,11 +89,11 @@ def resources(launch, arch):
     asm = launch.compiled.asm
     if arch.startswith("gfx"):
         text = asm["amdgcn"]
-        keys = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "group_segment_fixed_size")
+        keys = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
         number = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in keys}
         found = {"MFMA": len(re.findall(r"\bv_mfma", text))}
         return {"registers": number["vgpr_count"], "spills": number["vgpr_spill_count"] + number["sgpr_spill_count"],
-                "shared": number["group_segment_fixed_size"], "instructions": {k: n for k, n in found.items() if n}}
+                "shared": launch.compiled.metadata.shared, "instructions": {k: n for k, n in found.items() if n}}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
         cubin.flush()
