@@ -132,8 +132,8 @@ def causal_conv1d_varlen_fn(x, weight, bias, cu_seqlens, initial_states=None, re
     S = cu_seqlens.shape[0] - 1
     checks.check_optional(fn, "initial_states", initial_states, (S, D, weight.shape[1] - 1), "(S, D, W-1)", x)
     silu = _silu(fn, activation)
-    y, final_states = _conv(fn, x.t()[None], weight, bias, None, cu_seqlens, initial_states, return_final_states, silu, backend)
-    y = y[0].t()
+    y, final_states = _conv(fn, x.t().unsqueeze(0), weight, bias, None, cu_seqlens, initial_states, return_final_states, silu, backend)
+    y = y.squeeze(0).t()
     return (y, final_states) if return_final_states else y
 
 

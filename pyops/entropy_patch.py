@@ -285,7 +285,7 @@ def _patches(fn, entropies, cut, max_patches):
             checks.fail(fn, f"max_patches must be at least {most}, the most patches of a row, got {width}")
         width = most if width is None else width
     if width is not None:
-        lengths = lengths[:, :width] if width <= lengths.shape[1] else torch.nn.functional.pad(lengths, (0, width - lengths.shape[1]))
+        lengths = lengths.narrow(1, 0, width) if width <= lengths.shape[1] else torch.nn.functional.pad(lengths, (0, width - lengths.shape[1]))
     return Patches(entropies, starts, ids, lengths, counts)
 
 
