@@ -344,7 +344,8 @@ def local_attention_bwd_triton(dy, q, k, v, y, lse, window, causal, scale, key_m
     bounds, window, lse = _bounds(cu_seqlens, L), min(window, L), lse.contiguous()
     delta = torch.empty_like(lse)
     band = (window - 1, 0 if causal else window - 1, scale * math.log2(math.e), scale)
-    flags = dict(HAS_KEY_MASK=key_mask is not None, PACKED=bounds is not None, PRECISION=runtime.dot_precision(q.device, q.dtype), P=P, BLOCK_P=block_P(P))
+    flags = dict(HAS_KEY_MASK=key_mask is not None, PACKED=bounds is not None, PRECISION=runtime.dot_precision(q.device, q.dtype), P=P,
+                 BLOCK_P=block_P(P))
 
     def run_queries(BLOCK_M, **options):
         local_attention_bwd_queries_kernel[(triton.cdiv(L, BLOCK_M) * H * B,)](

@@ -24,7 +24,7 @@ from .local_attention import FLOOR, block_P, load_rows, mask_strides, store_rows
 
 FWD = configs.Table(
     "patch_cross_attention_fwd",
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=("sm",), itemsize=2, up_to={"bytes_ask": 0, "P": 128}),  # 16 patches of 4.5 bytes
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=("sm",), itemsize=2, up_to={"bytes_ask": 0, "P": 128}),  # 16 patches
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2, itemsize=2, up_to={"P": 128}),  # 64 bytes, 15 patches
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1),
 )
@@ -265,7 +265,8 @@ def _starts(patch_ids, S):
     B, L = patch_ids.shape
     starts = torch.full((B, S + 1), L, dtype=torch.int32, device=patch_ids.device)
     if patch_ids.numel():
-        patch_starts_kernel[(triton.cdiv(L, BLOCK_IDS) * B,)](patch_ids, starts, L, S, *patch_ids.stride(), BLOCK_L=BLOCK_IDS, BLOCK_BEFORE=BLOCK_BEFORE)
+        patch_starts_kernel[(triton.cdiv(L, BLOCK_IDS) * B,)](
+            patch_ids, starts, L, S, *patch_ids.stride(), BLOCK_L=BLOCK_IDS, BLOCK_BEFORE=BLOCK_BEFORE)
     return starts
 
 
@@ -304,7 +305,8 @@ def patch_cross_attention_bwd_triton(dy, q, k, v, patch_ids, num_patches, bytes_
         q, scale = -q, -scale
     starts, stats = _starts(patch_ids, num_patches), torch.empty(B, H, 3, Lq, dtype=torch.float32, device=q.device)
     flags, window = _flags(q, bytes_ask, k_per_patch, key_mask), min(window, max(num_patches, 1))
-    rest = (window, scale * math.log2(math.e), scale, *dy.stride(), *q.stride(), *k.stride(), *v.stride(), *patch_ids.stride(), *mask_strides(key_mask))
+    strides = (*dy.stride(), *q.stride(), *k.stride(), *v.stride(), *patch_ids.stride(), *mask_strides(key_mask))
+    rest = (window, scale * math.log2(math.e), scale, *strides)
 
     def run(BLOCK_M, BLOCK_N, **options):
         options |= flags | {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
