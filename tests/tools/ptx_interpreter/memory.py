@@ -75,7 +75,7 @@ class GlobalMemory:
         place, block = self._granules(addresses, nbytes), block[:, None]
         writer = self.writer[place]
         foreign = (writer != self.NOBODY) & (writer != block)
-        if nbytes >= self.GRANULE and foreign.any():
+        if foreign.any():
             raise Fault("race in global memory: another block of this launch wrote what is read", first(foreign.any(1)))
         reader = self.reader[place]
         self.reader[place] = np.where(reader == self.NOBODY, block, np.where(reader == block, reader, self.SEVERAL))

@@ -168,7 +168,6 @@ class _Body:
 
     def parse(self, text):
         position = 0
-        statements = []  # operands are resolved at once, labels at the end
         while match := self.TOKEN.match(text, position):
             position = match.end()
             brace, label, loc, statement = match.groups()
@@ -183,7 +182,6 @@ class _Body:
                 self._statement(" ".join(statement.split()))
         if text[position:].strip():
             raise PTXError(f"{self.kernel.name}: cannot read: {text[position:position + 80].strip()}")
-        return statements
 
     def _statement(self, text):
         if text.startswith(".reg"):
