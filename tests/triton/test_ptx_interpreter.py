@@ -8,7 +8,7 @@ import torch
 
 from tools.ptx_interpreter import PTXError, launch
 
-HEAD = ".version 8.0\n.target sm_80\n.address_size 64\n"
+HEAD = ".version 8.0\n.target sm_80\n.address_size 64\n.extern .shared .align 16 .b8 smem[];\n"
 REGISTERS = ".reg .pred %p<8>; .reg .b16 %h<16>; .reg .b32 %r<64>; .reg .f32 %f<8>; .reg .b64 %d<32>;"
 
 
@@ -16,7 +16,7 @@ def run(body, *tensors, threads=32, grid=1, shared=1024):
     """A kernel whose parameters are tensors, in %d0, %d1, …; %r0 is the thread."""
     parameters = ", ".join(f".param .u64 p{i}" for i in range(len(tensors)))
     loads = "\n".join(f"ld.param.u64 %d{i}, [p{i}];" for i in range(len(tensors)))
-    ptx = f"{HEAD}.extern .shared .align 16 .b8 smem[];\n.visible .entry k({parameters})\n{{\n{REGISTERS}\n{loads}\nmov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
+    ptx = HEAD + f".visible .entry k({parameters})\n{{\n{REGISTERS}\n{loads}\nmov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
     return launch(ptx, "k", (grid,), (threads,), tensors, dynamic_shared=shared)
 
 
@@ -35,27 +35,44 @@ def evaluate(instruction, *inputs):
 
 LANE = np.arange(32, dtype=np.uint32)
 WORDS = np.random.default_rng(0).integers(0, 2**32, (3, 32), dtype=np.uint32)
-FLOATS = np.concatenate([np.random.default_rng(1).normal(0, 3, 24), [0, -0.0, np.inf, -np.inf, np.nan, 1 + 2**-8, 1 + 3 * 2**-8, 65519.0]]).astype(np.float32)
+CORNERS = [0, -0.0, np.inf, -np.inf, np.nan, 1 + 2**-8, 1 + 3 * 2**-8, 65519.0]
+FLOATS = np.concatenate([np.random.default_rng(1).normal(0, 3, 24), CORNERS]).astype(np.float32)
 
 # ---- planted faults
 
 EACH = "shl.b32 %r1, %r0, 2; mov.u32 %r2, smem; add.s32 %r3, %r2, %r1; cvt.u64.u32 %d9, %r1;"
 TURNED = "xor.b32 %r4, %r1, 128; add.s32 %r5, %r2, %r4;"  # the same place of the next warp
-COPY = "shl.b32 %r1, %r0, 4; mov.u32 %r2, smem; add.s32 %r3, %r2, %r1; cvt.u64.u32 %d9, %r1; add.s64 %d8, %d0, %d9; cp.async.cg.shared.global [%r3], [%d8], 16; cp.async.commit_group;"
+COPY = ("shl.b32 %r1, %r0, 4; mov.u32 %r2, smem; add.s32 %r3, %r2, %r1; cvt.u64.u32 %d9, %r1; add.s64 %d8, %d0, %d9;"
+        "cp.async.cg.shared.global [%r3], [%d8], 16; cp.async.commit_group;")
+SECOND_COPY = "add.s32 %r4, %r3, 512; cp.async.cg.shared.global [%r4], [%d8], 16; cp.async.commit_group;"
 FAULTS = {
     "missing barrier": (EACH + TURNED + "st.shared.b32 [%r3], %r0; ld.shared.b32 %r6, [%r5];", "race in shared memory"),
     "missing barrier before overwriting": (
-        EACH + TURNED + "st.shared.b32 [%r3], %r0; bar.sync 0; ld.shared.b32 %r6, [%r5]; st.shared.b32 [%r3], %r6;", "race in shared memory.*read"),
-    "two writers": (EACH + "st.shared.b32 [smem], %r0;", "race in shared memory"),
-    "load out of bounds": (EACH + "add.s64 %d8, %d0, %d9; ld.global.b32 %r6, [%d8+4];", "thread 31: global memory out of bounds: 4 bytes at 128 of a tensor"),
-    "store out of bounds": (EACH + "add.s64 %d8, %d0, %d9; st.global.b32 [%d8+-4], %r0;", "thread 0: global memory out of bounds: 4 bytes at 4 before"),
+        EACH + TURNED + "st.shared.b32 [%r3], %r0; bar.sync 0; ld.shared.b32 %r6, [%r5]; st.shared.b32 [%r3], %r6;",
+        "race in shared memory.*read"),
+    "two writers": ("st.shared.b32 [smem], %r0;", "race in shared memory"),
+    "load out of bounds": (
+        EACH + "add.s64 %d8, %d0, %d9; ld.global.b32 %r6, [%d8+4];",
+        "thread 31: global memory out of bounds: 4 bytes at 128 of a tensor"),
+    "store out of bounds": (
+        EACH + "add.s64 %d8, %d0, %d9; st.global.b32 [%d8+-4], %r0;",
+        "thread 0: global memory out of bounds: 4 bytes at 4 before"),
     "shared out of bounds": (EACH + "st.shared.b32 [%r3+1000], %r0;", "thread 6: shared memory out of bounds"),
-    "misaligned": (EACH + "add.s64 %d8, %d0, %d9; setp.lt.u32 %p0, %r0, 4; @%p0 ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%d8];", "thread 1: misaligned 16-byte access"),
-    "uninitialised shared memory": (EACH + "setp.ne.u32 %p0, %r0, 9; @%p0 st.shared.b32 [%r3], %r0; bar.sync 0; ld.shared.b32 %r6, [%r3];", "thread 9: read of uninitialised"),
-    "cp.async not waited for": (COPY + COPY.replace("mov.u32 %r2, smem;", "mov.u32 %r2, smem; add.s32 %r2, %r2, 512;").replace("add.s32 %r3", "add.s32 %r4").replace("[%r3]", "[%r4]") + "cp.async.wait_group 1; ld.shared.b32 %r6, [%r3];", "cp.async not yet waited for"),
+    "misaligned": (
+        EACH + "add.s64 %d8, %d0, %d9; setp.lt.u32 %p0, %r0, 4; @%p0 ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%d8];",
+        "thread 1: misaligned 16-byte access"),
+    "uninitialised shared memory": (
+        EACH + "setp.ne.u32 %p0, %r0, 9; @%p0 st.shared.b32 [%r3], %r0; bar.sync 0; ld.shared.b32 %r6, [%r3];",
+        "thread 9: read of uninitialised"),
+    "cp.async waited for too weakly": (
+        COPY + SECOND_COPY + "cp.async.wait_group 1; ld.shared.b32 %r6, [%r3]; ld.shared.b32 %r6, [%r4];",
+        r"cp.async not yet waited for.*%r6, \[%r4\]"),
+    "cp.async without a barrier": (COPY + "cp.async.wait_all; xor.b32 %r5, %r3, 512; ld.shared.b32 %r6, [%r5];", "race in shared memory"),
     "divergent barrier in a warp": ("setp.lt.u32 %p0, %r0, 7; @%p0 bra SKIP; bar.sync 0; SKIP:", "divergent barrier.*bar.sync"),
     "barrier that a warp never reaches": ("setp.lt.u32 %p0, %r0, 32; @%p0 bra SKIP; bar.sync 0; SKIP:", "divergent barrier.*bar.sync"),
-    "shuffle without its lanes": ("setp.lt.u32 %p0, %r0, 7; @%p0 bra SKIP; shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1; SKIP:", "lanes of the warp that never come: shfl"),
+    "shuffle without its lanes": (
+        "setp.lt.u32 %p0, %r0, 7; @%p0 bra SKIP; shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1; SKIP:",
+        "lanes of the warp that never come: shfl"),
     "unknown instruction": ("tcgen05.alloc.b32 [%r1], 32;", "unknown instruction: tcgen05.alloc.b32"),
 }
 
@@ -63,9 +80,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault(fault):
     body, message = FAULTS[fault]
-    warps = 1 if "bounds" in fault or "cp.async" in fault else 2
+    warps = 1 if "bounds" in fault or "weakly" in fault else 2
     with pytest.raises(PTXError, match=message):
-        run(body, torch.zeros(128 if "cp.async" in fault else 32 * warps), threads=32 * warps)
+        run(body, torch.zeros(256 if "cp.async" in fault else 32 * warps), threads=32 * warps)
 
 
 def test_no_fault_with_barriers_and_waits():
@@ -260,7 +277,8 @@ extern "C" __global__ void tile(const __nv_bfloat16* a, const __nv_bfloat16* b, 
         unsigned x[4], y[2];
         unsigned at = __cvta_generic_to_shared(&a_smem[step % 2][lane % 16][lane / 16 * 8]);
         unsigned bt = __cvta_generic_to_shared(&b_smem[step % 2][lane % 16][0]);
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at));
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+            : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at));
         asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(y[0]), "=r"(y[1]) : "r"(bt));
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));

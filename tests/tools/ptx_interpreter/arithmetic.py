@@ -169,7 +169,11 @@ def mul(ins, program):
         uint = TYPES[f"u{type.bits}"]
         x, y, z = (program.source(o, t) for o, t in zip(ins.operands[1:], (type, type, uint)))
         high = ins.has("hi")
-        return _with_carry(ins, program, uint, lambda wave: (_high_product(x(wave), y(wave), type.bits) if high else x(wave) * y(wave)).astype(uint.dtype), z)
+
+        def product(wave):
+            return (_high_product(x(wave), y(wave), type.bits) if high else x(wave) * y(wave)).astype(uint.dtype)
+
+        return _with_carry(ins, program, uint, product, z)
     if ins.has("wide"):
         wide = TYPES[f"{type.name[0]}{type.bits * 2}"]
         x, y = (program.source(o, type) for o in ins.operands[1:3])

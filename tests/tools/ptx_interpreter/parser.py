@@ -221,7 +221,7 @@ class _Body:
             return Negated(self._register(text[1:].strip()))
         found = self._register(text) or _number(text)
         if found or text == "_":
-            return found
+            return found or text
         return Special(text[1:]) if text.startswith("%") else Symbol(text)
 
 
