@@ -33,7 +33,7 @@ def chosen():
         yield from ((case, dtype) for dtype in (("fp32", "bf16", "fp16") if floating else ("fp32",)))
 
 
-@pytest.mark.parametrize("case, dtype", chosen(), ids=str)
+@pytest.mark.parametrize("case, dtype", list(chosen()), ids=str)
 def test_compiled(case, dtype):
     dtype = DTYPES[dtype]
     kwargs = case.make(dtype)

@@ -6,7 +6,6 @@ and here).
 """
 import numpy as np
 
-from .memory import Fault
 from .numbers import SIGNED, TYPES, UNSIGNED, flush, pack, round_float, unpack
 from .parser import Pair
 from .program import Unsupported, instruction
@@ -90,7 +89,6 @@ def _remainder(x, y):
     return np.where(y == 0, x, np.fmod(x, np.where(y == 0, 1, y).astype(np.result_type(y))))
 
 
-_simple(("fma",), lambda ins: _fma)
 _simple(("min", "max"), _extreme)
 _simple(("div",), lambda ins: _divide)
 _simple(("rem",), lambda ins: _remainder)
@@ -171,7 +169,11 @@ def mul(ins, program):
         uint = TYPES[f"u{type.bits}"]
         x, y, z = (program.source(o, t) for o, t in zip(ins.operands[1:], (type, type, uint)))
         high = ins.has("hi")
-        return _with_carry(ins, program, uint, lambda wave: (_high_product(x(wave), y(wave), type.bits) if high else x(wave) * y(wave)).astype(uint.dtype), z)
+
+        def product(wave):
+            return (_high_product(x(wave), y(wave), type.bits) if high else x(wave) * y(wave)).astype(uint.dtype)
+
+        return _with_carry(ins, program, uint, product, z)
     if ins.has("wide"):
         wide = TYPES[f"{type.name[0]}{type.bits * 2}"]
         x, y = (program.source(o, type) for o in ins.operands[1:3])
@@ -271,27 +273,3 @@ def testp(ins, program):
         raise Unsupported("test")
     test = tests[ins.modifiers[0]]
     return lambda wave, active: put(wave, active, test(x(wave)))
-
-
-@instruction("redux")
-def redux(ins, program):
-    from .control import whole_warps
-
-    type = ins.types[-1]
-    x, members = program.source(ins.operands[1], type), program.source(ins.operands[2], TYPES["u32"])
-    put = program.destination(ins.operands[0], type)
-    function = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[
-        ins.one_of(("add", "min", "max", "and", "or", "xor"))]
-
-    def run(wave, active):
-        values = np.array(np.broadcast_to(x(wave), wave.columns)).reshape(-1, 32)
-        there = np.ones((len(values), 32), bool) if active is None else active.reshape(-1, 32)
-        result = np.zeros(len(values), type.dtype)
-        for warp in np.flatnonzero(there.any(1)):
-            if there[warp].any() and (np.broadcast_to(members(wave), wave.columns).reshape(-1, 32)[warp][there[warp]].max()
-                                      != sum(1 << int(lane) for lane in np.flatnonzero(there[warp]))):
-                raise Fault("redux of lanes that are not all here")
-            result[warp] = function.reduce(values[warp][there[warp]], dtype=type.dtype)
-        put(wave, active, np.repeat(result, 32))
-
-    return whole_warps(ins, run, members)

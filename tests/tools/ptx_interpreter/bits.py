@@ -42,10 +42,7 @@ def funnel(ins, program):
     def shifted(low, high, n):
         n = (n & np.uint32(31) if wrap else np.minimum(n, np.uint32(32))).astype(np.uint64)
         both = np.asarray(high).astype(np.uint64) << np.uint64(32) | np.asarray(low).astype(np.uint64)
-        result = both << n >> np.uint64(32) if left else both >> n
-        if left:  # 64-bit arithmetic loses the bits that n = 32 pushes out at the top, which is right
-            result = (both << n) >> np.uint64(32)
-        return result.astype(np.uint32)
+        return (both << n >> np.uint64(32) if left else both >> n).astype(np.uint32)
 
     return elementwise(ins, program, shifted, TYPES["u32"])
 

@@ -75,7 +75,7 @@ class GlobalMemory:
         place, block = self._granules(addresses, nbytes), block[:, None]
         writer = self.writer[place]
         foreign = (writer != self.NOBODY) & (writer != block)
-        if nbytes >= self.GRANULE and foreign.any():
+        if foreign.any():
             raise Fault("race in global memory: another block of this launch wrote what is read", first(foreign.any(1)))
         reader = self.reader[place]
         self.reader[place] = np.where(reader == self.NOBODY, block, np.where(reader == block, reader, self.SEVERAL))
@@ -96,7 +96,8 @@ class GlobalMemory:
     def _where(self, address):
         distances = [(max(int(b) - address, address - int(e), 0), int(b), int(e)) for b, e in zip(self.begins, self.ends)]
         _, begin, end = min(distances)
-        return f"{begin - address} before a tensor of {end - begin} bytes" if address < begin else f"{address - begin} of a tensor of {end - begin} bytes"
+        place = f"{begin - address} before" if address < begin else f"{address - begin} of"
+        return f"{place} a tensor of {end - begin} bytes"
 
     @staticmethod
     def load(addresses, word, words):

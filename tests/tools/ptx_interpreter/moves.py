@@ -69,7 +69,8 @@ def cvta(ins, program):
 @instruction("isspacep")
 def isspacep(ins, program):
     read, put = program.source(ins.operands[1], TYPES["u64"]), program.destination(ins.operands[0], TYPES["pred"])
-    low, high = {"shared": (SHARED_WINDOW, LOCAL_WINDOW), "local": (LOCAL_WINDOW, 1 << 62), "global": (0, SHARED_WINDOW)}[ins.one_of(("shared", "local", "global"))]
+    windows = {"global": (0, SHARED_WINDOW), "shared": (SHARED_WINDOW, LOCAL_WINDOW), "local": (LOCAL_WINDOW, 1 << 62)}
+    low, high = windows[ins.one_of(windows)]
     return lambda wave, active: put(wave, active, (read(wave) >= np.uint64(low)) & (read(wave) < np.uint64(high)))
 
 

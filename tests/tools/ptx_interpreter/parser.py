@@ -168,7 +168,6 @@ class _Body:
 
     def parse(self, text):
         position = 0
-        statements = []  # operands are resolved at once, labels at the end
         while match := self.TOKEN.match(text, position):
             position = match.end()
             brace, label, loc, statement = match.groups()
@@ -183,7 +182,6 @@ class _Body:
                 self._statement(" ".join(statement.split()))
         if text[position:].strip():
             raise PTXError(f"{self.kernel.name}: cannot read: {text[position:position + 80].strip()}")
-        return statements
 
     def _statement(self, text):
         if text.startswith(".reg"):
@@ -223,7 +221,7 @@ class _Body:
             return Negated(self._register(text[1:].strip()))
         found = self._register(text) or _number(text)
         if found or text == "_":
-            return found
+            return found or text
         return Special(text[1:]) if text.startswith("%") else Symbol(text)
 
 

@@ -83,6 +83,27 @@ def activemask(ins, program):
     return lambda wave, active: put(wave, active, _bits(_everybody(wave, active)))
 
 
+@instruction("redux")
+def redux(ins, program):
+    type = ins.types[-1]
+    x, members = program.source(ins.operands[1], type), program.source(ins.operands[2], TYPES["u32"])
+    put = program.destination(ins.operands[0], type)
+    function = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[
+        ins.one_of(("add", "min", "max", "and", "or", "xor"))]
+
+    def run(wave, active):
+        values, named = (np.broadcast_to(read(wave), wave.columns).reshape(-1, 32) for read in (x, members))
+        result = np.zeros((len(values), 32), type.dtype)
+        doing = np.ones(values.shape, bool) if active is None else active.reshape(-1, 32)
+        for warp in np.flatnonzero(doing.any(1)):
+            for mask in np.unique(named[warp][doing[warp]]):
+                lanes = (mask >> np.arange(32, dtype=np.uint32) & 1).astype(bool)
+                result[warp][lanes] = function.reduce(values[warp][lanes], dtype=type.dtype)
+        put(wave, active, result.reshape(-1))
+
+    return whole_warps(ins, run, members)
+
+
 # ---- mma.sync.m16n8kK: lane = 4 g + t. Of A (16 x K), register i holds row g + 8 (i % 2) and, from column t times the
 # elements of a register on, consecutive elements, K/2 columns further for i >= 2; B (K x 8) likewise with column g; of C
 # and D (16 x 8), element i lies in row g + 8 (i // 2) and column 2 t + i % 2.
