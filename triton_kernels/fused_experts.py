@@ -28,7 +28,6 @@ GATE = configs.Table(
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=4, up_to={"rows": 16}, arch=("sm",)),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=2, up_to={"rows": 16}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3, up_to={"rows": 64}),
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm90",), up_to={"save": 0}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm80", "sm90", "sm100", "sm103")),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=2),
 )
@@ -235,7 +234,7 @@ def fused_experts_fwd_triton(x, w1, w_up, w2, weights, indices, bias1, bias_up, 
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **options,
         )
 
-    GATE.launch(widest(x, w1), run, rows=triton.cdiv(S, E), save=int(save))
+    GATE.launch(widest(x, w1), run, rows=triton.cdiv(S, E))
     rows = product(h, w2.mT, offs, bias2, x.new_empty(S, D), rest=False)
     return moe.weighted_sum(rows, inverse, weights, offs, y), saved
 
