@@ -21,6 +21,7 @@ from .grouped_gemm import (
     GROUP_M, accumulate, block_groups, column_sums, count_tiles, dot_options, find_tile, num_programs, product, strides, weight_gradient, widest,
 )
 
+# both: whether interleaved products are kept, which takes registers: larger tiles spill
 GATE = configs.Table(
     "fused_experts_fwd",
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64}, num_warps=4, num_stages=3, itemsize=4, up_to={"rows": 16}),
@@ -28,9 +29,9 @@ GATE = configs.Table(
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=4, up_to={"rows": 16}, arch=("sm",)),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=2, up_to={"rows": 16}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3, up_to={"rows": 64}),
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm90",), up_to={"save": 0}),
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm80", "sm90", "sm100", "sm103")),
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=2),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm80", "sm90", "sm100", "sm103"), up_to={"both": 0}),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=2, up_to={"both": 0}),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3),
 )
 GATE_BWD = configs.Table(
     "fused_experts_bwd",
@@ -235,7 +236,7 @@ def fused_experts_fwd_triton(x, w1, w_up, w2, weights, indices, bias1, bias_up, 
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **options,
         )
 
-    GATE.launch(widest(x, w1), run, rows=triton.cdiv(S, E), save=int(save))
+    GATE.launch(widest(x, w1), run, rows=triton.cdiv(S, E), both=int(save and interleaved))
     rows = product(h, w2.mT, offs, bias2, x.new_empty(S, D), rest=False)
     return moe.weighted_sum(rows, inverse, weights, offs, y), saved
 
