@@ -27,7 +27,7 @@ FWD = configs.Table(
 
 @triton.jit
 def chunk_scan_fwd_kernel(
-    x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, decay_ptr, states_ptr, y_ptr, seq_idx_ptr, bounds_ptr, L, H, chunks, chunks_per_row, heads_per_group,
+    x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, decay_ptr, states_ptr, y_ptr, seq_idx_ptr, bounds_ptr, L, H, chunks_per_row, heads_per_group,
     stride_x_b, stride_x_l, stride_x_h, stride_x_p, stride_B_b, stride_B_l, stride_B_g, stride_B_n, stride_C_b, stride_C_l, stride_C_g, stride_C_n,
     stride_D_h, stride_D_p, stride_z_b, stride_z_l, stride_z_h, stride_z_p,
     P: tl.constexpr, N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_CU: tl.constexpr,
@@ -35,7 +35,7 @@ def chunk_scan_fwd_kernel(
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
-    row, _, begin, end = place(chunk, bounds_ptr, L, chunks, chunks_per_row, CHUNK, HAS_CU)
+    row, _, begin, end = place(chunk, bounds_ptr, L, chunks_per_row, CHUNK, HAS_CU)
     head = head.to(tl.int64)
     in_chunk = tl.arange(0, CHUNK)
     offs_l = begin + in_chunk
@@ -57,7 +57,7 @@ def chunk_scan_fwd_kernel(
         scores = tl.dot(C, B, scores, input_precision=PRECISION)
         acc += weighted_dot(state, C, False, False, PRECISION)
     # what the chunk gives itself: the exponents of later positions are cut before exp
-    dt, hi, lo, _, _ = load_decay(decay_ptr, chunk, head, chunks, H, CHUNK)
+    dt, hi, lo, _, _ = load_decay(decay_ptr, chunk, head, H, CHUNK)
     between = tl.where(in_chunk[:, None] >= in_chunk[None, :], (hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :]), float("-inf"))
     x = load_tile(x_ptr + row * stride_x_b + head * stride_x_h, offs_l, stride_x_l, real, offs_p, stride_x_p, mask_p)
     y = acc * tl.exp(hi)[:, None] + weighted_dot(scores * tl.exp(between) * dt[None, :], x, True, False, PRECISION)
@@ -88,7 +88,8 @@ def chunk_scan_fwd_triton(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx
         chunk_scan_fwd_kernel[chunks.count * H, triton.cdiv(P, BLOCK_P)](
             x, B, C, D, z, chunks.decay, states, y, *chunks.where(), *chunks.sizes(), H // chunks.G, *x.stride(), *B.stride(), *C.stride(),
             *((0, 0) if D is None else (*D.stride(), 0)[:2]), *((0, 0, 0, 0) if z is None else z.stride()),
-            P=P, N=N, HAS_D=D is not None, HAS_Z=z is not None, **chunks.packing(), PRECISION=chunks.precision, CHUNK=CHUNK, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N, **options,
+            P=P, N=N, HAS_D=D is not None, HAS_Z=z is not None, **chunks.packing(), PRECISION=chunks.precision,
+            CHUNK=CHUNK, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N, **options,
         )
 
     FWD.launch(x, run, P=P, N=N)

@@ -31,7 +31,7 @@ BWD_BC = configs.Table(
 @triton.jit
 def chunk_scan_bwd_x_kernel(
     dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, dt_bias_ptr, decay_ptr, states_ptr, dstates_ptr, seq_idx_ptr, bounds_ptr,
-    dx_ptr, ddt_ptr, dA_ptr, dbias_ptr, dD_ptr, L, H, chunks, chunks_per_row, heads_per_group, dt_min, dt_max,
+    dx_ptr, ddt_ptr, dA_ptr, dbias_ptr, dD_ptr, L, H, chunks_per_row, heads_per_group, dt_min, dt_max,
     stride_dy_b, stride_dy_l, stride_dy_h, stride_dy_p, stride_x_b, stride_x_l, stride_x_h, stride_x_p, stride_dt_b, stride_dt_l, stride_dt_h,
     stride_B_b, stride_B_l, stride_B_g, stride_B_n, stride_C_b, stride_C_l, stride_C_g, stride_C_n, stride_D_h, stride_D_p,
     P: tl.constexpr, N: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_SEQ: tl.constexpr,
@@ -40,12 +40,12 @@ def chunk_scan_bwd_x_kernel(
     """dx and ddt of one head in one chunk; its shares dA, ddt_bias (chunks, H) and dD (chunks, H, P)."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
-    row, _, begin, end = place(chunk, bounds_ptr, L, chunks, chunks_per_row, CHUNK, HAS_CU)
+    row, _, begin, end = place(chunk, bounds_ptr, L, chunks_per_row, CHUNK, HAS_CU)
     head = head.to(tl.int64)
     in_chunk = tl.arange(0, CHUNK)
     offs_l = begin + in_chunk
     real = real_positions(seq_idx_ptr, row, offs_l, end, L, HAS_SEQ)
-    dt, hi, lo, last_hi, last_lo = load_decay(decay_ptr, chunk, head, chunks, H, CHUNK)
+    dt, hi, lo, last_hi, last_lo = load_decay(decay_ptr, chunk, head, H, CHUNK)
     x_at = x_ptr + row * stride_x_b + head * stride_x_h
     dy_at = dy_ptr + row * stride_dy_b + head * stride_dy_h
     B_at = B_ptr + row * stride_B_b + head // heads_per_group * stride_B_g
@@ -78,7 +78,6 @@ def chunk_scan_bwd_x_kernel(
     enter = tl.zeros((CHUNK,), tl.float32)
     through = tl.zeros((CHUNK,), tl.float32)
     passing = tl.zeros((BLOCK_N,), tl.float32)
-    skip = tl.zeros((BLOCK_P,), tl.float32)
     for p in range(0, P, BLOCK_P):
         offs_p = p + tl.arange(0, BLOCK_P)
         mask_p = offs_p < P
@@ -103,8 +102,7 @@ def chunk_scan_bwd_x_kernel(
         through += tl.sum(leaving * dy, 1)
         if HAS_D:
             dx += tl.load(D_ptr + head * stride_D_h + offs_p * stride_D_p, mask=mask_p, other=0.0).to(tl.float32)[None, :] * dy
-            skip = tl.sum(x * dy, 0)
-            tl.store(dD_ptr + (chunk.to(tl.int64) * H + head) * P + offs_p, skip, mask=mask_p)
+            tl.store(dD_ptr + (chunk.to(tl.int64) * H + head) * P + offs_p, tl.sum(x * dy, 0), mask=mask_p)
         dx_at = dx_ptr + ((row * L + offs_l[:, None]) * H + head) * P + offs_p[None, :]
         tl.store(dx_at, dx.to(dtype), mask=(offs_l < end)[:, None] & mask_p[None, :])
     # the gradient of each step's exponent, then of dt before bias, softplus and clamp
@@ -121,14 +119,15 @@ def chunk_scan_bwd_x_kernel(
         raw = softplus(raw)
     ddt = tl.where(real & (raw >= dt_min) & (raw <= dt_max), ddt, 0.0)
     tl.store(ddt_ptr + (row * L + offs_l) * H + head, ddt.to(ddt_ptr.dtype.element_ty), mask=offs_l < end)
-    tl.store(dA_ptr + chunk.to(tl.int64) * H + head, tl.sum(da * dt, 0))
+    # a chunk that no sequence needs has no states: da is garbage there
+    tl.store(dA_ptr + chunk.to(tl.int64) * H + head, tl.sum(tl.where(real, da * dt, 0.0), 0))
     if HAS_BIAS:
         tl.store(dbias_ptr + chunk.to(tl.int64) * H + head, tl.sum(ddt, 0))
 
 
 @triton.jit
 def chunk_scan_bwd_bc_kernel(
-    dy_ptr, x_ptr, B_ptr, C_ptr, decay_ptr, states_ptr, dstates_ptr, seq_idx_ptr, bounds_ptr, dB_ptr, dC_ptr, positions, L, H, chunks, chunks_per_row,
+    dy_ptr, x_ptr, B_ptr, C_ptr, decay_ptr, states_ptr, dstates_ptr, seq_idx_ptr, bounds_ptr, dB_ptr, dC_ptr, positions, L, H, chunks_per_row,
     G, heads_per_group, splits, stride_dy_b, stride_dy_l, stride_dy_h, stride_dy_p, stride_x_b, stride_x_l, stride_x_h, stride_x_p,
     stride_B_b, stride_B_l, stride_B_g, stride_B_n, stride_C_b, stride_C_l, stride_C_g, stride_C_n,
     P: tl.constexpr, N: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_CU: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
@@ -139,7 +138,7 @@ def chunk_scan_bwd_bc_kernel(
     split = tl.program_id(0) % splits
     group = tl.program_id(0) // splits % G
     chunk = tl.program_id(0) // splits // G
-    row, _, begin, end = place(chunk, bounds_ptr, L, chunks, chunks_per_row, CHUNK, HAS_CU)
+    row, _, begin, end = place(chunk, bounds_ptr, L, chunks_per_row, CHUNK, HAS_CU)
     in_chunk = tl.arange(0, CHUNK)
     offs_l = begin + in_chunk
     real = real_positions(seq_idx_ptr, row, offs_l, end, L, HAS_SEQ)
@@ -152,7 +151,7 @@ def chunk_scan_bwd_bc_kernel(
     first = group * heads_per_group + split * split_heads
     for h in range(0, tl.minimum(split_heads, (group + 1) * heads_per_group - first)):
         head = (first + h).to(tl.int64)
-        dt, hi, lo, last_hi, last_lo = load_decay(decay_ptr, chunk, head, chunks, H, CHUNK)
+        dt, hi, lo, last_hi, last_lo = load_decay(decay_ptr, chunk, head, H, CHUNK)
         state_at = (chunk.to(tl.int64) * H + head) * P * N
         dscores = tl.zeros((CHUNK, CHUNK), tl.float32)
         from_state = tl.zeros((CHUNK, BLOCK_N), tl.float32)
@@ -220,7 +219,10 @@ def _grad_x(chunks, dy, x, dt, A, B, C, D, dt_bias, states, dstates, dt_softplus
     if dt_bias is not None:
         sum_partials(partial_bias, ddt_bias)
     if D is not None:
-        sum_partials(partial_D if D.dim() == 2 else partial_D.sum(2), dD)
+        whole = dD if D.dim() == 2 else torch.empty(H, P, dtype=torch.float32, device=x.device)
+        sum_partials(partial_D, whole)
+        if D.dim() == 1:
+            dD.copy_(whole.sum(1))
 
 
 def _grad_bc(chunks, dy, x, B, C, states, dstates, dB, dC):

@@ -31,11 +31,11 @@ CEILING = tl.constexpr(1e30)
 
 
 @triton.jit
-def place(chunk, bounds_ptr, L, chunks, chunks_per_row, CHUNK: tl.constexpr, HAS_CU: tl.constexpr):
-    """A chunk's row, the first position of its sequence, its own first position and its end. bounds: (3, chunks)."""
+def place(chunk, bounds_ptr, L, chunks_per_row, CHUNK: tl.constexpr, HAS_CU: tl.constexpr):
+    """A chunk's row, the first position of its sequence, its own first position and its end. bounds: (chunks, 3)."""
     if HAS_CU:
         row = chunk * 0
-        start, begin, end = tl.load(bounds_ptr + chunk), tl.load(bounds_ptr + chunks + chunk), tl.load(bounds_ptr + 2 * chunks + chunk)
+        start, begin, end = tl.load(bounds_ptr + 3 * chunk), tl.load(bounds_ptr + 3 * chunk + 1), tl.load(bounds_ptr + 3 * chunk + 2)
     else:
         row = chunk // chunks_per_row
         start = chunk * 0
@@ -55,17 +55,17 @@ def real_positions(seq_idx_ptr, row, offs_l, end, L, HAS_SEQ: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, offs_0, stride_0, mask_0, offs_1, stride_1, mask_1):
-    return tl.load(ptr + offs_0[:, None].to(tl.int64) * stride_0 + offs_1[None, :].to(tl.int64) * stride_1, mask=mask_0[:, None] & mask_1[None, :], other=0.0)
+    at = ptr + offs_0[:, None].to(tl.int64) * stride_0 + offs_1[None, :].to(tl.int64) * stride_1
+    return tl.load(at, mask=mask_0[:, None] & mask_1[None, :], other=0.0)
 
 
 @triton.jit
-def load_decay(decay_ptr, chunk, head, chunks, H, CHUNK: tl.constexpr):
-    """dt, hi and lo of one head in one chunk, and hi and lo of its last position. decay: (3, chunks, H, CHUNK)."""
-    at = decay_ptr + (chunk.to(tl.int64) * H + head) * CHUNK
-    part = chunks.to(tl.int64) * H * CHUNK
+def load_decay(decay_ptr, chunk, head, H, CHUNK: tl.constexpr):
+    """dt, hi and lo of one head in one chunk, and hi and lo of its last position. decay: (chunks, H, 3, CHUNK)."""
+    at = decay_ptr + (chunk.to(tl.int64) * H + head) * 3 * CHUNK
     offs = tl.arange(0, CHUNK)
-    dt, hi, lo = tl.load(at + offs), tl.load(at + part + offs), tl.load(at + 2 * part + offs)
-    return dt, hi, lo, tl.load(at + part + CHUNK - 1), tl.load(at + 2 * part + CHUNK - 1)
+    dt, hi, lo = tl.load(at + offs), tl.load(at + CHUNK + offs), tl.load(at + 2 * CHUNK + offs)
+    return dt, hi, lo, tl.load(at + 2 * CHUNK - 1), tl.load(at + 3 * CHUNK - 1)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def weighted_dot(weighted, exact, LEFT: tl.constexpr, FULL: tl.constexpr, PRECIS
 
 @triton.jit
 def chunk_scan_bounds_kernel(cu_ptr, bounds_ptr, first_ptr, sequences, chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Cuts the sequences of cu_seqlens into chunks: `first` (sequences,), bounds (3, chunks). Chunks that none needs are empty."""
+    """Cuts the sequences of cu_seqlens into chunks: `first` (sequences,), bounds (chunks, 3). Chunks that none needs are empty."""
     sequence = tl.program_id(0)
     first = sequence * 0
     for begin in range(0, sequence, BLOCK):
@@ -128,19 +128,20 @@ def chunk_scan_bounds_kernel(cu_ptr, bounds_ptr, first_ptr, sequences, chunks, C
         offs = c + tl.arange(0, BLOCK)
         mask = offs < count
         begins = start + offs * CHUNK
-        tl.store(bounds_ptr + first + offs, begins * 0 + start, mask=mask)
-        tl.store(bounds_ptr + chunks + first + offs, tl.minimum(begins, end), mask=mask)
-        tl.store(bounds_ptr + 2 * chunks + first + offs, tl.minimum(begins + CHUNK, end), mask=mask)
+        at = bounds_ptr + 3 * (first + offs)
+        tl.store(at, begins * 0 + start, mask=mask)
+        tl.store(at + 1, tl.minimum(begins, end), mask=mask)
+        tl.store(at + 2, tl.minimum(begins + CHUNK, end), mask=mask)
 
 
 @triton.jit
 def chunk_scan_decay_kernel(
-    dt_ptr, A_ptr, dt_bias_ptr, seq_idx_ptr, bounds_ptr, decay_ptr, L, H, chunks, chunks_per_row, dt_min, dt_max, stride_dt_b, stride_dt_l, stride_dt_h,
+    dt_ptr, A_ptr, dt_bias_ptr, seq_idx_ptr, bounds_ptr, decay_ptr, L, H, chunks_per_row, dt_min, dt_max, stride_dt_b, stride_dt_l, stride_dt_h,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_CU: tl.constexpr, CHUNK: tl.constexpr, BLOCK_H: tl.constexpr,
 ):
-    """decay (3, chunks, H, CHUNK) = dt and the two parts of its cumulated products with A."""
+    """decay (chunks, H, 3, CHUNK) = dt and the two parts of its cumulated products with A."""
     chunk = tl.program_id(0)
-    row, start, begin, end = place(chunk, bounds_ptr, L, chunks, chunks_per_row, CHUNK, HAS_CU)
+    row, start, begin, end = place(chunk, bounds_ptr, L, chunks_per_row, CHUNK, HAS_CU)
     in_chunk = tl.arange(0, CHUNK)
     offs_l = begin + in_chunk
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -162,16 +163,15 @@ def chunk_scan_decay_kernel(
     cum = tl.cumsum(step, 0)
     hi = cum.to(tl.float32)
     lo = (cum - hi.to(tl.float64)).to(tl.float32)
-    at = decay_ptr + (chunk.to(tl.int64) * H + offs_h[None, :]) * CHUNK + in_chunk[:, None]
-    part = chunks.to(tl.int64) * H * CHUNK
+    at = decay_ptr + (chunk.to(tl.int64) * H + offs_h[None, :]) * 3 * CHUNK + in_chunk[:, None]
     tl.store(at, dt, mask=mask_h[None, :])
-    tl.store(at + part, hi, mask=mask_h[None, :])
-    tl.store(at + 2 * part, lo, mask=mask_h[None, :])
+    tl.store(at + CHUNK, hi, mask=mask_h[None, :])
+    tl.store(at + 2 * CHUNK, lo, mask=mask_h[None, :])
 
 
 @triton.jit
 def chunk_scan_states_kernel(
-    values_ptr, rows_ptr, decay_ptr, seq_idx_ptr, cu_ptr, first_ptr, given_ptr, states_ptr, last_ptr, L, H, chunks, heads_per_group,
+    values_ptr, rows_ptr, decay_ptr, seq_idx_ptr, cu_ptr, first_ptr, given_ptr, states_ptr, last_ptr, L, H, heads_per_group,
     stride_values_b, stride_values_l, stride_values_h, stride_values_p, stride_rows_b, stride_rows_l, stride_rows_g, stride_rows_n,
     P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, HAS_GIVEN: tl.constexpr, HAS_LAST: tl.constexpr, HAS_SEQ: tl.constexpr,
     HAS_CU: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -211,7 +211,7 @@ def chunk_scan_states_kernel(
         tl.store(states_ptr + (chunk.to(tl.int64) * H + head) * P * N + in_state, state, mask=mask)
         offs_l = start + index * CHUNK + tl.arange(0, CHUNK)
         real = real_positions(seq_idx_ptr, row, offs_l, end, L, HAS_SEQ)
-        dt, hi, lo, last_hi, last_lo = load_decay(decay_ptr, chunk, head, chunks, H, CHUNK)
+        dt, hi, lo, last_hi, last_lo = load_decay(decay_ptr, chunk, head, H, CHUNK)
         weight = tl.exp(hi) if REVERSE else tl.exp((last_hi - hi) + (last_lo - lo)) * dt
         values = load_tile(values_at, offs_p, stride_values_p, mask_p, offs_l, stride_values_l, real).to(tl.float32)
         rows = load_tile(rows_at, offs_l, stride_rows_l, real, offs_n, stride_rows_n, mask_n).to(values_ptr.dtype.element_ty)
@@ -228,7 +228,8 @@ def sum_partials_kernel(partial_ptr, out_ptr, rows, columns, BLOCK_ROWS: tl.cons
     acc = tl.zeros((BLOCK_COLUMNS,), tl.float32)
     for begin in range(0, rows, BLOCK_ROWS):
         offs_r = begin + tl.arange(0, BLOCK_ROWS)
-        acc += tl.sum(tl.load(partial_ptr + offs_r[:, None].to(tl.int64) * columns + offs[None, :], mask=(offs_r < rows)[:, None] & mask[None, :], other=0.0), 0)
+        at = partial_ptr + offs_r[:, None].to(tl.int64) * columns + offs[None, :]
+        acc += tl.sum(tl.load(at, mask=(offs_r < rows)[:, None] & mask[None, :], other=0.0), 0)
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -236,7 +237,8 @@ def sum_partials(partial, out):
     """Sums partial (rows, *out's shape) into out."""
     columns = out.numel()
     if columns:
-        sum_partials_kernel[(triton.cdiv(columns, BLOCK_COLUMNS),)](partial, out, partial.shape[0], columns, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS)
+        grid = (triton.cdiv(columns, BLOCK_COLUMNS),)
+        sum_partials_kernel[grid](partial, out, partial.shape[0], columns, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS)
 
 
 def block(size, limit):
@@ -260,13 +262,14 @@ class Chunks:
         self.precision = runtime.dot_precision(x.device, x.dtype)
         if cu_seqlens is not None:
             self.cu = cu_seqlens.contiguous()
-            self.bounds = torch.empty(3, self.count, dtype=torch.int32, device=x.device)
+            self.bounds = torch.empty(self.count, 3, dtype=torch.int32, device=x.device)
             self.first = torch.empty(self.sequences, dtype=torch.int32, device=x.device)
-            chunk_scan_bounds_kernel[(self.sequences + 1,)](self.cu, self.bounds, self.first, self.sequences, self.count, CHUNK=chunk, BLOCK=CHUNKS_AT_ONCE)
-        self.decay = torch.empty(3, self.count, self.H, chunk, dtype=torch.float32, device=x.device)
+            chunk_scan_bounds_kernel[(self.sequences + 1,)](
+                self.cu, self.bounds, self.first, self.sequences, self.count, CHUNK=chunk, BLOCK=CHUNKS_AT_ONCE)
+        self.decay = torch.empty(self.count, self.H, 3, chunk, dtype=torch.float32, device=x.device)
         chunk_scan_decay_kernel[self.count, triton.cdiv(self.H, BLOCK_H)](
-            dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), *self.where(), self.decay, *self.sizes(), dt_min, dt_max, *dt.stride(),
-            SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None, **self.packing(), CHUNK=chunk, BLOCK_H=BLOCK_H,
+            dt, A.contiguous(), None if dt_bias is None else dt_bias.contiguous(), *self.where(), self.decay, *self.sizes(), dt_min, dt_max,
+            *dt.stride(), SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None, **self.packing(), CHUNK=chunk, BLOCK_H=BLOCK_H,
         )
 
     def where(self):
@@ -274,8 +277,8 @@ class Chunks:
         return self.seq_idx, self.bounds
 
     def sizes(self):
-        """Arguments L, H, chunks, chunks_per_row."""
-        return self.L, self.H, self.count, self.per_row
+        """Arguments L, H, chunks_per_row."""
+        return self.L, self.H, self.per_row
 
     def packing(self):
         return {"HAS_SEQ": self.seq_idx is not None, "HAS_CU": self.cu is not None}
@@ -290,7 +293,7 @@ class Chunks:
             grid = self.H * triton.cdiv(P, BLOCK_P) * triton.cdiv(N, BLOCK_N), self.sequences
             chunk_scan_states_kernel[grid](
                 values, rows, self.decay, self.seq_idx, self.cu, self.first, None if given is None else given.contiguous(), states, last,
-                self.L, self.H, self.count, self.H // self.G, *values.stride(), *rows.stride(), P=P, N=N, REVERSE=reverse, HAS_GIVEN=given is not None,
+                self.L, self.H, self.H // self.G, *values.stride(), *rows.stride(), P=P, N=N, REVERSE=reverse, HAS_GIVEN=given is not None,
                 HAS_LAST=last is not None, **self.packing(), PRECISION=self.precision, CHUNK=self.chunk, BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N, **options,
             )
 
