@@ -1,6 +1,7 @@
 # make run       venv, install, build, then the demo: Hugging Face's Bamba as it is and patched
 # make test      every test: the machine's best build, the op tests on every lesser one, sanitizers, install without a compiler
 # make sanitize  the op tests under address and undefined-behaviour sanitizers only
+# make emulated  the CUDA kernels on a CPU: plain, under the race detector, under sanitizers (CUDA's headers needed, no GPU)
 # make bench     the quick benchmark suite;  make targets  the speed targets
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +12,7 @@ OP_TESTS := tests/test_ops.py tests/test_bad_input.py
 # The builds below the one this machine picks: portable, and avx2 where it picks avx512.
 LESSER_ISAS = $$($(BIN)/python -c "from terrazzo import native; isas = ['portable', 'avx2', 'avx512']; print(*isas[:isas.index(native.isa())])")
 
-.PHONY: run test sanitize test-install bench targets build clean
+.PHONY: run test sanitize test-install emulated bench targets build clean
 
 $(BIN)/.ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +51,12 @@ test-install: $(BIN)/.ready
 	cd build/no-compiler && $(abspath $(BIN))/python -m zipfile -e terrazzo-*.whl lib && \
 	    PYTHONPATH=lib:$$($(abspath $(BIN))/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])") \
 	    $(abspath $(BIN))/python -S $(CURDIR)/tests/without_extension.py
+
+emulated: build
+	$(BIN)/python -m pytest -q -n 2 tests/cuda
+	TERRAZZO_EMULATOR=races $(BIN)/python -m pytest -q -n 2 tests/cuda/test_emulated.py
+	LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so) ASAN_OPTIONS=detect_leaks=0 TERRAZZO_EMULATOR=sanitize \
+	    $(BIN)/python -m pytest -q -p no:cacheprovider tests/cuda/test_emulated.py
 
 bench: build
 	$(BIN)/terrazzo bench --quick

@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: csrc/cuda compiled by g++ against csrc/emulator, as the backend "cuda" on CPU tensors.
 
-A missing compiler or missing CUDA headers fail these tests, they don't skip them. TERRAZZO_EMULATOR=races runs the case list under
-the race detector.
+A missing compiler or missing CUDA headers fail these tests, they don't skip them. TERRAZZO_EMULATOR=sanitize or races compiles the
+kernels for the sanitizers or the race detector: see `make emulated`.
 """
 import os
 

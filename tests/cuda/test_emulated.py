@@ -7,7 +7,33 @@ from terrazzo import cases
 from test_ops import DTYPES, assert_matches, served_by
 from tools.emulator import SERVED
 
-CASES = [case for case in cases.CASES if served_by(case) in SERVED]
+
+
+def further_cases():
+    """Shapes that only these kernels tell apart: every team size and vector width, groups longer than registers hold, loops over n and p."""
+    norm, update = cases.norm, cases.state_update
+    norms = {
+        "a_warp": norm(shape=(9, 256)),
+        "128_threads": norm(shape=(3, 1024), norm_before_gate=True),
+        "512_threads": norm(shape=(2, 4096), group_size=4096),
+        "read_again": norm(shape=(2, 8200)),
+        "read_again_norm_first_no_gate": norm(shape=(3, 16408), z=False, norm_before_gate=True),
+        "more_rows_than_programs": norm(shape=(1100, 16)),
+        "scalar_warp": norm(shape=(5, 51), group_size=17),
+    }
+    updates = {
+        "long_rows": update(N=272, P=3, B=2),
+        "many_rows": update(N=8, P=300, B=1, H=2),
+        "long_rows_not_expanded": update(N=160, P=5, expanded=False),
+        "fp16_state": update(state_dtype=torch.float16, N=64),
+        "bf16_state_odd": update(state_dtype=torch.bfloat16, N=12, expanded=False),
+        "nothing_but_padding": update(indices=[-1, -1, -1], slots=2),
+    }
+    yield from (cases.Case("rmsnorm_gated", name, build, ("x", "weight", "z")) for name, build in norms.items())
+    yield from (cases.Case("selective_state_update", name, build, updated=("state",)) for name, build in updates.items())
+
+
+CASES = [case for case in cases.CASES if served_by(case) in SERVED] + list(further_cases())
 dtypes = pytest.mark.parametrize("dtype", [DTYPES[d] for d in ("fp32", "bf16", "fp16")], ids=("fp32", "bf16", "fp16"))
 orders = pytest.mark.parametrize("order", ["forward", "reversed"])
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,8 +1,8 @@
 """Builds what the CUDA tests need from csrc/cuda with g++ and csrc/emulator: the op library, or a program of one test file.
 
 Objects lie in build/emulator, named by the contents they were made from: an edit rebuilds what it touches. `mode` chooses what
-the kernels are compiled with: "plain"; "sanitize", the address and undefined-behaviour sanitizers (programs only: Python would have
-to be started under them); "races", the emulator's race detector. The emulator itself is always built plain.
+the kernels are compiled with: "plain"; "sanitize", the address and undefined-behaviour sanitizers (for the library Python must be
+started under them, see `make emulated`); "races", the emulator's race detector. The emulator itself is always built plain.
 """
 import ctypes
 import fcntl
@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build/emulator"
 NAMESPACE = "terrazzo_emulated"
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+SANITIZERS = ["-fsanitize=address,undefined"]
 MODES = {
     "plain": [],
-    "sanitize": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "sanitize": ["-O1", *SANITIZERS, "-fno-sanitize-recover=all"],
     "races": ["-O1", "-fsanitize=thread"],  # compiled, not linked: csrc/emulator/races.cpp answers
 }
 RUNTIME = [ROOT / "csrc/emulator" / name for name in ("runtime.cpp", "fiber.cpp", "races.cpp")]
@@ -104,7 +105,7 @@ def program(source, mode):
     """The path of an executable made of one test file."""
     with _building():
         objects = [_object(path, []) for path in RUNTIME] + [_object(source, MODES[mode])]
-        return _link(f"{source.stem}.{mode}", objects, ["-fsanitize=address,undefined"] if mode == "sanitize" else [])
+        return _link(f"{source.stem}.{mode}", objects, SANITIZERS if mode == "sanitize" else [])
 
 
 @functools.cache
@@ -118,7 +119,7 @@ def load(mode="plain"):
         objects += [_object(path, MODES[mode]) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
         bindings = [path for path in sorted((ROOT / "csrc/bindings").glob("*.cpp")) if path.stem == "glue" or "TZ_RUN_WHERE" in path.read_text()]
         objects += [_object(path, glue) for path in [*bindings, ROOT / "csrc/emulator/library.cpp"]]
-        path = _link(f"library.{mode}.so", objects, ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch"])
+        path = _link(f"library.{mode}.so", objects, ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", *(SANITIZERS if mode == "sanitize" else [])])
     library = torch.library.Library(NAMESPACE, "DEF")
     for name in names:
         schema = getattr(torch.ops.terrazzo, name).default._schema
