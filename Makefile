@@ -2,6 +2,7 @@
 # make test      every test: the machine's best build, the op tests on every lesser one, sanitizers, install without a compiler
 # make sanitize  the op tests under address and undefined-behaviour sanitizers only
 # make aot       every Triton kernel compiled for every GPU, and docs/triton_kernels.md written; no GPU needed
+# make emulated  the CUDA kernels on a CPU: plain, under the race detector, under sanitizers (CUDA's headers needed, no GPU)
 # make bench     the quick benchmark suite;  make targets  the speed targets
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -12,7 +13,7 @@ OP_TESTS := tests/test_ops.py tests/test_bad_input.py
 # The builds below the one this machine picks: portable, and avx2 where it picks avx512.
 LESSER_ISAS = $$($(BIN)/python -c "from terrazzo import native; isas = ['portable', 'avx2', 'avx512']; print(*isas[:isas.index(native.isa())])")
 
-.PHONY: run test sanitize test-install aot bench targets build clean
+.PHONY: run test sanitize test-install aot emulated bench targets build clean
 
 $(BIN)/.ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +56,12 @@ test-install: $(BIN)/.ready
 # Minutes; what Triton has compiled before comes from its cache.
 aot: build
 	PYTHONPATH=tests $(BIN)/python -m tools.triton_aot --write docs/triton_kernels.md
+
+emulated: build
+	$(BIN)/python -m pytest -q -n 2 tests/cuda
+	TERRAZZO_EMULATOR=races $(BIN)/python -m pytest -q -n 2 tests/cuda/test_emulated.py
+	LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so) ASAN_OPTIONS=detect_leaks=0 TERRAZZO_EMULATOR=sanitize \
+	    $(BIN)/python -m pytest -q -p no:cacheprovider tests/cuda/test_emulated.py
 
 bench: build
 	$(BIN)/terrazzo bench --quick

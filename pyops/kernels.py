@@ -1,6 +1,6 @@
 """The torch ops behind the public functions: one set of schemas under torch.ops.terrazzo (compiled) and .terrazzo_triton.
 
-Shapes and gradients are registered here for both: the gradient of a backend's op is an op of the same backend.
+Shapes and gradients are registered here for all: the gradient of a backend's op is an op of the same backend.
 """
 import functools
 
@@ -10,9 +10,13 @@ from . import native
 from .triton_kernels import library
 
 
+NAMESPACES = {"cpu": "terrazzo", "cuda": "terrazzo", "triton": library.NAMESPACE}
+_fakes, _gradients = {}, {}  # name -> what was registered
+
+
 def ops(backend):
     """The namespace of a backend's ops: ops("triton").rmsnorm_gated_fwd."""
-    return torch.ops.terrazzo_triton if backend == "triton" else torch.ops.terrazzo
+    return getattr(torch.ops, NAMESPACES[backend])
 
 
 def _backends(name):
@@ -25,6 +29,7 @@ def register_fake(name):
     """Registers the shape function of an op, in every backend that has it."""
 
     def register(fake):
+        _fakes[name] = fake
         for backend in _backends(name):
             torch.library.register_fake(f"{ops(backend).name}::{name}", fake)
         return fake
@@ -34,10 +39,24 @@ def register_fake(name):
 
 def register_autograd(name, backward, setup_context):
     """Registers backward(ops, ctx, *grads) as the gradient of <name>_fwd; <name>_bwd itself refuses to be differentiated."""
+    _gradients[name] = backward, setup_context
     for backend in _backends(f"{name}_fwd"):
-        namespace = ops(backend)
-        torch.library.register_autograd(f"{namespace.name}::{name}_fwd", functools.partial(backward, namespace), setup_context=setup_context)
-        torch.library.register_autograd(f"{namespace.name}::{name}_bwd", functools.partial(_no_double_backward, name, backend))
+        _register_gradient(name, backend, ops(backend))
+
+
+def _register_gradient(name, backend, namespace):
+    backward, setup_context = _gradients[name]
+    torch.library.register_autograd(f"{namespace.name}::{name}_fwd", functools.partial(backward, namespace), setup_context=setup_context)
+    torch.library.register_autograd(f"{namespace.name}::{name}_bwd", functools.partial(_no_double_backward, name, backend))
+
+
+def register_namespace(backend, namespace, names):
+    """Shapes and gradients for further ops of the same schemas, torch.ops.<namespace>.<names>."""
+    for name in names:
+        torch.library.register_fake(f"{namespace}::{name}", _fakes[name])
+        op = name.removesuffix("_fwd")
+        if op != name and op in _gradients:
+            _register_gradient(op, backend, getattr(torch.ops, namespace))
 
 
 def _no_double_backward(name, backend, ctx, *grads):

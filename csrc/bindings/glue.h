@@ -14,6 +14,9 @@
 
 #include "../common/params.h"
 #include "../cpu/kernels.h"
+#if defined(TZ_CUDA_EMULATED)
+#include "../cuda/kernels.h"
+#endif
 
 namespace terrazzo {
 
@@ -132,6 +135,20 @@ extern const char* const kKernelNames[kNumKernels];
 TZ_CPU_KERNELS(TZ_RUN)
 #undef TZ_RUN
 }  // namespace cpu
+
+// TZ_RUN_WHERE(x, kernel, params): the kernel of x's device. With TZ_CUDA_EMULATED, the tests' build, the CUDA kernels are
+// called on CPU tensors, see csrc/emulator.
+#if defined(TZ_CUDA_EMULATED)
+inline bool runs_on_cpu(const Tensor&) { return false; }
+namespace cuda {
+void check_launch(cudaError_t error, const char* kernel);
+}
+#define TZ_RUN_WHERE(x, name, params) cuda::check_launch(cuda::name##_cuda(params, nullptr), #name)
+#else
+inline bool runs_on_cpu(const Tensor&) { return true; }
+#define TZ_RUN_WHERE(x, name, params) cpu::run_##name(params)
+#endif
+inline void check_device(const Tensor& t, const char* op, const char* name) { check_cpu(t, op, name); }
 
 // The ops themselves (csrc/library.cpp holds their schemas).
 std::tuple<Tensor, Tensor> causal_conv1d_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias,

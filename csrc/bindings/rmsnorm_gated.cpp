@@ -14,7 +14,7 @@ struct NormCall {
   NormCall(const Tensor& x_in, const Tensor& weight_in, const OptTensor& z_in, double eps, int64_t group_size, bool norm_before_gate)
       : x(unit_stride_last(x_in)), weight(weight_in), z(z_in) {
     check_shape(x, {-1, -1}, kOp, "x");
-    check_cpu(x, kOp, "x");
+    check_device(x, kOp, "x");
     p.rows = x.size(0), p.D = x.size(1), p.group_size = group_size, p.eps = eps, p.norm_before_gate = norm_before_gate;
     TZ_CHECK(group_size > 0 && p.D % group_size == 0, kOp, "group_size must divide ", p.D, ", got ", group_size);
     check_shape(weight, {p.D}, kOp, "weight");
@@ -39,7 +39,7 @@ Tensor rmsnorm_gated_fwd(const Tensor& x, const Tensor& weight, const OptTensor&
   NormCall call(x, weight, z, eps, group_size, norm_before_gate);
   Tensor y = empty(x, {call.p.rows, call.p.D}, x.scalar_type());
   call.p.y = mutable_data(y);
-  cpu::run_rmsnorm_gated_fwd(call.p);
+  TZ_RUN_WHERE(x, rmsnorm_gated_fwd, call.p);
   return y;
 }
 
@@ -57,7 +57,9 @@ std::tuple<Tensor, Tensor, Tensor> rmsnorm_gated_bwd(const Tensor& dy_in, const 
     dz = empty(x, {p.rows, p.D}, x.scalar_type());
     p.dz = mutable_data(dz);
   }
-  cpu::run_rmsnorm_gated_bwd(p);
+  const Tensor partials = runs_on_cpu(x) ? absent(x) : empty(x, {norm_partials(p), p.D}, ScalarType::Float);
+  p.partials = mutable_data(partials);
+  TZ_RUN_WHERE(x, rmsnorm_gated_bwd, p);
   if (z) dz = cast(dz, z->scalar_type());
   return {dx, cast(dweight, weight.scalar_type()), dz};
 }

@@ -26,8 +26,8 @@ Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor
   StateUpdateParams p{};
   check_shape(x, {-1, -1, -1}, kOp, "x");
   check_shape(B_in, {x.size(0), -1, -1}, kOp, "B");
-  check_cpu(x, kOp, "x");
-  check_cpu(state, kOp, "state");
+  check_device(x, kOp, "x");
+  check_device(state, kOp, "state");
   p.B = x.size(0), p.H = x.size(1), p.P = x.size(2), p.G = B_in.size(1), p.N = B_in.size(2);
   TZ_CHECK(p.H > 0 && p.P > 0 && p.N > 0, kOp, "x and B must not be empty along H, P or N");
   TZ_CHECK(p.G > 0 && p.H % p.G == 0, kOp, "the groups of B must divide the ", p.H, " heads, got ", p.G);
@@ -73,7 +73,7 @@ Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor
   p.state_batch_indices = checked_slots(state_batch_indices, p.B, p.num_slots, kOp, "state_batch_indices");
   Tensor out = empty(x, {p.B, p.H, p.P}, xt);
   p.out = mutable_data(out);
-  cpu::run_state_update(p);
+  TZ_RUN_WHERE(x, state_update, p);
   return out;
 }
 

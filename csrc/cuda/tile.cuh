@@ -1,0 +1,48 @@
+// Tiles for the tensor cores: fragments of 16 x 16 and 16 x 8 in registers, filled from shared memory. 16-bit types multiply as they
+// are, floats as tf32. A tile in shared memory is rows of `pitch` elements; a pitch of 16 bytes more than a multiple of 128 bytes keeps
+// ldmatrix free of bank conflicts.
+//
+// In a fragment lane l owns rows g = l / 4 and g + 8 and columns 2 t and 2 t + 1, t = l % 4, of every 16 x 8 block of accumulators:
+// acc[0..1] of row g, acc[2..3] of row g + 8.
+#pragma once
+#include "ptx.cuh"
+
+namespace terrazzo { namespace cuda {
+
+TZ_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
+TZ_DEVICE int fragment_row(int i) { return lane_id() / 4 + i / 2 * 8; }        // of acc[i]
+TZ_DEVICE int fragment_column(int i) { return lane_id() % 4 * 2 + i % 2; }
+
+// a (16 x 16) from rows of k: the tile's element (m, k) is tile[m * pitch + k].
+template <class T> TZ_DEVICE void load_a(uint32_t (&a)[4], const T* tile, int pitch) {
+  static_assert(sizeof(T) == 2, "16-bit elements");
+  ldmatrix_x4(a, tile + lane_id() % 16 * pitch + lane_id() / 16 * 8);
+}
+// Two neighbouring b (16 x 8) from rows of k: element (k, n) is tile[n * pitch + k], n = 0..15.
+template <class T> TZ_DEVICE void load_b(uint32_t (&b)[2][2], const T* tile, int pitch) {
+  static_assert(sizeof(T) == 2, "16-bit elements");
+  uint32_t r[4];
+  ldmatrix_x4(r, tile + (lane_id() % 8 + lane_id() / 16 * 8) * pitch + lane_id() / 8 % 2 * 8);
+  b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
+}
+// The same from rows of n: element (k, n) is tile[k * pitch + n].
+template <class T> TZ_DEVICE void load_b_trans(uint32_t (&b)[2][2], const T* tile, int pitch) {
+  static_assert(sizeof(T) == 2, "16-bit elements");
+  uint32_t r[4];
+  ldmatrix_x4_trans(r, tile + lane_id() % 16 * pitch + lane_id() / 16 * 8);
+  b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
+}
+// acc (16 x 8) += a b.
+template <class T> TZ_DEVICE void multiply(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_m16n8k16(acc, a, b, T{}); }
+
+// tf32, k = 8: a (16 x 8) with element (m, k) at tile[m * pitch + k], b (8 x 8) with element (k, n) at tile[n * pitch + k].
+TZ_DEVICE void load_a_tf32(uint32_t (&a)[4], const float* tile, int pitch) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) a[i] = to_tf32(tile[(lane_id() / 4 + i % 2 * 8) * pitch + lane_id() % 4 + i / 2 * 4]);
+}
+TZ_DEVICE void load_b_tf32(uint32_t (&b)[2], const float* tile, int pitch) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) b[i] = to_tf32(tile[lane_id() / 4 * pitch + lane_id() % 4 + i * 4]);
+}
+
+}}  // namespace terrazzo::cuda
