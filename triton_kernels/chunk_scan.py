@@ -40,6 +40,7 @@ def chunk_scan_fwd_kernel(
     in_chunk = tl.arange(0, CHUNK)
     offs_l = begin + in_chunk
     real = real_positions(seq_idx_ptr, row, offs_l, end, L, HAS_SEQ)
+    width = tl.where(begin < end, P, 0)  # of states: an empty chunk has none
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     mask_p = offs_p < P
     # scores C B^T [l, s] and what the state gives [l, p]
@@ -53,7 +54,7 @@ def chunk_scan_fwd_kernel(
         mask_n = offs_n < N
         C = load_tile(C_at, offs_l, stride_C_l, real, offs_n, stride_C_n, mask_n).to(dtype)
         B = load_tile(B_at, offs_n, stride_B_n, mask_n, offs_l, stride_B_l, real).to(dtype)
-        state = load_tile(state_at, offs_n, 1, mask_n, offs_p, N, mask_p)
+        state = load_tile(state_at, offs_n, 1, mask_n, offs_p, N, offs_p < width)
         scores = tl.dot(C, B, scores, input_precision=PRECISION)
         acc += weighted_dot(state, C, False, False, PRECISION)
     # what the chunk gives itself: the exponents of later positions are cut before exp

@@ -16,15 +16,20 @@ import triton.language as tl
 from . import configs, runtime
 from .chunk_scan_parts import Chunks, block, load_decay, load_tile, place, real_positions, softplus, sum_partials, weighted_dot
 
-CHUNK = 64
+# With chunks of 64 the products of float32, three of TF32 each, do not fit the registers of sm80.
+CHUNKS = {2: 64, 4: 32}  # by bytes of an element
 BWD_X = configs.Table(
     "chunk_scan_bwd_x",
-    configs.Row({"BLOCK_P": 64, "BLOCK_N": 32}, num_warps=8, num_stages=1),
+    configs.Row({"BLOCK_P": 64, "BLOCK_N": 32}, num_warps=8, num_stages=1, arch=("sm9", "sm10", "gfx"), itemsize=2),
+    configs.Row({"BLOCK_P": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, itemsize=2),
+    configs.Row({"BLOCK_P": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 )
 BWD_BC = configs.Table(
     "chunk_scan_bwd_bc",
-    configs.Row({"BLOCK_P": 64, "BLOCK_N": 64}, num_warps=8, num_stages=1, itemsize=2),
-    configs.Row({"BLOCK_P": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1),
+    configs.Row({"BLOCK_P": 64, "BLOCK_N": 64}, num_warps=8, num_stages=1, arch=("sm9", "sm10"), itemsize=2),
+    configs.Row({"BLOCK_P": 32, "BLOCK_N": 64}, num_warps=8, num_stages=1, arch=("gfx",), itemsize=2),
+    configs.Row({"BLOCK_P": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2, itemsize=2),
+    configs.Row({"BLOCK_P": 16, "BLOCK_N": 32}, num_warps=8, num_stages=1),
 )
 
 
@@ -45,6 +50,7 @@ def chunk_scan_bwd_x_kernel(
     in_chunk = tl.arange(0, CHUNK)
     offs_l = begin + in_chunk
     real = real_positions(seq_idx_ptr, row, offs_l, end, L, HAS_SEQ)
+    width = tl.where(begin < end, P, 0)  # of states: an empty chunk has none
     dt, hi, lo, last_hi, last_lo = load_decay(decay_ptr, chunk, head, H, CHUNK)
     x_at = x_ptr + row * stride_x_b + head * stride_x_h
     dy_at = dy_ptr + row * stride_dy_b + head * stride_dy_h
@@ -87,10 +93,10 @@ def chunk_scan_bwd_x_kernel(
             offs_n = n + tl.arange(0, BLOCK_N)
             mask_n = offs_n < N
             B = load_tile(B_at, offs_l, stride_B_l, real, offs_n, stride_B_n, mask_n).to(dtype)
-            dstate = load_tile(dstates_ptr + state_at, offs_n, 1, mask_n, offs_p, N, mask_p)
+            dstate = load_tile(dstates_ptr + state_at, offs_n, 1, mask_n, offs_p, N, offs_p < width)
             entering += weighted_dot(dstate, B, False, True, PRECISION)
             C = load_tile(C_at, offs_l, stride_C_l, real, offs_n, stride_C_n, mask_n).to(dtype)
-            state = load_tile(states_ptr + state_at, offs_n, 1, mask_n, offs_p, N, mask_p)
+            state = load_tile(states_ptr + state_at, offs_n, 1, mask_n, offs_p, N, offs_p < width)
             leaving += weighted_dot(state, C, False, True, PRECISION)
             passing += tl.sum(state * dstate, 1)
         x = load_tile(x_at, offs_l, stride_x_l, real, offs_p, stride_x_p, mask_p).to(tl.float32)
@@ -119,8 +125,7 @@ def chunk_scan_bwd_x_kernel(
         raw = softplus(raw)
     ddt = tl.where(real & (raw >= dt_min) & (raw <= dt_max), ddt, 0.0)
     tl.store(ddt_ptr + (row * L + offs_l) * H + head, ddt.to(ddt_ptr.dtype.element_ty), mask=offs_l < end)
-    # a chunk that no sequence needs has no states: da is garbage there
-    tl.store(dA_ptr + chunk.to(tl.int64) * H + head, tl.sum(tl.where(real, da * dt, 0.0), 0))
+    tl.store(dA_ptr + chunk.to(tl.int64) * H + head, tl.sum(da * dt, 0))
     if HAS_BIAS:
         tl.store(dbias_ptr + chunk.to(tl.int64) * H + head, tl.sum(ddt, 0))
 
@@ -142,6 +147,7 @@ def chunk_scan_bwd_bc_kernel(
     in_chunk = tl.arange(0, CHUNK)
     offs_l = begin + in_chunk
     real = real_positions(seq_idx_ptr, row, offs_l, end, L, HAS_SEQ)
+    width = tl.where(begin < end, P, 0)  # of states: an empty chunk has none
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     dS = tl.zeros((CHUNK, CHUNK), tl.float32)
@@ -156,15 +162,15 @@ def chunk_scan_bwd_bc_kernel(
         dscores = tl.zeros((CHUNK, CHUNK), tl.float32)
         from_state = tl.zeros((CHUNK, BLOCK_N), tl.float32)
         to_state = tl.zeros((CHUNK, BLOCK_N), tl.float32)
-        for p in tl.static_range(0, P, BLOCK_P):
+        for p in range(0, P, BLOCK_P):
             offs_p = p + tl.arange(0, BLOCK_P)
             mask_p = offs_p < P
             x = load_tile(x_ptr + row * stride_x_b + head * stride_x_h, offs_l, stride_x_l, real, offs_p, stride_x_p, mask_p)
             dy = load_tile(dy_ptr + row * stride_dy_b + head * stride_dy_h, offs_l, stride_dy_l, real, offs_p, stride_dy_p, mask_p).to(dtype)
             dscores = tl.dot(dy, tl.trans(x), dscores, input_precision=PRECISION)
-            state = load_tile(states_ptr + state_at, offs_p, N, mask_p, offs_n, 1, mask_n)
+            state = load_tile(states_ptr + state_at, offs_p, N, offs_p < width, offs_n, 1, mask_n)
             from_state += weighted_dot(state, dy, False, False, PRECISION)
-            dstate = load_tile(dstates_ptr + state_at, offs_p, N, mask_p, offs_n, 1, mask_n)
+            dstate = load_tile(dstates_ptr + state_at, offs_p, N, offs_p < width, offs_n, 1, mask_n)
             to_state += weighted_dot(dstate, x, False, False, PRECISION)
         between = tl.where(in_chunk[:, None] >= in_chunk[None, :], (hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :]), float("-inf"))
         dS += dscores * tl.exp(between) * dt[None, :]
@@ -188,7 +194,7 @@ def chunk_scan_bwd_triton(dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial
     batch, L, H, P = x.shape
     if batch == 0:
         return tuple(grad.zero_() for grad in grads)
-    chunks = Chunks(x, dt, A, B, dt_bias, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, CHUNK)
+    chunks = Chunks(x, dt, A, B, dt_bias, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, CHUNKS[x.element_size()])
     states = chunks.states(x, B, initial_states, None)
     dstates = chunks.states(dy, C, dfinal_states, None if initial_states is None else dinitial, reverse=True)
     _grad_x(chunks, dy, x, dt, A, B, C, D, dt_bias, states, dstates, dt_softplus, dt_min, dt_max, dx, ddt, dA, dD, ddt_bias)
@@ -211,7 +217,7 @@ def _grad_x(chunks, dy, x, dt, A, B, C, D, dt_bias, states, dstates, dt_softplus
             dx, ddt, partial_A, partial_bias, partial_D, *chunks.sizes(), H // chunks.G, dt_min, dt_max,
             *dy.stride(), *x.stride(), *dt.stride(), *B.stride(), *C.stride(), *((0, 0) if D is None else (*D.stride(), 0)[:2]),
             P=P, N=N, HAS_D=D is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, **chunks.packing(), PRECISION=chunks.precision,
-            CHUNK=CHUNK, BLOCK_P=block(P, BLOCK_P), BLOCK_N=block(N, BLOCK_N), **options,
+            CHUNK=chunks.chunk, BLOCK_P=block(P, BLOCK_P), BLOCK_N=block(N, BLOCK_N), **options,
         )
 
     BWD_X.launch(x, run, P=P, N=N)
@@ -242,7 +248,7 @@ def _grad_bc(chunks, dy, x, B, C, states, dstates, dB, dC):
         chunk_scan_bwd_bc_kernel[chunks.count * G * splits, triton.cdiv(N, BLOCK_N)](
             dy, x, B, C, chunks.decay, states, dstates, *chunks.where(), share_B, share_C, x.shape[0] * x.shape[1], *chunks.sizes(), G, heads, splits,
             *dy.stride(), *x.stride(), *B.stride(), *C.stride(), P=P, N=N, **chunks.packing(), PRECISION=chunks.precision,
-            CHUNK=CHUNK, BLOCK_P=block(P, BLOCK_P), BLOCK_N=BLOCK_N, **options,
+            CHUNK=chunks.chunk, BLOCK_P=block(P, BLOCK_P), BLOCK_N=BLOCK_N, **options,
         )
 
     BWD_BC.launch(x, run, P=P, N=N)

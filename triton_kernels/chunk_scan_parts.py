@@ -19,6 +19,7 @@ from . import configs, runtime
 
 STATES = configs.Table(
     "chunk_scan_states",
+    configs.Row({"BLOCK_P": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=("sm9", "sm10"), itemsize=2),
     configs.Row({"BLOCK_P": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2, itemsize=2),
     configs.Row({"BLOCK_P": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2),
 )
