@@ -37,7 +37,7 @@ BWD_QUERIES = configs.Table(
 BWD_KEYS = configs.Table(
     "local_attention_bwd_keys",
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=8, num_stages=1, arch=("sm",), itemsize=2, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, arch=("sm",), itemsize=2, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1),

@@ -89,10 +89,10 @@ def resources(launch, arch):
     asm = launch.compiled.asm
     if arch.startswith("gfx"):
         text = asm["amdgcn"]
-        keys = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        keys = ("vgpr_count", "vgpr_spill_count")  # scalar registers spill into lanes of vector registers, not into memory
         number = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in keys}
         found = {"MFMA": len(re.findall(r"\bv_mfma", text))}
-        return {"registers": number["vgpr_count"], "spills": number["vgpr_spill_count"] + number["sgpr_spill_count"],
+        return {"registers": number["vgpr_count"], "spills": number["vgpr_spill_count"],
                 "shared": launch.compiled.metadata.shared, "instructions": {k: n for k, n in found.items() if n}}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
