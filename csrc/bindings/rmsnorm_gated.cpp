@@ -1,3 +1,4 @@
+#include "../cuda/params.h"
 #include "glue.h"
 
 namespace terrazzo {
@@ -9,7 +10,7 @@ constexpr const char* kOp = "rmsnorm_gated";
 struct NormCall {
   Tensor x, weight;
   OptTensor z;
-  RmsnormGatedParams p{};
+  RmsnormGatedCudaParams p{};
 
   NormCall(const Tensor& x_in, const Tensor& weight_in, const OptTensor& z_in, double eps, int64_t group_size, bool norm_before_gate)
       : x(unit_stride_last(x_in)), weight(weight_in), z(z_in) {
@@ -46,7 +47,7 @@ Tensor rmsnorm_gated_fwd(const Tensor& x, const Tensor& weight, const OptTensor&
 std::tuple<Tensor, Tensor, Tensor> rmsnorm_gated_bwd(const Tensor& dy_in, const Tensor& x, const Tensor& weight, const OptTensor& z,
     double eps, int64_t group_size, bool norm_before_gate) {
   NormCall call(x, weight, z, eps, group_size, norm_before_gate);
-  RmsnormGatedParams& p = call.p;
+  RmsnormGatedCudaParams& p = call.p;
   check_shape(dy_in, {p.rows, p.D}, kOp, "dy");
   const Tensor dy = unit_stride_last(cast(dy_in, x.scalar_type()));
   p.dy = data(dy), p.dy_stride = dy.stride(0);

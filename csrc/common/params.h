@@ -114,13 +114,7 @@ struct RmsnormGatedParams {
   void* dx;                            // contiguous
   void* dz;                            // contiguous, or null
   void* dweight;                       // [D] in the accumulation type
-  void* partials;                      // [norm_partials(p), D] float scratch, on CUDA only
 };
-// Blocks of the backward on CUDA for each group, and rows of its partial sums: they fill a large GPU, and are still few.
-inline int64_t norm_partials(const RmsnormGatedParams& p) {
-  const int64_t wanted = 512 * p.group_size / p.D;
-  return wanted < 1 ? 1 : wanted < p.rows ? wanted : p.rows;
-}
 
 // What stands between the two products of an expert, or behind a linear layer. swiglu_oai is gpt-oss's clamped gate.
 enum class Activation : int32_t { none, silu, gelu, gelu_tanh, relu, relu2, swiglu_oai };

@@ -3,12 +3,12 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
-#include "../common/params.h"
+#include "params.h"
 
 namespace terrazzo { namespace cuda {
 
-cudaError_t rmsnorm_gated_fwd_cuda(const RmsnormGatedParams& p, cudaStream_t stream);
-cudaError_t rmsnorm_gated_bwd_cuda(const RmsnormGatedParams& p, cudaStream_t stream);
+cudaError_t rmsnorm_gated_fwd_cuda(const RmsnormGatedCudaParams& p, cudaStream_t stream);
+cudaError_t rmsnorm_gated_bwd_cuda(const RmsnormGatedCudaParams& p, cudaStream_t stream);
 cudaError_t state_update_cuda(const StateUpdateParams& p, cudaStream_t stream);
 
 }}  // namespace terrazzo::cuda

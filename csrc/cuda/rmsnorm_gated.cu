@@ -40,7 +40,7 @@ template <class T> TZ_DEVICE T* group_at(void* base, int64_t stride, int64_t row
 
 // ---- forward -------------------------------------------------------------------------------------------------
 // Grid: groups x tiles of rows (along y, then z), a team for each row of a tile.
-template <class T, int kVec, int kTeam> __global__ void __launch_bounds__(threads_of(kTeam)) rmsnorm_gated_fwd_kernel(const RmsnormGatedParams p) {
+template <class T, int kVec, int kTeam> __global__ void __launch_bounds__(threads_of(kTeam)) rmsnorm_gated_fwd_kernel(const RmsnormGatedCudaParams p) {
   const int lane = threadIdx.x % kTeam, n = static_cast<int>(p.group_size);
   const int64_t tile = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y, first = blockIdx.x * p.group_size;
   const int64_t row = tile * (threads_of(kTeam) / kTeam) + threadIdx.x / kTeam;
@@ -103,7 +103,7 @@ template <class T, int kVec, int kTeam> __global__ void __launch_bounds__(thread
 // ---- backward ------------------------------------------------------------------------------------------------
 // With v the normalised input, v^ = v rms and e = d loss / d v^:  dv = rms (e - v^ mean(e v^)).
 // Grid: groups x programs. Program i has the tiles of rows i, i + programs, ...
-template <class T, int kVec, int kTeam> __global__ void __launch_bounds__(threads_of(kTeam)) rmsnorm_gated_bwd_kernel(const RmsnormGatedParams p) {
+template <class T, int kVec, int kTeam> __global__ void __launch_bounds__(threads_of(kTeam)) rmsnorm_gated_bwd_kernel(const RmsnormGatedCudaParams p) {
   constexpr int kTeams = threads_of(kTeam) / kTeam, kHeldChannels = kHeld * kTeam * kVec;
   const int lane = threadIdx.x % kTeam, team = threadIdx.x / kTeam, n = static_cast<int>(p.group_size);
   const int64_t program = blockIdx.y, first = blockIdx.x * p.group_size;
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kSumThreads) rmsnorm_gated_dweight_kernel(cons
 
 // fn(T{}, vector width, team size) for these arguments; `rows_aligned` says whether 16-byte accesses may be used.
 template <int value> struct Constant { static constexpr int v = value; };
-template <class F> cudaError_t with_shape(const RmsnormGatedParams& p, bool rows_aligned, const F& fn) {
+template <class F> cudaError_t with_shape(const RmsnormGatedCudaParams& p, bool rows_aligned, const F& fn) {
   if (p.group_size > INT32_MAX / 2) return cudaErrorInvalidValue;
   return with_type(p.x_dtype, [&](auto t) {
     constexpr int kVec = kVectorBytes / sizeof(t);
@@ -244,7 +244,7 @@ template <class F> cudaError_t with_shape(const RmsnormGatedParams& p, bool rows
     return fn(t, Constant<kVec>{}, Constant<512>{});
   });
 }
-bool inputs_aligned(const RmsnormGatedParams& p) {
+bool inputs_aligned(const RmsnormGatedCudaParams& p) {
   const int64_t bytes = size_of(p.x_dtype);
   return aligned(p.x, p.x_stride, bytes) && aligned(p.z, p.z_stride, bytes);
 }
@@ -252,7 +252,7 @@ unsigned count(int64_t n) { return static_cast<unsigned>(n); }
 
 }  // namespace
 
-cudaError_t rmsnorm_gated_fwd_cuda(const RmsnormGatedParams& p, cudaStream_t stream) {
+cudaError_t rmsnorm_gated_fwd_cuda(const RmsnormGatedCudaParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.D == 0) return cudaSuccess;
   return with_shape(p, inputs_aligned(p) && aligned(p.y, p.D, size_of(p.x_dtype)), [&](auto t, auto vec, auto team) {
     constexpr int kTeam = decltype(team)::v, kThreads = threads_of(kTeam);
@@ -262,7 +262,7 @@ cudaError_t rmsnorm_gated_fwd_cuda(const RmsnormGatedParams& p, cudaStream_t str
   });
 }
 
-cudaError_t rmsnorm_gated_bwd_cuda(const RmsnormGatedParams& p, cudaStream_t stream) {
+cudaError_t rmsnorm_gated_bwd_cuda(const RmsnormGatedCudaParams& p, cudaStream_t stream) {
   if (p.D == 0) return cudaSuccess;
   const int64_t programs = norm_partials(p), bytes = size_of(p.x_dtype);
   if (programs > 0) {
