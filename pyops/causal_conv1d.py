@@ -9,16 +9,18 @@ ACTIVATIONS = {None: False, "silu": True, "swish": True}
 WIDTH = 4  # of the kernels: their taps are unrolled and stay in registers, which wider filters outgrow
 
 
-def _cpu_limit(x, weight, *rest):
+def _width_limit(backend, weight):
     if not 2 <= weight.shape[1] <= WIDTH:
-        return f"the cpu kernels take widths 2 to {WIDTH}, got {weight.shape[1]}"
-    return dispatch.cpu_dtypes(x, weight, *rest)
+        return f"the {backend} kernels take widths 2 to {WIDTH}, got {weight.shape[1]}"
+    return None
+
+
+def _cpu_limit(x, weight, *rest):
+    return _width_limit("cpu", weight) or dispatch.cpu_dtypes(x, weight, *rest)
 
 
 def _triton_limit(x, weight, *rest):
-    if not 2 <= weight.shape[1] <= WIDTH:
-        return f"the triton kernels take widths 2 to {WIDTH}, got {weight.shape[1]}"
-    return runtime.dtypes(x, weight, *rest)
+    return _width_limit("triton", weight) or runtime.dtypes(x, weight, *rest)
 
 
 def _cpu_update_limit(x, weight, bias, conv_state):

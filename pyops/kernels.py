@@ -9,7 +9,6 @@ import torch
 from . import native
 from .triton_kernels import library
 
-
 NAMESPACES = {"cpu": "terrazzo", "cuda": "terrazzo", "triton": library.NAMESPACE}
 _fakes, _gradients = {}, {}  # name -> what was registered
 
