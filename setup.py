@@ -1,16 +1,24 @@
 """Builds terrazzo: the Python packages, and `terrazzo._C` with the native kernels.
 
-Kernel files in csrc/cpu are torch-free and compiled once per instruction set by ninja; the glue in
-csrc/bindings uses only torch's stable ABI and Python's limited API, so one binary serves torch >= 2.10 and
-CPython >= 3.10. Without a C++ compiler the package still installs and runs on its reference backend.
+Kernel files in csrc/cpu are torch-free and compiled once per instruction set by ninja, those in csrc/cuda by nvcc
+for every GPU; the glue in csrc/bindings uses only torch's stable ABI and Python's limited API, so one binary serves
+torch >= 2.10 and CPython >= 3.10, with a GPU and without. Without a C++ compiler the package still installs and
+runs on its reference backend.
 
-Environment: TERRAZZO_WITH_CPU=auto|0|1 (1: fail when the extension cannot be built), MAX_JOBS, CXX,
-TERRAZZO_BUILD_ISAS (a subset of portable,avx2,avx512 for a faster build), TERRAZZO_SANITIZE=1 (address and
-undefined-behaviour sanitizers; see `make sanitize`).
+Environment:
+    TERRAZZO_WITH_CPU=auto|0|1    1: fail when the extension cannot be built; 0: build none
+    TERRAZZO_WITH_CUDA=auto|0|1   the CUDA kernels in it. auto: where torch is a CUDA build and a CUDA toolkit is found; 1: fail
+                                  without a toolkit (torch may be a CPU build, no GPU is needed)
+    TERRAZZO_CUDA_ARCHS           compute capabilities, default 80;90a;100a; PTX of the last one is added for newer GPUs
+    CUDA_HOME                     the toolkit, if it isn't in /usr/local
+    MAX_JOBS, CXX
+    TERRAZZO_BUILD_ISAS           a subset of portable,avx2,avx512 for a faster build
+    TERRAZZO_SANITIZE=1           address and undefined-behaviour sanitizers; see `make sanitize`
 """
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +49,7 @@ KERNEL_FLAGS = ["-O1" if SANITIZE else "-O3", "-ffp-contract=fast", "-fno-math-e
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *SANITIZE_FLAGS]
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10
 LIMITED_API = "0x030a0000"  # CPython 3.10
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-fPIC,-fvisibility=hidden"]
 
 
 def subpackages():
@@ -66,6 +75,58 @@ def ninja_command():
     if importlib.util.find_spec("ninja"):
         return [sys.executable, "-m", "ninja"]
     return ["ninja"] if shutil.which("ninja") else None
+
+
+def cuda_home():
+    """The CUDA toolkit: CUDA_HOME, CUDA_PATH, around nvcc on PATH, or below /usr/local, newest first; None when there is none."""
+    asked = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    found = sorted(Path("/usr/local").glob("cuda-*"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)], reverse=True)
+    on_path = [Path(nvcc).resolve().parent.parent] if (nvcc := shutil.which("nvcc")) else []  # may be a wrapper that lies elsewhere
+    for place in [Path(p) for p in asked] or [*on_path, Path("/usr/local/cuda"), *found]:
+        if all((place / part).is_file() for part in ("bin/nvcc", "include/cuda_runtime_api.h")) and cudart(place):
+            return place
+    return None
+
+
+def cudart(home):
+    return next((lib for lib in (home / "lib64/libcudart_static.a", home / "lib/libcudart_static.a") if lib.is_file()), None)
+
+
+def with_cuda():
+    """The CUDA toolkit to build with, or None."""
+    wanted = os.environ.get("TERRAZZO_WITH_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"terrazzo: TERRAZZO_WITH_CUDA must be auto, 0 or 1, got {wanted}")
+    import torch
+
+    if wanted == "0" or wanted == "auto" and not torch.version.cuda:
+        return None
+    home = cuda_home()
+    if wanted == "1" and not home:
+        raise SystemExit("terrazzo: CUDA kernels were asked for (TERRAZZO_WITH_CUDA=1), but there is no CUDA toolkit (nvcc, headers, libcudart_static.a) "
+                         "in CUDA_HOME or /usr/local: set CUDA_HOME")
+    if not home:
+        print("terrazzo: building without CUDA kernels: no CUDA toolkit in CUDA_HOME or /usr/local", file=sys.stderr)
+    return home
+
+
+def cuda_archs():
+    """["80", "90a", …], ascending."""
+    text = os.environ.get("TERRAZZO_CUDA_ARCHS") or "80;90a;100a"
+    if not re.fullmatch(r"\d{2,3}[af]?(;\d{2,3}[af]?)*", text):
+        raise SystemExit(f"terrazzo: TERRAZZO_CUDA_ARCHS must be compute capabilities such as 80;90a;100a, got {text}")
+    archs = sorted(set(text.split(";")), key=lambda arch: (int(arch.rstrip("af")), arch))
+    if int(archs[0].rstrip("af")) < 80:
+        raise SystemExit(f"terrazzo: the CUDA kernels need compute capability 80 or newer, TERRAZZO_CUDA_ARCHS has {archs[0]}")
+    return archs
+
+
+def cuda_targets():
+    """{name: what nvcc is told}: machine code of every capability, and PTX of the last, without what is that GPU's own, for newer ones."""
+    archs = cuda_archs()
+    newest = archs[-1].rstrip("af")
+    targets = {f"sm_{arch}": f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs}
+    return targets | {f"compute_{newest}": f"-gencode=arch=compute_{newest},code=compute_{newest}"}
 
 
 def why_no_extension():
@@ -104,14 +165,20 @@ class NinjaBuild(build_ext):
         glue_flags += [f"-I{sysconfig.get_paths()['include']}"] + [f"-isystem{path}" for path in include_paths()]
         glue_flags += [f"-DTZ_BUILD_{isa.upper()}" for isa in isas()]
         glue_flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+        home, glue = with_cuda(), "glue"
+        if home:  # glue of its own name: builds with and without CUDA share a folder, and everything else in it
+            glue = "cuda_glue"
+            glue_flags += ["-DTZ_WITH_CUDA", f"-DTZ_CUDA_ARCHS='\"{' '.join(cuda_targets())}\"'", f"-isystem{home / 'include'}"]
         objects = []
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
             for isa, flags in isas().items():
                 objects.append((build / f"{source.stem}.{isa}.o", from_root(source), [*KERNEL_FLAGS, *flags, f"-DTZ_ISA={isa}"]))
         for source in [*sorted((ROOT / "csrc/bindings").glob("*.cpp")), ROOT / "csrc/library.cpp"]:
-            objects.append((build / f"glue_{source.stem}.o", from_root(source), glue_flags))
+            objects.append((build / f"{glue}_{source.stem}.o", from_root(source), glue_flags))
         for source in sorted((ROOT / "csrc/common").glob("*.cpp")):
             objects.append((build / f"common_{source.stem}.o", from_root(source), ["-O2"]))
+
+        cuda_objects = [(build / f"{source.stem}.cuda.o", from_root(source)) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if home]
 
         def quoted(path):
             return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -124,14 +191,26 @@ class NinjaBuild(build_ext):
             "  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
+            f"nvcc = {home / 'bin/nvcc'} -ccbin $cxx {' '.join(CUDA_FLAGS)} {' '.join(cuda_targets().values())}" if home else "",
+            "rule compile_cuda",
+            "  description = $what",
+            "  command = $nvcc -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
             "rule link",
             "  description = $what",
             "  command = $cxx -shared $in -o $out $flags",
         ]
         for out, source, flags in objects:
             lines += [f"build {quoted(out)}: compile {quoted(source)}", f"  flags = {' '.join(flags)}", f"  what = {out.name}"]
-        link_flags = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-ltorch", "-Wl,--exclude-libs,ALL", *SANITIZE_FLAGS]
-        lines += [f"build {quoted(target)}: link {' '.join(quoted(out) for out, _, _ in objects)}", f"  flags = {' '.join(link_flags)}", f"  what = {target.name}", ""]
+        for out, source in cuda_objects:
+            lines += [f"build {quoted(out)}: compile_cuda {quoted(source)}", f"  what = {out.name}"]
+        # libtorch is what brings libtorch_cuda into sight, where there is one: kept although nothing here names a symbol of it
+        link_flags = [f"-L{path}" for path in library_paths()] + ["-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch", "-Wl,--exclude-libs,ALL", *SANITIZE_FLAGS]
+        if home:
+            link_flags += [str(cudart(home)), "-ldl", "-lrt", "-lpthread"]
+        linked = [out for out, *_ in [*objects, *cuda_objects]]
+        lines += [f"build {quoted(target)}: link {' '.join(map(quoted, linked))}", f"  flags = {' '.join(link_flags)}", f"  what = {target.name}", ""]
         recipe = build / "build.ninja"
         (ROOT / recipe).write_text("\n".join(["ninja_required_version = 1.5", f"builddir = {quoted(build)}", *lines]))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []

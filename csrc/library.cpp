@@ -2,6 +2,7 @@
 #include <Python.h>
 
 #include "bindings/glue.h"
+#include "cuda/ops.h"
 
 STABLE_TORCH_LIBRARY(terrazzo, m) {
   // causal depthwise convolution: states are (sequences, D, W-1); absent outputs come back empty
@@ -96,12 +97,52 @@ STABLE_TORCH_LIBRARY_IMPL(terrazzo, CPU, m) {
 #undef TZ_IMPL
 }
 
+#if defined(TZ_WITH_CUDA)
 namespace {
 
-PyObject* kernel_counts(PyObject*, PyObject*) {
+// torch takes the CUDA implementation as soon as one tensor is on a GPU: here all must be, and on the same one.
+class OneDevice {
+ public:
+  void operator()(const terrazzo::Tensor& t) {
+    const int32_t index = t.is_cuda() ? t.get_device() : -1;
+    if (seen_ == kNone) seen_ = index;
+    STD_TORCH_CHECK(seen_ == index && index >= 0, "terrazzo: all tensors of one call must be on the same CUDA device, got ", name(seen_), " and ", name(index));
+  }
+  void operator()(const terrazzo::OptTensor& t) {
+    if (t) (*this)(*t);
+  }
+  template <class T> void operator()(const T&) {}
+
+ private:
+  static constexpr int32_t kNone = -2;
+  static std::string name(int32_t index) { return index < 0 ? "another device" : "cuda:" + std::to_string(index); }
+  int32_t seen_ = kNone;
+};
+
+template <auto op> struct OnOneDevice;
+template <class R, class... Args, R (*op)(Args...)> struct OnOneDevice<op> {
+  static R run(Args... args) {
+    OneDevice check;
+    (check(args), ...);
+    return op(args...);
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(terrazzo, CUDA, m) {
+#define TZ_IMPL(name) m.impl(#name, TORCH_BOX(&OnOneDevice<&terrazzo::name>::run));
+  TZ_CUDA_OPS(TZ_IMPL)
+#undef TZ_IMPL
+}
+#endif
+
+namespace {
+
+PyObject* counts_of(uint64_t (*count)(int)) {
   PyObject* counts = PyDict_New();
   for (int i = 0; counts && i < terrazzo::cpu::kNumKernels; i++) {
-    PyObject* n = PyLong_FromUnsignedLongLong(terrazzo::cpu::kernel_count(i));
+    PyObject* n = PyLong_FromUnsignedLongLong(count(i));
     if (!n || PyDict_SetItemString(counts, terrazzo::cpu::kKernelNames[i], n) < 0) {
       Py_XDECREF(n);
       Py_DECREF(counts);
@@ -112,8 +153,12 @@ PyObject* kernel_counts(PyObject*, PyObject*) {
   return counts;
 }
 
+PyObject* kernel_counts(PyObject*, PyObject*) { return counts_of(&terrazzo::cpu::kernel_count); }
+PyObject* cuda_kernel_counts(PyObject*, PyObject*) { return counts_of(&terrazzo::cuda::kernel_count); }
+
 PyObject* reset_kernel_counts(PyObject*, PyObject*) {
   terrazzo::cpu::reset_kernel_counts();
+  terrazzo::cuda::reset_kernel_counts();
   Py_RETURN_NONE;
 }
 
@@ -133,8 +178,25 @@ PyObject* poison_new_tensors(PyObject*, PyObject* poison) {
   Py_RETURN_NONE;
 }
 
+#define TZ_NAME(name) #name " "
+PyObject* cuda(PyObject*, PyObject*) {
+  if (!*terrazzo::cuda::archs()) Py_RETURN_NONE;
+  return Py_BuildValue("{s:s,s:s,s:i,s:i}", "archs", terrazzo::cuda::archs(), "ops", TZ_CUDA_OPS(TZ_NAME) "", "toolkit", terrazzo::cuda::toolkit_version(),
+                       "driver", terrazzo::cuda::driver_version());
+}
+#undef TZ_NAME
+
+PyObject* missing_capability(PyObject*, PyObject* args) {
+  int major = 0, minor = 0;
+  if (!PyArg_ParseTuple(args, "ii", &major, &minor)) return nullptr;
+  return PyUnicode_FromString(terrazzo::cuda::missing_capability(major, minor).c_str());
+}
+
 PyMethodDef methods[] = {
     {"kernel_counts", kernel_counts, METH_NOARGS, "How often each native CPU kernel ran."},
+    {"cuda_kernel_counts", cuda_kernel_counts, METH_NOARGS, "How often each CUDA kernel was launched."},
+    {"cuda", cuda, METH_NOARGS, "None without CUDA kernels, else what they were built for, their ops, and the versions of CUDA."},
+    {"missing_capability", missing_capability, METH_VARARGS, "What is said on a GPU of this compute capability, if it has no kernels."},
     {"reset_kernel_counts", reset_kernel_counts, METH_NOARGS, "Sets every count to zero."},
     {"isa", isa, METH_NOARGS, "The ISA build in use: portable, avx2 or avx512."},
     {"poison_new_tensors", poison_new_tensors, METH_O, "Whether outputs are filled with NaN before a kernel writes them (for tests)."},

@@ -3,12 +3,11 @@ import torch
 
 from . import checks, dispatch, kernels
 from .reference import byte_hash_embedding as reference
-from .triton_kernels import runtime
 
 OP, IDS = "byte_hash_embedding", "byte_hash_ids"
 dispatch.register(OP, OP, ("byte_hash_embedding_fwd", "byte_hash_embedding_bwd"), cpu=lambda tokens, table, byte: dispatch.cpu_dtypes(table, byte),
-                  triton=lambda tokens, table, byte: runtime.dtypes(table, byte))
-dispatch.register(IDS, OP, ("byte_hash_ids",), cpu=lambda tokens: None, triton=lambda tokens: None)
+                  gpu=lambda tokens, table, byte: dispatch.gpu_dtypes(table, byte))
+dispatch.register(IDS, OP, ("byte_hash_ids",), cpu=lambda tokens: None, gpu=lambda tokens: None)
 
 
 def byte_hash_embedding(tokens, table, byte_embedding, group_sizes, num_functions=1, vocab=500002, *, cu_seqlens=None, sparse_grad=False, backend=None):

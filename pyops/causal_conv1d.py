@@ -3,7 +3,6 @@ import torch
 
 from . import checks, dispatch, kernels
 from .reference import causal_conv1d as reference
-from .triton_kernels import runtime
 
 ACTIVATIONS = {None: False, "silu": True, "swish": True}
 WIDTH = 4  # of the kernels: their taps are unrolled and stay in registers, which wider filters outgrow
@@ -19,8 +18,8 @@ def _cpu_limit(x, weight, *rest):
     return _width_limit("cpu", weight) or dispatch.cpu_dtypes(x, weight, *rest)
 
 
-def _triton_limit(x, weight, *rest):
-    return _width_limit("triton", weight) or runtime.dtypes(x, weight, *rest)
+def _gpu_limit(x, weight, *rest):
+    return _width_limit("GPU", weight) or dispatch.gpu_dtypes(x, weight, *rest)
 
 
 def _cpu_update_limit(x, weight, bias, conv_state):
@@ -31,18 +30,18 @@ def _cpu_update_limit(x, weight, bias, conv_state):
     return _cpu_limit(x, weight, conv_state)
 
 
-def _triton_update_limit(x, weight, bias, conv_state):
+def _gpu_update_limit(x, weight, bias, conv_state):
     if dispatch.needs_grad(x, weight, bias, conv_state):
-        return "the decoding step has no gradient on the triton backend; call it under torch.no_grad()"
-    return _triton_limit(x, weight, bias, conv_state)
+        return "the decoding step has no gradient on GPUs; call it under torch.no_grad()"
+    return _gpu_limit(x, weight, bias, conv_state)
 
 
-dispatch.register("causal_conv1d_fn", "causal_conv1d", ("causal_conv1d_fwd", "causal_conv1d_bwd"), cpu=_cpu_limit, triton=_triton_limit)
+dispatch.register("causal_conv1d_fn", "causal_conv1d", ("causal_conv1d_fwd", "causal_conv1d_bwd"), cpu=_cpu_limit, gpu=_gpu_limit)
 _UPDATE = dispatch.register(
-    "causal_conv1d_update", "causal_conv1d", ("causal_conv1d_update",), cpu=_cpu_update_limit, triton=_triton_update_limit
+    "causal_conv1d_update", "causal_conv1d", ("causal_conv1d_update",), cpu=_cpu_update_limit, gpu=_gpu_update_limit
 )
 dispatch.register(  # a copy: the cpu has no kernel for it
-    "causal_conv1d_varlen_states", "causal_conv1d", (), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes
+    "causal_conv1d_varlen_states", "causal_conv1d", (), op="causal_conv1d_varlen_states", cpu=dispatch.cpu_dtypes, gpu=dispatch.gpu_dtypes
 )
 
 

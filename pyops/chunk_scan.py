@@ -8,10 +8,9 @@ from . import checks, dispatch, kernels
 from .causal_conv1d import causal_conv1d_fn
 from .reference import chunk_scan as reference
 from .rmsnorm_gated import rmsnorm_gated
-from .triton_kernels import runtime
 
 OP = "mamba_chunk_scan_combined"
-dispatch.register(OP, "chunk_scan", ("chunk_scan_fwd", "chunk_scan_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
+dispatch.register(OP, "chunk_scan", ("chunk_scan_fwd", "chunk_scan_bwd"), cpu=dispatch.cpu_dtypes, gpu=dispatch.gpu_dtypes)
 
 
 def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None,

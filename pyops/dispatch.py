@@ -33,6 +33,7 @@ class Op:
     name: str
     family: str
     kernels: tuple[str, ...]  # names in terrazzo._C.kernel_counts(), forward first; () when counted in Python
+    ops: tuple[str, ...]  # what serves it in torch.ops.terrazzo, forward first
     limits: dict[str, Callable] = field(default_factory=dict)  # backend -> (*tensors) -> None | reason
     env: tuple[tuple[str, bytes | str], ...] = ()  # variables that may force a backend, and their keys in _ENVIRONMENT
 
@@ -47,10 +48,17 @@ def _environment_key(variable):
     return variable if _ENVIRONMENT is os.environ else os.environ.encodekey(variable)
 
 
-def register(name, family, kernels, **limits):
-    """Declares an op; `limits` maps a backend that serves it to (*tensors) -> None | reason."""
+def register(name, family, kernels, *, op=None, gpu=None, **limits):
+    """Declares an op; `limits` maps a backend that serves it to (*tensors) -> None | reason, `gpu` stands for cuda and triton.
+
+    `op` is its name in torch.ops.terrazzo where that isn't the first kernel's.
+    """
+    op = op or kernels[0]
+    ops = (op, f"{op.removesuffix('_fwd')}_bwd")[: max(len(kernels), 1)]
+    if gpu is not None:
+        limits = {"cuda": gpu, "triton": gpu} | limits
     variables = dict.fromkeys((f"TERRAZZO_BACKEND_{name.upper()}", f"TERRAZZO_BACKEND_{family.upper()}", "TERRAZZO_BACKEND"))
-    OPS[name] = Op(name, family, kernels, limits, tuple((v, _environment_key(v)) for v in variables))
+    OPS[name] = Op(name, family, kernels, ops, limits, tuple((v, _environment_key(v)) for v in variables))
     return OPS[name]
 
 
@@ -75,6 +83,8 @@ def can_run(op, backend, *tensors):
         return f"{op} has no {backend} backend yet"
     if backend == "cpu" and not native.available:
         return native.why_not
+    if backend == "cuda" and (why := native.cuda_why_not(op, entry.ops, *tensors)):
+        return why
     if backend == "triton" and (why := runtime.why_not(*tensors)):
         return why
     for tensor in tensors if backend == "cpu" else ():
@@ -173,7 +183,7 @@ def count(op, backend):
 def counters():
     """{op: {backend: calls}} since import or reset_counters(): what really ran. Backward kernels count as "<op>_bwd"."""
     result = {op: dict(counts) for op, counts in _python_counts.items()}
-    for backend, counts in (("cpu", native.kernel_counts()), ("triton", library.counts)):
+    for backend, counts in (("cpu", native.kernel_counts()), ("cuda", native.cuda_kernel_counts()), ("triton", library.counts)):
         counts = {name.removesuffix("_fwd"): n for name, n in counts.items() if n}
         for entry in OPS.values():
             for suffix, kernel in zip(("", "_bwd"), entry.kernels):
@@ -198,6 +208,17 @@ def cpu_dtypes(*tensors):
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in CPU_DTYPES:
             return f"dtype {tensor.dtype} is not supported"
+    return None
+
+
+GPU_DTYPES = CPU_DTYPES - {torch.float64}
+
+
+def gpu_dtypes(*tensors):
+    """The limit of the CUDA and Triton kernels: None, or why these dtypes are refused."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in GPU_DTYPES:
+            return f"dtype {str(tensor.dtype).removeprefix('torch.')} is not supported by the GPU kernels; the reference takes it"
     return None
 
 

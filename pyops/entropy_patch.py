@@ -6,14 +6,13 @@ import torch
 
 from . import checks, dispatch, kernels
 from .reference import entropy_patch as reference
-from .triton_kernels import runtime
 
 OP, CUT, TOKENS, STATE, IDS = "entropy_patch", "patch_lengths_from_entropies", "patch_lengths_from_tokens", "PatcherState", "patch_ids_from_lengths"
-dispatch.register(OP, OP, ("entropy_patch_fwd", "entropy_patch_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
-dispatch.register(CUT, OP, ("patch_cut",), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
-dispatch.register(TOKENS, OP, ("patch_cut_tokens",), cpu=lambda tokens: None, triton=lambda tokens: None)
-dispatch.register(STATE, OP, ("patcher_update",), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
-dispatch.register(IDS, OP, ("patch_ids",), cpu=lambda lengths: None, triton=lambda lengths: None)
+dispatch.register(OP, OP, ("entropy_patch_fwd", "entropy_patch_bwd"), cpu=dispatch.cpu_dtypes, gpu=dispatch.gpu_dtypes)
+dispatch.register(CUT, OP, ("patch_cut",), cpu=dispatch.cpu_dtypes, gpu=dispatch.gpu_dtypes)
+dispatch.register(TOKENS, OP, ("patch_cut_tokens",), op="patch_cut", cpu=lambda tokens: None, gpu=lambda tokens: None)
+dispatch.register(STATE, OP, ("patcher_update",), cpu=dispatch.cpu_dtypes, gpu=dispatch.gpu_dtypes)
+dispatch.register(IDS, OP, ("patch_ids",), cpu=lambda lengths: None, gpu=lambda lengths: None)
 
 RULES = {name: number for number, name in enumerate(("threshold", "monotonic", "combined", "top", "bytes", "static", "space"))}
 MODES = ("space", "static", "bytes")

@@ -4,10 +4,9 @@ import torch
 from . import activations, checks, dispatch, kernels
 from .packing import PackedExperts
 from .reference import fused_experts as reference
-from .triton_kernels import runtime
 
 OP = "fused_experts"
-dispatch.register(OP, "moe", ("fused_experts_fwd", "fused_experts_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
+dispatch.register(OP, "moe", ("fused_experts_fwd", "fused_experts_bwd"), cpu=dispatch.cpu_dtypes, gpu=dispatch.gpu_dtypes)
 
 
 def fused_experts(x, w_gate_up, w_down, topk_weights, topk_indices, *, w_up=None, bias_gate_up=None, bias_up=None, bias_down=None,

@@ -4,11 +4,10 @@ import torch
 from . import checks, dispatch, kernels
 from .packing import PackedWeight
 from .reference import grouped_gemm as reference
-from .triton_kernels import runtime
 
 OP, WGRAD = "grouped_mm", "gmm"
-dispatch.register(OP, "grouped_gemm", ("grouped_gemm", "grouped_gemm_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
-dispatch.register(WGRAD, "grouped_gemm", ("grouped_wgrad", "grouped_wgrad_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
+dispatch.register(OP, "grouped_gemm", ("grouped_gemm", "grouped_gemm_bwd"), op="grouped_gemm_fwd", cpu=dispatch.cpu_dtypes, gpu=dispatch.gpu_dtypes)
+dispatch.register(WGRAD, "grouped_gemm", ("grouped_wgrad", "grouped_wgrad_bwd"), op="grouped_wgrad_fwd", cpu=dispatch.cpu_dtypes, gpu=dispatch.gpu_dtypes)
 
 
 def grouped_mm(a, b, offs, bias=None, *, backend=None):

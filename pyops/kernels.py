@@ -1,4 +1,4 @@
-"""The torch ops behind the public functions: one set of schemas under torch.ops.terrazzo (compiled) and .terrazzo_triton.
+"""The torch ops behind the public functions: one set of schemas under torch.ops.terrazzo (compiled, for the CPU and CUDA) and .terrazzo_triton.
 
 Shapes and gradients are registered here for all: the gradient of a backend's op is an op of the same backend.
 """
@@ -19,7 +19,7 @@ def ops(backend):
 
 
 def _backends(name):
-    """The backends that have an op."""
+    """The backends whose namespaces have an op; "cpu" stands for torch.ops.terrazzo."""
     found = ["cpu"] if native.available and hasattr(torch.ops.terrazzo, name) else []
     return found + ["triton"] if name in library.NAMES else found
 
@@ -40,23 +40,23 @@ def register_autograd(name, backward, setup_context):
     """Registers backward(ops, ctx, *grads) as the gradient of <name>_fwd; <name>_bwd itself refuses to be differentiated."""
     _gradients[name] = backward, setup_context
     for backend in _backends(f"{name}_fwd"):
-        _register_gradient(name, backend, ops(backend))
+        _register_gradient(name, ops(backend))
 
 
-def _register_gradient(name, backend, namespace):
+def _register_gradient(name, namespace):
     backward, setup_context = _gradients[name]
     torch.library.register_autograd(f"{namespace.name}::{name}_fwd", functools.partial(backward, namespace), setup_context=setup_context)
-    torch.library.register_autograd(f"{namespace.name}::{name}_bwd", functools.partial(_no_double_backward, name, backend))
+    torch.library.register_autograd(f"{namespace.name}::{name}_bwd", functools.partial(_no_double_backward, name))
 
 
-def register_namespace(backend, namespace, names):
+def register_namespace(namespace, names):
     """Shapes and gradients for further ops of the same schemas, torch.ops.<namespace>.<names>."""
     for name in names:
         torch.library.register_fake(f"{namespace}::{name}", _fakes[name])
         op = name.removesuffix("_fwd")
         if op != name and op in _gradients:
-            _register_gradient(op, backend, getattr(torch.ops, namespace))
+            _register_gradient(op, getattr(torch.ops, namespace))
 
 
-def _no_double_backward(name, backend, ctx, *grads):
-    raise NotImplementedError(f"terrazzo.{name}: second derivatives are not supported by the {backend} backend; use backend='reference'")
+def _no_double_backward(name, ctx, *grads):
+    raise NotImplementedError(f"terrazzo.{name}: only backend='reference' has second derivatives")

@@ -3,10 +3,9 @@ import torch
 
 from . import activations, checks, dispatch, kernels
 from .reference import linear as reference
-from .triton_kernels import runtime
 
 OP = "linear"
-dispatch.register(OP, "linear", ("linear_fwd", "linear_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
+dispatch.register(OP, "linear", ("linear_fwd", "linear_bwd"), cpu=dispatch.cpu_dtypes, gpu=dispatch.gpu_dtypes)
 
 
 def linear(x, weight, bias=None, activation=None, *, backend=None):

@@ -3,7 +3,6 @@ import torch
 
 from . import checks, dispatch, kernels
 from .reference import local_attention as reference
-from .triton_kernels import runtime
 
 OP = "local_attention"
 MAX_TRITON_P = 256
@@ -14,10 +13,10 @@ def triton_heads(*tensors):
     for tensor in tensors:
         if tensor is not None and tensor.dim() == 4 and tensor.shape[3] > MAX_TRITON_P:
             return f"heads of {tensor.shape[3]} channels are over the {MAX_TRITON_P} of the triton kernels; the reference takes them"
-    return runtime.dtypes(*tensors)
+    return dispatch.gpu_dtypes(*tensors)
 
 
-dispatch.register(OP, "local_attention", ("local_attention_fwd", "local_attention_bwd"), cpu=dispatch.cpu_dtypes, triton=triton_heads)
+dispatch.register(OP, "local_attention", ("local_attention_fwd", "local_attention_bwd"), cpu=dispatch.cpu_dtypes, cuda=dispatch.gpu_dtypes, triton=triton_heads)
 
 
 def local_attention(q, k, v, window, *, causal=True, cu_seqlens=None, scale=None, key_mask=None, backend=None):

@@ -3,12 +3,11 @@ import torch
 
 from . import checks, dispatch, kernels
 from .reference import moe as reference
-from .triton_kernels import runtime
 
 ROUTE, PERMUTE, UNPERMUTE = "moe_route", "moe_permute", "moe_unpermute"
-dispatch.register(ROUTE, "moe", ("moe_route_fwd", "moe_route_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
-dispatch.register(PERMUTE, "moe", ("moe_permute",), cpu=lambda indices: None, triton=lambda indices: None)
-dispatch.register(UNPERMUTE, "moe", ("moe_unpermute_fwd", "moe_unpermute_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
+dispatch.register(ROUTE, "moe", ("moe_route_fwd", "moe_route_bwd"), cpu=dispatch.cpu_dtypes, gpu=dispatch.gpu_dtypes)
+dispatch.register(PERMUTE, "moe", ("moe_permute",), cpu=lambda indices: None, gpu=lambda indices: None)
+dispatch.register(UNPERMUTE, "moe", ("moe_unpermute_fwd", "moe_unpermute_bwd"), cpu=dispatch.cpu_dtypes, gpu=dispatch.gpu_dtypes)
 
 
 def moe_route(router_logits, top_k, *, norm_order=None, softmax_first=True, sigmoid=False, bias=None, n_group=None, topk_group=None,

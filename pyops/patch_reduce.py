@@ -3,11 +3,10 @@ import torch
 
 from . import checks, dispatch, kernels
 from .reference import patch_reduce as reference
-from .triton_kernels import runtime
 
 OP = "patch_reduce"
 REDUCTIONS = ("amax", "mean", "amin")  # PatchReduction of csrc/common/params.h
-dispatch.register(OP, "patch_attention", ("patch_reduce_fwd", "patch_reduce_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
+dispatch.register(OP, "patch_attention", ("patch_reduce_fwd", "patch_reduce_bwd"), cpu=dispatch.cpu_dtypes, gpu=dispatch.gpu_dtypes)
 
 
 def patch_reduce(h, patch_ids, num_patches, reduce="amax", *, backend=None):

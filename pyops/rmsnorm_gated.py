@@ -3,10 +3,9 @@ import torch
 
 from . import checks, dispatch, kernels
 from .reference import rmsnorm_gated as reference
-from .triton_kernels import runtime
 
 OP = "rmsnorm_gated"
-dispatch.register(OP, "rmsnorm_gated", ("rmsnorm_gated_fwd", "rmsnorm_gated_bwd"), cpu=dispatch.cpu_dtypes, triton=runtime.dtypes)
+dispatch.register(OP, "rmsnorm_gated", ("rmsnorm_gated_fwd", "rmsnorm_gated_bwd"), cpu=dispatch.cpu_dtypes, gpu=dispatch.gpu_dtypes)
 
 
 def rmsnorm_gated(x, weight, z=None, eps=1e-6, group_size=None, norm_before_gate=True, *, backend=None):

@@ -3,7 +3,6 @@ import torch
 
 from . import checks, dispatch, kernels
 from .reference import state_update as reference
-from .triton_kernels import runtime
 
 OP = "selective_state_update"
 
@@ -18,13 +17,13 @@ def _cpu_limit(x, state, *rest):
     return dispatch.cpu_dtypes(x, state, *rest)
 
 
-def _triton_limit(x, state, *rest):
+def _gpu_limit(x, state, *rest):
     if dispatch.needs_grad(x, state, *rest):
-        return "the decoding step has no gradient on the triton backend; call it under torch.no_grad()"
-    return runtime.dtypes(x, state, *rest)
+        return "the decoding step has no gradient on GPUs; call it under torch.no_grad()"
+    return dispatch.gpu_dtypes(x, state, *rest)
 
 
-_ENTRY = dispatch.register(OP, "state_update", ("state_update",), cpu=_cpu_limit, triton=_triton_limit)
+_ENTRY = dispatch.register(OP, "state_update", ("state_update",), op=OP, cpu=_cpu_limit, gpu=_gpu_limit)
 
 
 def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False,

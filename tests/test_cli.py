@@ -22,7 +22,7 @@ def test_info_json(capsys):
     facts = json.loads(out)
     assert code == 0 and facts["packages"]["torch"] == torch.__version__
     assert facts["support"]["causal_conv1d_fn"]["cpu"]["bfloat16"] is None
-    assert "no cuda backend" in facts["support"]["causal_conv1d_fn"]["cuda"]["float32"]
+    assert "CUDA kernels" in facts["support"]["causal_conv1d_fn"]["cuda"]["float32"]
     assert set(facts["support"]) == set(explain.CALLS)
 
 
@@ -57,7 +57,7 @@ def test_why_answers_for_every_op(capsys, op):
         (("why", "chunk_scan", "--set", "N"), "--set must be NAME=NUMBER"),
         (("why", "chunk_scan", "--set", "Q=3"), "unexpected keyword argument 'Q'"),
         (("why", "chunk_scan", "--dtype", "int8"), "unknown dtype 'int8'"),
-        (("why", "chunk_scan", "--backend", "cuda"), "no cuda backend yet"),
+        (("why", "chunk_scan", "--backend", "cuda"), "CUDA kernels"),
         (("doctor", "--backend", "tpu"), "unknown backend 'tpu'"),
         (("patch", "--dry-run", "gpt2"), "no recipe for model type 'gpt2'"),
         (("demo", "--bytes", "1000000"), "fewer than asked for"),
@@ -100,7 +100,7 @@ def test_doctor_passes(capsys, monkeypatch):
     assert by_key["rmsnorm_gated", "cpu", "float32"]["cases"] == 1
     if not torch.cuda.is_available():
         assert "Triton needs a GPU" in by_key["rmsnorm_gated", "triton", "float32"]["skipped"]
-    assert "no cuda backend" in by_key["rmsnorm_gated", "cuda", "float32"]["skipped"]
+    assert "CUDA kernels" in by_key["rmsnorm_gated", "cuda", "float32"]["skipped"]
 
 
 def test_doctor_reports_a_broken_backend(capsys, monkeypatch):

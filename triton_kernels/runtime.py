@@ -9,7 +9,6 @@ import torch
 
 # Shared memory that one block may use, in KiB.
 SHARED_KIB = {"sm80": 163, "sm86": 99, "sm89": 99, "sm90": 227, "sm100": 227, "sm103": 227, "sm120": 99, "gfx942": 64, "gfx950": 160}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MISSING = None if importlib.util.find_spec("triton") else "triton is not installed: pip install 'terrazzo[triton]'"
 _pretended = None  # the architecture that `pretend` stands for
 
@@ -38,14 +37,6 @@ def why_not(*tensors):
     for tensor in tensors:
         if tensor is not None and tensor.device.type != "cuda" and not (on_cpu and tensor.device.type == "cpu"):
             return f"the tensors are on {tensor.device}; Triton needs a GPU (or TRITON_INTERPRET=1, for tests)"
-    return None
-
-
-def dtypes(*tensors):
-    """The triton kernels' own limit: None, or why these dtypes are refused."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"dtype {str(tensor.dtype).removeprefix('torch.')} is not supported by the triton kernels; the reference takes it"
     return None
 
 

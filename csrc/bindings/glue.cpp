@@ -11,7 +11,19 @@ namespace terrazzo {
 
 namespace {
 std::atomic<bool> g_poison{false};
+
+void fill_with_nan(const Tensor& t) {
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+#if defined(TZ_WITH_CUDA)
+  if (t.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(t.get_device());
+    STD_TORCH_CHECK(cudaMemsetAsync(mutable_data(t), 0xff, bytes, cuda::current_stream(t)) == cudaSuccess, "terrazzo: cannot fill a new tensor");
+    return;
+  }
+#endif
+  std::memset(mutable_data(t), 0xff, bytes);
 }
+}  // namespace
 
 void poison_new_tensors(bool poison) { g_poison = poison; }
 
@@ -30,7 +42,7 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType d
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), type, device, index, &handle));
   Tensor t(handle);
-  if (g_poison.load(std::memory_order_relaxed)) std::memset(mutable_data(t), 0xff, static_cast<size_t>(t.numel()) * t.element_size());
+  if (g_poison.load(std::memory_order_relaxed)) fill_with_nan(t);
   return t;
 }
 
@@ -123,10 +135,11 @@ std::vector<Segment> make_segments(int64_t B, int64_t L, const OptTensor& seq_id
 const int32_t* checked_slots(const OptTensor& indices, int64_t B, int64_t num_slots, const char* op, const char* name) {
   TZ_CHECK(indices || num_slots == B, op, "the state has ", num_slots, " slots for ", B, " rows");
   if (!indices) return nullptr;
-  check_cpu(*indices, op, name);
+  check_device(*indices, op, name);
   check_shape(*indices, {B}, op, name);
   TZ_CHECK(indices->scalar_type() == ScalarType::Int && (B <= 1 || indices->stride(0) == 1), op, name, " must be contiguous int32");
   const int32_t* slots = static_cast<const int32_t*>(data(*indices));
+  if (!runs_on_cpu(*indices)) return slots;
   for (int64_t b = 0; b < B; b++)
     TZ_CHECK(slots[b] >= -1 && slots[b] < num_slots, op, name, " must be -1 or below ", num_slots, ", got ", slots[b], " at row ", b);
   return slots;

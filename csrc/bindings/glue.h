@@ -1,5 +1,6 @@
 // The thin layer between torch's stable ABI and the torch-free kernels: pointers, strides, dtypes, segments.
 #pragma once
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,7 +15,7 @@
 
 #include "../common/params.h"
 #include "../cpu/kernels.h"
-#if defined(TZ_CUDA_EMULATED)
+#if defined(TZ_CUDA_EMULATED) || defined(TZ_WITH_CUDA)
 #include "../cuda/kernels.h"
 #endif
 
@@ -94,7 +95,8 @@ WeightMatrix packed_matrix(const Tensor& w, const OptTensor& scale, int64_t E, i
 std::vector<Segment> make_segments(int64_t B, int64_t L, const OptTensor& seq_idx, const OptTensor& cu_seqlens, const char* op);
 inline int64_t num_sequences(int64_t B, const OptTensor& cu_seqlens) { return cu_seqlens ? cu_seqlens->numel() - 1 : B; }
 
-// int32 slots of each row in a state with num_slots slots: -1 (a padding row) or a slot. Null when row b owns slot b.
+// int32 slots of each row in a state with num_slots slots: -1 (a padding row) or a slot. Null when row b owns slot b. On a GPU the
+// values aren't read here: kernels take any other slot for padding.
 const int32_t* checked_slots(const OptTensor& indices, int64_t B, int64_t num_slots, const char* op, const char* name);
 
 namespace cpu {
@@ -136,19 +138,51 @@ TZ_CPU_KERNELS(TZ_RUN)
 #undef TZ_RUN
 }  // namespace cpu
 
-// TZ_RUN_WHERE(x, kernel, params): the kernel of x's device. With TZ_CUDA_EMULATED, the tests' build, the CUDA kernels are
-// called on CPU tensors, see csrc/emulator.
+// TZ_RUN_WHERE(x, kernel, params): the kernel of x's device. setup.py defines TZ_WITH_CUDA where the CUDA kernels are built in. With
+// TZ_CUDA_EMULATED, the tests' build, they are called on CPU tensors, see csrc/emulator.
 #if defined(TZ_CUDA_EMULATED)
 inline bool runs_on_cpu(const Tensor&) { return false; }
 namespace cuda {
 void check_launch(cudaError_t error, const char* kernel);
 }
 #define TZ_RUN_WHERE(x, name, params) cuda::check_launch(cuda::name##_cuda(params, nullptr), #name)
+#elif defined(TZ_WITH_CUDA)
+inline bool runs_on_cpu(const Tensor& x) { return x.is_cpu(); }
+namespace cuda {
+// The current stream of t's GPU.
+cudaStream_t current_stream(const Tensor& t);
+// Raises with the kernel's name when a launch failed, else counts it.
+void check_launch(cudaError_t error, cpu::KernelId id);
+template <class P, class Q> void run(const Tensor& x, cpu::KernelId id, cudaError_t (*launcher)(const P&, cudaStream_t), const Q& params) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  check_launch(launcher(params, current_stream(x)), id);
+}
+}  // namespace cuda
+#define TZ_RUN_WHERE(x, name, params) (runs_on_cpu(x) ? cpu::run_##name(params) : cuda::run(x, cpu::name##_id, cuda::name##_cuda, params))
 #else
 inline bool runs_on_cpu(const Tensor&) { return true; }
 #define TZ_RUN_WHERE(x, name, params) cpu::run_##name(params)
 #endif
-inline void check_device(const Tensor& t, const char* op, const char* name) { check_cpu(t, op, name); }
+
+// A device that TZ_RUN_WHERE has kernels for. That a call's tensors lie on one GPU is checked for all ops at once (library.cpp).
+inline void check_device(const Tensor& t, const char* op, const char* name) {
+#if defined(TZ_WITH_CUDA)
+  TZ_CHECK(t.is_cpu() || t.is_cuda(), op, name, " must be on the CPU or on a CUDA device");
+#else
+  check_cpu(t, op, name);
+#endif
+}
+
+namespace cuda {
+// What the binary holds, for Python; all empty or zero without CUDA kernels.
+const char* archs();     // "sm_80 sm_90a compute_100": machine code, and PTX for what is newer
+int toolkit_version();   // 13000: of CUDA 13.0
+int driver_version();    // the newest CUDA that this machine's driver runs, 0 without one
+// What is said on a GPU that none of archs() runs on.
+std::string missing_capability(int major, int minor);
+uint64_t kernel_count(int id);
+void reset_kernel_counts();
+}  // namespace cuda
 
 // The ops themselves (csrc/library.cpp holds their schemas).
 std::tuple<Tensor, Tensor> causal_conv1d_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias,

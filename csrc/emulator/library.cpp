@@ -1,6 +1,7 @@
 // The tests' op library: the CUDA kernels, emulated, behind the product's own glue, as torch.ops.terrazzo_emulated on CPU tensors.
 // The schemas are those of torch.ops.terrazzo; tests/tools/emulator.py defines them and builds this.
 #include "../bindings/glue.h"
+#include "../cuda/ops.h"
 #include "emulator.h"
 
 namespace terrazzo { namespace cuda {
@@ -10,10 +11,8 @@ void check_launch(cudaError_t error, const char* kernel) {
 }}  // namespace terrazzo::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(terrazzo_emulated, CPU, m) {
-#define TZ_IMPL(name) m.impl(#name, TORCH_BOX(&terrazzo::name))
-  TZ_IMPL(rmsnorm_gated_fwd);
-  TZ_IMPL(rmsnorm_gated_bwd);
-  TZ_IMPL(selective_state_update);
+#define TZ_IMPL(name) m.impl(#name, TORCH_BOX(&terrazzo::name));
+  TZ_CUDA_OPS(TZ_IMPL)
 #undef TZ_IMPL
 }
 

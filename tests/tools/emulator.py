@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 
 import torch
-from terrazzo import kernels
+from terrazzo import dispatch, kernels
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,8 @@ MODES = {
     "races": ["-O1", "-fsanitize=thread"],  # compiled, not linked: csrc/emulator/races.cpp answers
 }
 RUNTIME = [ROOT / "csrc/emulator" / name for name in ("runtime.cpp", "fiber.cpp", "races.cpp")]
-SERVED = ("rmsnorm_gated", "selective_state_update")  # ops whose CUDA kernels exist; goes when the product registers them itself
+CUDA_OPS = tuple(re.findall(r"\bX\((\w+)\)", (ROOT / "csrc/cuda/ops.h").read_text()))
+SERVED = tuple(op.name for op in dispatch.OPS.values() if set(op.ops) <= set(CUDA_OPS))  # public functions
 ORDERS = {"forward": 0, "reversed": 1, "random": 2}
 
 
@@ -113,7 +114,6 @@ def load(mode="plain"):
     """Loads torch.ops.terrazzo_emulated: every op that has CUDA kernels, emulated, on CPU tensors. Once a process, in one mode."""
     glue = ["-fno-strict-aliasing", "-DTZ_CUDA_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-isystem{path}" for path in include_paths()),
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
-    names = re.findall(r"TZ_IMPL\((\w+)\);", (ROOT / "csrc/emulator/library.cpp").read_text())
     with _building():
         objects = [_object(path, []) for path in [*RUNTIME, ROOT / "csrc/common/parallel.cpp"]]
         objects += [_object(path, MODES[mode]) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
@@ -121,19 +121,19 @@ def load(mode="plain"):
         objects += [_object(path, glue) for path in [*bindings, ROOT / "csrc/emulator/library.cpp"]]
         path = _link(f"library.{mode}.so", objects, ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", *(SANITIZERS if mode == "sanitize" else [])])
     library = torch.library.Library(NAMESPACE, "DEF")
-    for name in names:
+    for name in CUDA_OPS:
         schema = getattr(torch.ops.terrazzo, name).default._schema
         library.define(str(schema).removeprefix("terrazzo::"))
     torch.ops.load_library(str(path))
-    kernels.register_namespace("cuda", NAMESPACE, names)
-    return Emulator(library, ctypes.CDLL(str(path)), names, mode)
+    kernels.register_namespace(NAMESPACE, CUDA_OPS)
+    return Emulator(library, ctypes.CDLL(str(path)), mode)
 
 
 class Emulator:
     """The loaded library: its ops, the order it runs threads in, how many kernels it has launched."""
 
-    def __init__(self, library, functions, names, mode):
-        self.library, self.names = library, names  # torch forgets a library that nobody holds
+    def __init__(self, library, functions, mode):
+        self.library = library  # torch forgets a library that nobody holds
         self._functions = functions
         functions.emulator_launches.restype = ctypes.c_int64
         if (mode == "races") != bool(functions.emulator_detects_races()):

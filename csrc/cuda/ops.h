@@ -1,0 +1,19 @@
+// The ops that have CUDA kernels, by their names in csrc/library.cpp: the one list. The package registers these for CUDA tensors,
+// the tests run them emulated, Python reads them from the extension. An op of two directions is served once both stand here.
+#pragma once
+
+#define TZ_CUDA_OPS(X)              \
+  /* convolution */                 \
+  /* Mamba-2 */                     \
+  X(selective_state_update)         \
+  /* gated norm */                  \
+  X(rmsnorm_gated_fwd)              \
+  X(rmsnorm_gated_bwd)              \
+  /* grouped products, linear */    \
+  /* routing, permutation */        \
+  /* experts */                     \
+  /* patches */                     \
+  /* attention */                   \
+  /* entropy */                     \
+  /* hash embeddings */             \
+  /* end */
