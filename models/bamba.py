@@ -57,7 +57,7 @@ class BambaConfig:
     def __post_init__(self):
         self.attn_layer_indices = tuple(self.attn_layer_indices or ())
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.time_step_limit = tuple(self.time_step_limit or (0.0, math.inf))
+        self.time_step_limit = tuple(map(float, self.time_step_limit or (0.0, math.inf)))
         inner = self.mamba_expand * self.hidden_size
         if self.mamba_d_head == "auto":
             self.mamba_d_head = inner // self.mamba_n_heads
@@ -80,11 +80,14 @@ class BambaConfig:
         kinds = config.get("layer_types") or config.get("layers_block_type")
         if known.get("attn_layer_indices") is None and kinds:
             known["attn_layer_indices"] = [i for i, kind in enumerate(kinds) if kind in ("full_attention", "attention")]
+        if known.get("time_step_limit"):  # JSON has no infinity: transformers writes {"__float__": "Infinity"}
+            known["time_step_limit"] = [bound["__float__"] if isinstance(bound, dict) else bound for bound in known["time_step_limit"]]
         return cls(**known | {"rope_theta": loading.rope_theta(FN, config, cls.rope_theta)})
 
     def to_hf(self):
         config = asdict(self)
         rope = {"rope_type": "default", "rope_theta": config.pop("rope_theta"), "partial_rotary_factor": 0.5}
+        config["time_step_limit"] = [{"__float__": "Infinity"} if math.isinf(bound) else bound for bound in self.time_step_limit]
         return {"model_type": "bamba", "architectures": ["BambaForCausalLM"], "rope_parameters": rope} | config
 
 
@@ -203,7 +206,7 @@ class Layer(nn.Module):
 class Backbone(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(Layer(config, i in config.attn_layer_indices) for i in range(config.num_hidden_layers))
         self.final_layernorm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
 

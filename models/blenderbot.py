@@ -140,7 +140,7 @@ class Stack(nn.Module):
 class Backbone(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
         self.encoder = Stack(config, config.encoder_attention_heads, config.encoder_ffn_dim, config.encoder_layers, config.encoder_layerdrop, asks=False)
         self.decoder = Stack(config, config.decoder_attention_heads, config.decoder_ffn_dim, config.decoder_layers, config.decoder_layerdrop, asks=True)
 

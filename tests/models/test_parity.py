@@ -1,7 +1,6 @@
 """Logits, losses and gradients of our models against transformers', of the same checkpoint, option by option."""
 import pytest
 import torch
-from transformers import DynamicCache  # noqa: F401  (the version that the figures are of)
 
 from model_pairs import BAMBA, DBRX, ids, pair
 
@@ -32,8 +31,8 @@ def both(ours, theirs, kind, tokens, labels=None, **kwargs):
     return found, expected
 
 
-def close(a, b, rtol=2e-5):
-    torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * b.abs().max().item())
+def close(a, b, rtol=2e-5, scale=0.0):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * max(b.abs().max().item(), scale))
 
 
 @every_option
@@ -50,9 +49,10 @@ def test_logits_loss_and_gradients(kind, option, tmp_path):
     close(found.loss, expected.loss)
     found.loss.backward()
     expected.loss.backward()
-    gradients = dict(theirs.named_parameters())
-    for name, weight in ours.named_parameters():
-        close(weight.grad, gradients[name].grad, 2e-4)
+    gradients = {name: weight.grad for name, weight in theirs.named_parameters()}
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())
+    for name, weight in ours.named_parameters():  # with one expert its weight is 1 and the router's gradient nothing but rounding
+        close(weight.grad, gradients[name], 2e-4, 1e-3 * largest)
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -129,7 +129,8 @@ def test_router_logits_and_auxiliary_loss(tmp_path):
     tokens, mask = ids(3, 17), torch.ones(3, 17, dtype=torch.long)
     mask[1, :6] = 0
     for attention_mask in (None, mask):
-        kwargs = {"labels": tokens, "output_router_logits": True, "attention_mask": attention_mask}
+        labels = tokens.masked_fill(mask.cumsum(1) <= 1, -100)  # what follows padding is judged by the padding's logits
+        kwargs = {"labels": labels, "output_router_logits": True, "attention_mask": attention_mask}
         found, expected = ours(tokens, **kwargs), theirs(tokens, use_cache=False, **kwargs)
         close(found.aux_loss, expected.aux_loss)
         close(found.loss, expected.loss)
