@@ -1,6 +1,11 @@
 """Models built on terrazzo's ops; each is imported when it is first asked for."""
 
-LAZY = {"EntropyConfig": "entropy_model", "EntropyModel": "entropy_model"}
+LAZY = {
+    "Bamba": "bamba", "BambaConfig": "bamba",
+    "Blenderbot": "blenderbot", "BlenderbotConfig": "blenderbot",
+    "Dbrx": "dbrx", "DbrxConfig": "dbrx",
+    "EntropyConfig": "entropy_model", "EntropyModel": "entropy_model",
+}  # fmt: skip
 __all__ = sorted(LAZY)
 
 
