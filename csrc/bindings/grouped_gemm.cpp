@@ -3,12 +3,13 @@
 namespace terrazzo {
 namespace {
 
-// Row ends of the groups: int32, contiguous, not decreasing, at most T.
+// Row ends of the groups: int32, contiguous, not decreasing, at most T (on a GPU nobody looks).
 Tensor checked_offs(const Tensor& offs, int64_t E, int64_t T, const char* op) {
-  check_cpu(offs, op, "offs");
+  check_device(offs, op, "offs");
   check_shape(offs, {E}, op, "offs");
   TZ_CHECK(offs.scalar_type() == ScalarType::Int, op, "offs must be int32");
   const Tensor ends = offs.is_contiguous() ? offs : torch::stable::contiguous(offs);
+  if (!runs_on_cpu(ends)) return ends;
   const int32_t* end = static_cast<const int32_t*>(data(ends));
   for (int64_t e = 0, before = 0; e < E; before = end[e++])
     TZ_CHECK(end[e] >= before && end[e] <= T, op, "offs must not decrease and end at most at ", T, ", the number of rows, got ", end[e],
@@ -46,7 +47,15 @@ GroupedWgradParams wgrad_params(const Tensor& a, const Tensor& dy, int64_t E, co
   return p;
 }
 
-// Column sums of each group's dy, as the weight gradient of rows of ones.
+// The one group of a linear layer: its end, which only the CPU kernels read.
+struct OneGroup {
+  int32_t end;
+  bool on_cpu;
+  explicit OneGroup(const Tensor& x) : end(static_cast<int32_t>(x.size(0))), on_cpu(runs_on_cpu(x)) {}
+  const int32_t* offs() const { return on_cpu ? &end : nullptr; }
+};
+
+// Column sums of each group's dy, as the weight gradient of rows of ones (which the CUDA kernels don't read).
 struct Ones {
   float f32 = 1;
   double f64 = 1;
@@ -65,8 +74,8 @@ OptTensor unit_stride_bias(const OptTensor& t) { return t ? OptTensor(unit_strid
 
 Tensor grouped_gemm_fwd(const Tensor& a, const Tensor& b, const Tensor& offs, const OptTensor& bias_in) {
   constexpr const char* kOp = "grouped_mm";
-  check_cpu(a, kOp, "a");
-  check_cpu(b, kOp, "b");
+  check_device(a, kOp, "a");
+  check_device(b, kOp, "b");
   check_shape(b, {-1, -1, -1}, kOp, "b");
   check_shape(a, {-1, b.size(1)}, kOp, "a");
   check_shape(bias_in, {b.size(0), b.size(2)}, kOp, "bias");
@@ -77,7 +86,7 @@ Tensor grouped_gemm_fwd(const Tensor& a, const Tensor& b, const Tensor& offs, co
   set_bias(p, bias, kOp);
   Tensor c = empty(a, {p.T, p.N}, a.scalar_type());
   p.c = mutable_data(c);
-  cpu::run_grouped_gemm(p);
+  TZ_RUN_WHERE(a, grouped_gemm, p);
   return c;
 }
 
@@ -98,7 +107,7 @@ Tensor grouped_gemm_packed(const Tensor& a, const Tensor& b, const OptTensor& sc
   set_bias(p, bias, kOp);
   Tensor c = empty(a, {p.T, p.N}, a.scalar_type());
   p.c = mutable_data(c);
-  cpu::run_grouped_gemm(p);
+  TZ_RUN_WHERE(a, grouped_gemm, p);  // always the CPU: checked above
   return c;
 }
 
@@ -106,9 +115,9 @@ Tensor grouped_gemm_packed(const Tensor& a, const Tensor& b, const OptTensor& sc
 std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(const Tensor& dy, const Tensor& a, const Tensor& b, const Tensor& offs, bool need_a,
     bool need_b, bool need_bias) {
   constexpr const char* kOp = "grouped_mm backward";
-  check_cpu(dy, kOp, "dy");
-  check_cpu(a, kOp, "a");
-  check_cpu(b, kOp, "b");
+  check_device(dy, kOp, "dy");
+  check_device(a, kOp, "a");
+  check_device(b, kOp, "b");
   check_shape(b, {-1, -1, -1}, kOp, "b");
   const int64_t E = b.size(0), K = b.size(1), N = b.size(2);
   check_shape(a, {-1, K}, kOp, "a");
@@ -132,15 +141,15 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(const Tensor& dy, const Tens
     dbias = empty(a, {E, N}, acc_scalar(a.scalar_type()));
     p.dbias = ones.sums(dy, E, end, dbias, kOp);
   }
-  cpu::run_grouped_gemm_bwd(p);
+  TZ_RUN_WHERE(a, grouped_gemm_bwd, p);
   return {da, db, dbias};
 }
 
 namespace {
 
 Tensor checked_wgrad_ends(const Tensor& a, const Tensor& b, const Tensor& offs) {
-  check_cpu(a, "gmm", "a");
-  check_cpu(b, "gmm", "b");
+  check_device(a, "gmm", "a");
+  check_device(b, "gmm", "b");
   check_shape(a, {-1, -1}, "gmm", "a");
   check_shape(b, {a.size(0), -1}, "gmm", "b");
   return checked_offs(offs, offs.numel(), a.size(0), "gmm");
@@ -151,7 +160,7 @@ Tensor checked_wgrad_ends(const Tensor& a, const Tensor& b, const Tensor& offs) 
 Tensor grouped_wgrad_fwd(const Tensor& a, const Tensor& b, const Tensor& offs) {
   const Tensor ends = checked_wgrad_ends(a, b, offs);
   Tensor y = empty(a, {offs.numel(), a.size(1), b.size(1)}, a.scalar_type());
-  cpu::run_grouped_wgrad(wgrad_params(a, b, offs.numel(), static_cast<const int32_t*>(data(ends)), y, "gmm"));
+  TZ_RUN_WHERE(a, grouped_wgrad, wgrad_params(a, b, offs.numel(), static_cast<const int32_t*>(data(ends)), y, "gmm"));
   return y;
 }
 
@@ -165,57 +174,57 @@ std::tuple<Tensor, Tensor> grouped_wgrad_bwd(const Tensor& dy, const Tensor& a, 
   p.da = product_params(b, dy, E, N, K, dy.stride(0), dy.stride(2), dy.stride(1), end, "gmm backward");
   p.dy = product_params(a, dy, E, K, N, dy.stride(0), dy.stride(1), dy.stride(2), end, "gmm backward");
   p.da.c = mutable_data(da), p.dy.c = mutable_data(db);
-  cpu::run_grouped_wgrad_bwd(p);
+  TZ_RUN_WHERE(a, grouped_wgrad_bwd, p);
   return {cast(da, a.scalar_type()), cast(db, b.scalar_type())};
 }
 
 Tensor linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias_in, int64_t activation) {
   constexpr const char* kOp = "linear";
-  check_cpu(x, kOp, "x");
-  check_cpu(weight, kOp, "weight");
+  check_device(x, kOp, "x");
+  check_device(weight, kOp, "weight");
   check_shape(weight, {-1, -1}, kOp, "weight");
   check_shape(x, {-1, weight.size(1)}, kOp, "x");
   check_shape(bias_in, {weight.size(0)}, kOp, "bias");
   TZ_CHECK(activation >= 0 && activation < kActivations - 1, kOp, "unknown activation ", activation);
   TZ_CHECK(x.size(0) <= INT32_MAX, kOp, "x must have fewer than 2^31 rows, got ", x.size(0));
   const OptTensor bias = unit_stride_bias(bias_in);
-  const int32_t end = static_cast<int32_t>(x.size(0));
-  GroupedGemmParams p = product_params(x, weight, 1, weight.size(1), weight.size(0), 0, weight.stride(1), weight.stride(0), &end, kOp);
+  const OneGroup group(x);
+  GroupedGemmParams p = product_params(x, weight, 1, weight.size(1), weight.size(0), 0, weight.stride(1), weight.stride(0), group.offs(), kOp);
   p.activation = static_cast<Activation>(activation);
   set_bias(p, bias, kOp);
   Tensor y = empty(x, {p.T, p.N}, x.scalar_type());
   p.c = mutable_data(y);
-  cpu::run_linear_fwd(p);
+  TZ_RUN_WHERE(x, linear_fwd, p);
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, bool need_x, bool need_weight,
     bool need_bias) {
   constexpr const char* kOp = "linear backward";
-  check_cpu(dy, kOp, "dy");
-  check_cpu(x, kOp, "x");
-  check_cpu(weight, kOp, "weight");
+  check_device(dy, kOp, "dy");
+  check_device(x, kOp, "x");
+  check_device(weight, kOp, "weight");
   check_shape(weight, {-1, -1}, kOp, "weight");
   check_shape(x, {-1, weight.size(1)}, kOp, "x");
   check_shape(dy, {x.size(0), weight.size(0)}, kOp, "dy");
-  const int32_t end = static_cast<int32_t>(x.size(0));
+  const OneGroup group(x);
   Tensor dx = absent(x), dweight = absent(weight), dbias = absent(x);
   GroupedGemmBwdParams p{};
   if (need_x) {
     dx = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
-    p.da = product_params(dy, weight, 1, weight.size(0), weight.size(1), 0, weight.stride(0), weight.stride(1), &end, kOp);
+    p.da = product_params(dy, weight, 1, weight.size(0), weight.size(1), 0, weight.stride(0), weight.stride(1), group.offs(), kOp);
     p.da.c = mutable_data(dx);
   }
   if (need_weight) {
     dweight = empty(weight, {weight.size(0), weight.size(1)}, weight.scalar_type());
-    p.db = wgrad_params(dy, x, 1, &end, dweight, kOp);
+    p.db = wgrad_params(dy, x, 1, group.offs(), dweight, kOp);
   }
   const Ones ones;
   if (need_bias) {
     dbias = empty(x, {weight.size(0)}, acc_scalar(x.scalar_type()));
-    p.dbias = ones.sums(dy, 1, &end, dbias, kOp);
+    p.dbias = ones.sums(dy, 1, group.offs(), dbias, kOp);
   }
-  cpu::run_linear_bwd(p);
+  TZ_RUN_WHERE(x, linear_bwd, p);
   return {dx, dweight, dbias};
 }
 

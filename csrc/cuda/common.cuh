@@ -146,6 +146,18 @@ TZ_DEVICE float silu(float x) { return x * sigmoid(x); }
 TZ_DEVICE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
 // ---- launches ------------------------------------------------------------------------------------------------
+// Multiprocessors of the current GPU, for grids whose blocks walk over tiles.
+inline int num_processors() {
+#if defined(__CUDACC__)
+  int device = 0, processors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  return processors > 0 ? processors : 1;
+#else
+  return ::emu::kProcessors;
+#endif
+}
+
 constexpr size_t kSharedWithoutAsking = 48 * 1024;
 
 template <class... P, class... A>

@@ -10,5 +10,13 @@ namespace terrazzo { namespace cuda {
 cudaError_t rmsnorm_gated_fwd_cuda(const RmsnormGatedCudaParams& p, cudaStream_t stream);
 cudaError_t rmsnorm_gated_bwd_cuda(const RmsnormGatedCudaParams& p, cudaStream_t stream);
 cudaError_t state_update_cuda(const StateUpdateParams& p, cudaStream_t stream);
+cudaError_t grouped_gemm_cuda(const GroupedGemmParams& p, cudaStream_t stream);
+cudaError_t grouped_gemm_bwd_cuda(const GroupedGemmBwdParams& p, cudaStream_t stream);
+cudaError_t grouped_wgrad_cuda(const GroupedWgradParams& p, cudaStream_t stream);
+cudaError_t grouped_wgrad_bwd_cuda(const GroupedWgradBwdParams& p, cudaStream_t stream);
+cudaError_t linear_fwd_cuda(const GroupedGemmParams& p, cudaStream_t stream);
+cudaError_t linear_bwd_cuda(const GroupedGemmBwdParams& p, cudaStream_t stream);
+cudaError_t experts_product_cuda(const GroupedGemmCudaParams& p, cudaStream_t stream);
+cudaError_t experts_wgrad_cuda(const GroupedWgradCudaParams& p, cudaStream_t stream);
 
 }}  // namespace terrazzo::cuda

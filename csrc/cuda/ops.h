@@ -10,6 +10,12 @@
   X(rmsnorm_gated_fwd)              \
   X(rmsnorm_gated_bwd)              \
   /* grouped products, linear */    \
+  X(grouped_gemm_fwd)               \
+  X(grouped_gemm_bwd)               \
+  X(grouped_wgrad_fwd)              \
+  X(grouped_wgrad_bwd)              \
+  X(linear_fwd)                     \
+  X(linear_bwd)                     \
   /* routing, permutation */        \
   /* experts */                     \
   /* patches */                     \

@@ -18,6 +18,11 @@ template <class T> TZ_DEVICE void load_a(uint32_t (&a)[4], const T* tile, int pi
   static_assert(sizeof(T) == 2, "16-bit elements");
   ldmatrix_x4(a, tile + lane_id() % 16 * pitch + lane_id() / 16 * 8);
 }
+// The same from rows of m: element (m, k) is tile[k * pitch + m].
+template <class T> TZ_DEVICE void load_a_trans(uint32_t (&a)[4], const T* tile, int pitch) {
+  static_assert(sizeof(T) == 2, "16-bit elements");
+  ldmatrix_x4_trans(a, tile + (lane_id() % 8 + lane_id() / 16 * 8) * pitch + lane_id() / 8 % 2 * 8);
+}
 // Two neighbouring b (16 x 8) from rows of k: element (k, n) is tile[n * pitch + k], n = 0..15.
 template <class T> TZ_DEVICE void load_b(uint32_t (&b)[2][2], const T* tile, int pitch) {
   static_assert(sizeof(T) == 2, "16-bit elements");
@@ -43,6 +48,12 @@ TZ_DEVICE void load_a_tf32(uint32_t (&a)[4], const float* tile, int pitch) {
 TZ_DEVICE void load_b_tf32(uint32_t (&b)[2], const float* tile, int pitch) {
 #pragma unroll
   for (int i = 0; i < 2; i++) b[i] = to_tf32(tile[lane_id() / 4 * pitch + lane_id() % 4 + i * 4]);
+}
+
+// x as the sum of two tf32 numbers, 22 bits of it: products of floats keep their digits as big big + big small + small big.
+TZ_DEVICE void split_tf32(float x, uint32_t& big, uint32_t& small) {
+  big = to_tf32(x);
+  small = to_tf32(x - __uint_as_float(big));
 }
 
 }}  // namespace terrazzo::cuda

@@ -23,6 +23,7 @@ inline dim3 blockDim, gridDim;  // variables, not macros: cudaLaunchConfig_t has
 namespace emu {
 
 using Site = std::source_location;
+constexpr int kProcessors = 2;  // so few that blocks which walk over tiles have several each
 
 // The running CUDA thread.
 struct Thread {
@@ -184,6 +185,7 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __uint_as_float(unsigned x) { return emu::from_bits<float>(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }

@@ -2,7 +2,7 @@
 import pytest
 import terrazzo
 import torch
-from terrazzo import cases
+from terrazzo import cases, cases_moe
 
 from test_ops import DTYPES, assert_matches, served_by
 from tools.emulator import SERVED
@@ -29,6 +29,21 @@ def further_cases():
         "bf16_state_odd": update(state_dtype=torch.bfloat16, N=12, expanded=False),
         "nothing_but_padding": update(indices=[-1, -1, -1], slots=2),
     }
+    grouped, gmm, linear = cases_moe.grouped, cases_moe.gmm, cases_moe.linear
+    products = {
+        "large_tiles": grouped(sizes=(150, 0, 141), K=72, N=136, rest=3, bias=True),
+        "large_tiles_transposed": grouped(sizes=(150, 0, 141), K=72, N=136, transposed=True),
+        "more_groups_than_lanes": grouped(sizes=(0, 1, 2, 0) * 10, K=16, N=8, rest=2),
+        "a_band_of_tiles": grouped(sizes=(290, *(0,) * 9), K=8, N=136),
+        "long_sums": grouped(sizes=(2, 3), K=528, N=72),
+        "long_sums_transposed": grouped(sizes=(2, 3), K=528, N=72, transposed=True),
+        "converted_weights": grouped(K=40, N=64, weight_dtype=torch.bfloat16),
+        "converted_weights_transposed": grouped(K=40, N=64, weight_dtype=torch.bfloat16, transposed=True),
+    }
+    linears = {"large_tiles": linear(shape=(200, 64), N=136, activation="gelu"), "transposed_aligned": linear(shape=(40, 64), N=72, transposed=True)}
+    yield from (cases.Case("grouped_mm", name, build, ("a", "b", "bias")) for name, build in products.items())
+    yield cases.Case("gmm", "trans_a_aligned", gmm(sizes=(70, 0, 41), K=136, N=72, trans_a=True), ("a", "b"))
+    yield from (cases.Case("linear", name, build, ("x", "weight", "bias")) for name, build in linears.items())
     yield from (cases.Case("rmsnorm_gated", name, build, ("x", "weight", "z")) for name, build in norms.items())
     yield from (cases.Case("selective_state_update", name, build, updated=("state",)) for name, build in updates.items())
 
