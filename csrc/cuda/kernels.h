@@ -17,6 +17,9 @@ cudaError_t grouped_wgrad_bwd_cuda(const GroupedWgradBwdParams& p, cudaStream_t 
 cudaError_t linear_fwd_cuda(const GroupedGemmParams& p, cudaStream_t stream);
 cudaError_t linear_bwd_cuda(const GroupedGemmBwdParams& p, cudaStream_t stream);
 cudaError_t experts_product_cuda(const GroupedGemmCudaParams& p, cudaStream_t stream);
+cudaError_t expert_rows_cuda(const ExpertRowsParams& p, cudaStream_t stream);
+cudaError_t fused_experts_fwd_cuda(const FusedExpertsCudaParams& p, cudaStream_t stream);
+cudaError_t fused_experts_bwd_cuda(const FusedExpertsCudaParams& p, cudaStream_t stream);
 cudaError_t experts_wgrad_cuda(const GroupedWgradCudaParams& p, cudaStream_t stream);
 
 }}  // namespace terrazzo::cuda

@@ -18,6 +18,8 @@
   X(linear_bwd)                     \
   /* routing, permutation */        \
   /* experts */                     \
+  X(fused_experts_fwd)              \
+  X(fused_experts_bwd)              \
   /* patches */                     \
   /* attention */                   \
   /* entropy */                     \
