@@ -62,6 +62,7 @@ struct ExpertWeights {
   int64_t E, N1, F;
   bool separate_up;
   WeightMatrix w1{}, w_up{}, w2{};
+  std::vector<Tensor> copies;  // of w1 and w_up, where they were needed
 
   // w1 (E, N1, D), w_up (E, F, D), w2 (E, D, F), any strides.
   ExpertWeights(const Tensor& x, const Tensor& w1_in, const OptTensor& w_up_in, const Tensor& w2_in) : separate_up(w_up_in.has_value()) {
@@ -97,8 +98,6 @@ struct ExpertWeights {
   }
 
  private:
-  std::vector<Tensor> copies;
-
   static WeightMatrix strided(const Tensor& x, const Tensor& w, const char* name) {
     check_device(w, kOp, name);
     TZ_CHECK((w.scalar_type() == ScalarType::Double) == (x.scalar_type() == ScalarType::Double), kOp, "float64 goes with float64 only");
@@ -109,13 +108,14 @@ struct ExpertWeights {
 struct ExpertsCall {
   Tensor x, weights;
   OptTensor bias1, bias_up, bias2;
+  std::vector<Tensor> copies;
   Slots slots;
   FusedExpertsCudaParams p{};
 
   ExpertsCall(const Tensor& x_in, const ExpertWeights& w, const Tensor& weights_in, const Tensor& indices, const OptTensor& bias1_in,
               const OptTensor& bias_up_in, const OptTensor& bias2_in, int64_t activation, bool interleaved, double alpha, double limit)
       : x(cast_contiguous(x_in, x_in.scalar_type())), weights(weights_in), bias1(bias1_in), bias_up(bias_up_in), bias2(bias2_in),
-        slots(checked_indices(x_in, indices), w.E) {
+        copies(w.copies), slots(checked_indices(x_in, indices), w.E) {
     p.T = x.size(0), p.D = x.size(1), p.E = w.E, p.N1 = w.N1, p.F = w.F, p.A = indices.size(1);
     p.w1 = w.w1, p.w_up = w.w_up, p.w2 = w.w2;
     check_shape(weights, {p.T, p.A}, kOp, "topk_weights");

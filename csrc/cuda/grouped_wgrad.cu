@@ -59,11 +59,16 @@ cudaError_t weight_gradient(const GroupedWgradCudaParams& p, cudaStream_t stream
   args.vectors = aligned(p.db, p.db_stride_k, size_of(p.db_dtype)) && aligned(p.db, p.db_stride_e, size_of(p.db_dtype));
   return with_type(compute, [&](auto t) {
     using T = decltype(t);
-    using Shape = typename Shapes<T>::many;
-    const int64_t blocks = p.E * ceil_div(p.K, Shape::kBlockM) * ceil_div(p.N, Shape::kBlockN);
-    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-    return launch(grouped_wgrad_kernel<T, Shape>, dim3(static_cast<unsigned>(blocks)), Shape::kThreads, Product<T, false, false, Shape>::kSharedBytes,
-                  stream, args);
+    using Few = typename Shapes<T>::few;
+    using Many = typename Shapes<T>::many;
+    const auto run = [&](auto shape) {
+      using Shape = decltype(shape);
+      const int64_t blocks = p.E * ceil_div(p.K, Shape::kBlockM) * ceil_div(p.N, Shape::kBlockN);
+      if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+      return launch(grouped_wgrad_kernel<T, Shape>, dim3(static_cast<unsigned>(blocks)), Shape::kThreads, Product<T, false, false, Shape>::kSharedBytes,
+                    stream, args);
+    };
+    return p.K <= Many::kBlockM / 2 || p.N <= Many::kBlockN / 2 ? run(Few{}) : run(Many{});  // half of a large tile would be empty
   });
 }
 

@@ -7,6 +7,14 @@ from terrazzo import cases, cases_moe
 from test_ops import DTYPES, assert_matches, served_by
 from tools.emulator import SERVED
 
+def unlike(experts):
+    """w_up stored in another order than w_gate_up."""
+
+    def build(r, dtype):
+        kwargs = experts(r, dtype)
+        return kwargs | {"w_up": kwargs["w_up"].mT.contiguous().mT}
+
+    return build
 
 
 def further_cases():
@@ -41,6 +49,17 @@ def further_cases():
         "converted_weights_transposed": grouped(K=40, N=64, weight_dtype=torch.bfloat16, transposed=True),
     }
     linears = {"large_tiles": linear(shape=(200, 64), N=136, activation="gelu"), "transposed_aligned": linear(shape=(40, 64), N=72, transposed=True)}
+    experts = cases_moe.experts
+    layers = {
+        "large_tiles": experts(T=80, D=64, F=72, E=2),
+        "large_tiles_gpt_oss": experts(T=80, D=40, F=72, E=2, layout="interleaved", activation="swiglu_oai", bias=True, limit=1.5),
+        "large_tiles_separate_bias": experts(T=80, D=40, F=72, E=2, layout="separate", bias=True),
+        "large_tiles_no_gate": experts(T=80, D=40, F=136, E=2, layout="no_gate", bias=True),
+        "sorted_by_several_blocks": experts(T=520, D=8, F=8, E=40),
+        "converted_weights": experts(D=32, F=40, weight_dtype=torch.bfloat16),
+        "gate_and_up_not_alike": unlike(experts(layout="separate")),
+    }
+    yield from (cases.Case("fused_experts", name, build, cases_moe.EXPERT_GRADS) for name, build in layers.items())
     yield from (cases.Case("grouped_mm", name, build, ("a", "b", "bias")) for name, build in products.items())
     yield cases.Case("gmm", "trans_a_aligned", gmm(sizes=(70, 0, 41), K=136, N=72, trans_a=True), ("a", "b"))
     yield from (cases.Case("linear", name, build, ("x", "weight", "bias")) for name, build in linears.items())
