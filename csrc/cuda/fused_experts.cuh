@@ -20,11 +20,10 @@ inline WeightMatrix transposed(WeightMatrix w) {
   std::swap(w.stride_k, w.stride_n);
   return w;
 }
-inline bool rows_of_k(const WeightMatrix& w) { return w.stride_k <= w.stride_n; }
 
 // rows[slot] = a[slot] w [+ a's columns from w's rows on times w2] + bias, in x's dtype.
-inline cudaError_t slots_product(const FusedExpertsParams& p, const void* a, int64_t a_stride, const WeightMatrix& w, int64_t K, const WeightMatrix& w2, int64_t K2,
-                                 const void* bias, cudaStream_t stream) {
+inline cudaError_t slots_product(const FusedExpertsParams& p, const void* a, int64_t a_stride, const WeightMatrix& w, int64_t K,
+                                 const WeightMatrix& w2, int64_t K2, const void* bias, cudaStream_t stream) {
   GroupedGemmCudaParams g{};
   g.a_dtype = p.x_dtype, g.bias_dtype = DType::f32, g.T = p.S, g.E = p.E, g.K = K, g.N = p.D, g.offs = p.offs;
   g.a = a, g.a_stride_m = a_stride, g.a_stride_k = 1, g.b = w, g.K2 = K2, g.b2 = w2;

@@ -93,7 +93,7 @@ cudaError_t through_gates(const FusedExpertsCudaParams& p, int64_t& parts, cudaS
   GateBwdArgs args{};
   args.rows = slot_rows(p), args.F = static_cast<int>(p.F), args.depth = static_cast<int>(p.D), args.interleaved = p.interleaved;
   args.dy = operand(p.x_dtype, p.dy, p.D, 1, true, compute);
-  args.w = operand(w.dtype, w.data, w.stride_n, w.stride_k, b_rows, compute, w.stride_e), args.stride_e = w.stride_e * size_of(w.dtype);
+  args.w = operand(w, b_rows, compute), args.stride_e = w.stride_e * size_of(w.dtype);
   args.tokens = p.tokens, args.order = p.rows.order, args.weights = static_cast<const float*>(p.weights);
   args.saved = static_cast<const float*>(p.saved), args.columns = product_columns(p), args.gate = gate_params(p), args.dtype = p.x_dtype;
   const int64_t bytes = size_of(p.x_dtype);

@@ -105,7 +105,7 @@ cudaError_t first_product(const FusedExpertsCudaParams& p, cudaStream_t stream) 
   args.rows = slot_rows(p), args.F = static_cast<int>(p.F), args.depth = static_cast<int>(p.D);
   args.paired = p.gated && !p.interleaved, args.interleaved = p.interleaved;
   args.x = operand(p.x_dtype, p.x, p.x_stride_t, p.x_stride_d, true, compute);
-  args.w = operand(p.w1.dtype, p.w1.data, p.w1.stride_n, p.w1.stride_k, b_rows, compute, p.w1.stride_e), args.stride_e = p.w1.stride_e * bytes;
+  args.w = operand(p.w1, b_rows, compute), args.stride_e = p.w1.stride_e * bytes;
   if (args.paired) {
     args.w_up = separate ? static_cast<const char*>(p.w_up.data) : args.w.data + p.F * args.w.stride_i;
     args.stride_up_e = separate ? p.w_up.stride_e * bytes : args.stride_e;

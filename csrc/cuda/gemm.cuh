@@ -100,7 +100,8 @@ template <class T, bool kRowsOfK, int kOuter, int kDepth, int kThreads> struct O
       const int r = row + pass * kStep;
       if constexpr (kRowsOfK) {
         const bool exists = address[pass] && left_k > column;
-        fill_chunk(tile + r * kPitch + column, op, exists ? address[pass] + (k + column) * op.stride_k : nullptr, exists ? left_k - column : 0, op.stride_k);
+        const char* from = exists ? address[pass] + (k + column) * op.stride_k : nullptr;
+        fill_chunk(tile + r * kPitch + column, op, from, exists ? left_k - column : 0, op.stride_k);
       } else {
         const int64_t source = r >= left_k ? 0 : rows ? rows[k + r] : k + r;
         fill_chunk(tile + r * kPitch + column, op, address[0] + source * op.stride_k, r < left_k ? left : 0, op.stride_i);
@@ -334,11 +335,17 @@ template <int kBlockM> TZ_DEVICE bool find_tile(const GroupRows& rows, int group
 constexpr int64_t kMostRows = INT32_MAX - 256;  // a tile's last row is still an int
 
 // ---- host --------------------------------------------------------------------------------------------------------
-// An operand of [count, ...] matrices in the dtype `compute`; strides in elements. rows_of_k says which stride may be one.
-inline Operand operand(DType dtype, const void* data, int64_t stride_i, int64_t stride_k, bool rows_of_k, DType compute, int64_t stride_e = 0) {
-  const int64_t bytes = size_of(dtype), unit = rows_of_k ? stride_k : stride_i, other = rows_of_k ? stride_i : stride_k;
+// An operand that multiplies as `compute`; strides in elements, stride_e from group to group. k_rows: it lies in shared memory as rows of k.
+inline Operand operand(DType dtype, const void* data, int64_t stride_i, int64_t stride_k, bool k_rows, DType compute, int64_t stride_e = 0) {
+  const int64_t bytes = size_of(dtype), unit = k_rows ? stride_k : stride_i, other = k_rows ? stride_i : stride_k;
   const bool pieces = unit == 1 && aligned(data, other, bytes) && stride_e * bytes % kVectorBytes == 0;
-  return {dtype, !pieces ? Way::elements : dtype == compute ? Way::async : Way::convert, static_cast<const char*>(data), stride_i * bytes, stride_k * bytes};
+  const Way way = !pieces ? Way::elements : dtype == compute ? Way::async : Way::convert;
+  return {dtype, way, static_cast<const char*>(data), stride_i * bytes, stride_k * bytes};
+}
+// A weight [E, K, N], in shared memory the way its smaller stride says.
+inline bool rows_of_k(const WeightMatrix& b) { return b.stride_k <= b.stride_n; }
+inline Operand operand(const WeightMatrix& b, bool k_rows, DType compute) {
+  return operand(b.dtype, b.data, b.stride_n, b.stride_k, k_rows, compute, b.stride_e);
 }
 // What two operands multiply as.
 inline DType compute_dtype(DType a, DType b) { return a == b ? a : DType::f32; }

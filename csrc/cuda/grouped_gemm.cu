@@ -60,9 +60,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks) grouped_gemm_
   }
 }
 
-bool rows_of_k(const WeightMatrix& b) { return b.stride_k <= b.stride_n; }
-Operand weight(const WeightMatrix& b, bool k_rows, DType compute) { return operand(b.dtype, b.data, b.stride_n, b.stride_k, k_rows, compute, b.stride_e); }
-
 cudaError_t product(const GroupedGemmCudaParams& p, cudaStream_t stream) {
   if (p.a_dtype == DType::f64 || p.T > kMostRows || p.E > INT32_MAX / 2 || p.N > INT32_MAX / 2 || p.K > INT32_MAX / 2 || p.K2 > INT32_MAX / 2)
     return cudaErrorInvalidValue;
@@ -75,8 +72,8 @@ cudaError_t product(const GroupedGemmCudaParams& p, cudaStream_t stream) {
   args.N = static_cast<int>(p.N), args.depth = static_cast<int>(p.K), args.depth2 = static_cast<int>(p.K2);
   args.a = operand(p.a_dtype, p.a, p.a_stride_m, p.a_stride_k, true, compute);
   if (p.K2 && p.K * size_of(p.a_dtype) % kVectorBytes) args.a.way = Way::elements;  // the second part is not aligned
-  args.b = weight(p.b, b_rows, compute), args.stride_e = p.b.stride_e * size_of(p.b.dtype);
-  args.b2 = weight(p.b2, b_rows, compute), args.stride_e2 = p.b2.stride_e * size_of(p.b2.dtype);
+  args.b = operand(p.b, b_rows, compute), args.stride_e = p.b.stride_e * size_of(p.b.dtype);
+  args.b2 = operand(p.b2, b_rows, compute), args.stride_e2 = p.b2.stride_e * size_of(p.b2.dtype);
   args.bias_dtype = p.bias_dtype, args.c_dtype = p.a_dtype, args.activation = p.activation;
   args.bias = p.bias, args.bias_stride_e = p.bias_stride_e, args.c = p.c, args.vectors = aligned(p.c, p.N, size_of(p.a_dtype));
   return with_product(compute, p.T, p.E, p.N, b_rows, [&](auto t, auto shape, auto rows) {

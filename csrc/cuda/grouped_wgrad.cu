@@ -117,7 +117,9 @@ cudaError_t row_sums(const GroupedWgradCudaParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t experts_wgrad_cuda(const GroupedWgradCudaParams& p, cudaStream_t stream) { return p.K ? weight_gradient(p, stream) : row_sums(p, stream); }
-cudaError_t grouped_wgrad_cuda(const GroupedWgradParams& p, cudaStream_t stream) { return weight_gradient({p, nullptr, nullptr, nullptr, nullptr}, stream); }
+cudaError_t grouped_wgrad_cuda(const GroupedWgradParams& p, cudaStream_t stream) {
+  return weight_gradient({p, nullptr, nullptr, nullptr, nullptr}, stream);
+}
 
 cudaError_t grouped_wgrad_bwd_cuda(const GroupedWgradBwdParams& p, cudaStream_t stream) {
   const cudaError_t error = grouped_gemm_cuda(p.da, stream);

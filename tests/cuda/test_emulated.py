@@ -123,3 +123,17 @@ def test_caller_tensors_unchanged(emulator, case):
     for name, value in kwargs.items():
         if isinstance(value, torch.Tensor) and name not in case.updated:
             assert torch.equal(value, before[name]), name
+
+
+def test_contents_out_of_range_touch_nothing(emulator):
+    """On a GPU nobody reads offsets and indices before the kernels do: ends are cut to the rows there are, experts that aren't ours have no slot."""
+    ops, a, b = torch.ops.terrazzo_emulated, torch.randn(9, 8), torch.randn(3, 8, 5)
+    ends = torch.tensor([-4, 4, 99], dtype=torch.int32)
+    y = ops.grouped_gemm_fwd(a, b, ends, None)
+    torch.testing.assert_close(y, torch.cat([a[:4] @ b[1], a[4:] @ b[2]]))
+    assert ops.grouped_gemm_bwd(y, a, b, ends, True, True, True)[1][0].eq(0).all()
+    w1, w2, weights = torch.randn(3, 10, 8), torch.randn(3, 8, 5), torch.rand(9, 2)
+    indices = torch.tensor([[0, 2], [1, 0], [2, 1]] * 3, dtype=torch.int32)
+    found = [ops.fused_experts_fwd(a, w1, None, w2, weights, indices.where(indices != 1, other), None, None, None, 1, False, 1.0, 1.0, False)[0]
+             for other in (3, -1, 1 << 30)]
+    assert all(torch.equal(found[0], y) for y in found[1:])
