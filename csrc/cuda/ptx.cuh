@@ -21,6 +21,15 @@ TZ_DEVICE void cp_async_16(void* shared, const void* global, int source_bytes TZ
 #endif
 }
 
+// The same of 4 bytes.
+TZ_DEVICE void cp_async_4(void* shared, const void* global, int source_bytes TZ_SITE) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global), "r"(source_bytes) : "memory");
+#else
+  ::emu::async_copy(shared, global, 4, static_cast<size_t>(source_bytes), site);
+#endif
+}
+
 // "cp.async.commit_group": the copies since the last one are a group.
 TZ_DEVICE void cp_async_commit() {
 #if defined(__CUDACC__)

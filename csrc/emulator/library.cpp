@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY_IMPL(terrazzo_emulated, CPU, m) {
   TZ_IMPL(rmsnorm_gated_fwd);
   TZ_IMPL(rmsnorm_gated_bwd);
   TZ_IMPL(selective_state_update);
+  TZ_IMPL(patch_cross_attention_fwd);
+  TZ_IMPL(patch_cross_attention_bwd);
+  TZ_IMPL(local_attention_fwd);
+  TZ_IMPL(local_attention_bwd);
 #undef TZ_IMPL
 }
 

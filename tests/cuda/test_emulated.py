@@ -10,7 +10,8 @@ from tools.emulator import SERVED
 
 
 def further_cases():
-    """Shapes that only these kernels tell apart: every team size and vector width, groups longer than registers hold, loops over n and p."""
+    """Shapes that only these kernels tell apart: every team size and vector width, groups longer than registers hold, loops over n and p;
+    widths of heads, long ways back to the patch before, many empty patches."""
     norm, update = cases.norm, cases.state_update
     norms = {
         "a_warp": norm(shape=(9, 256)),
@@ -29,6 +30,21 @@ def further_cases():
         "bf16_state_odd": update(state_dtype=torch.bfloat16, N=12, expanded=False),
         "nothing_but_padding": update(indices=[-1, -1, -1], slots=2),
     }
+    cross, local = cases.cases_patches.cross, cases.cases_patches.local
+    crosses = {
+        "patches_128_channels": cross("patches", H=2, Hk=1, P=128, K=2, window=2),
+        "bytes_256_channels": cross("bytes", H=2, P=256, K=3),
+        "patches_far_apart": cross("patches", ((3, (280, -1), 5, 2, (600, -1)),), S=70, H=1, P=8),
+        "bytes_far_apart": cross("bytes", (((300, -1), 3, 5, 2, (20, 60)),), S=61, H=1, P=8, K=2),
+    }
+    locals_ = {
+        "strided_64_channels": local(B=1, L=100, H=2, P=64, strided=True, window=70),
+        "96_of_128_channels": local(B=1, L=70, H=2, Hk=1, P=72, window=30, causal=False),
+        "256_channels": local(B=1, L=90, H=2, Hk=1, P=256, window=40),
+        "tiles_without_a_mask": local(B=1, L=200, H=1, P=24, window=150),
+    }
+    yield from (cases.Case("patch_cross_attention", name, build, ("q", "k", "v")) for name, build in crosses.items())
+    yield from (cases.Case("local_attention", name, build, ("q", "k", "v")) for name, build in locals_.items())
     yield from (cases.Case("rmsnorm_gated", name, build, ("x", "weight", "z")) for name, build in norms.items())
     yield from (cases.Case("selective_state_update", name, build, updated=("state",)) for name, build in updates.items())
 

@@ -29,7 +29,8 @@ MODES = {
     "races": ["-O1", "-fsanitize=thread"],  # compiled, not linked: csrc/emulator/races.cpp answers
 }
 RUNTIME = [ROOT / "csrc/emulator" / name for name in ("runtime.cpp", "fiber.cpp", "races.cpp")]
-SERVED = ("rmsnorm_gated", "selective_state_update")  # ops whose CUDA kernels exist; goes when the product registers them itself
+# ops whose CUDA kernels exist; goes when the product registers them itself
+SERVED = ("rmsnorm_gated", "selective_state_update", "patch_cross_attention", "local_attention")
 ORDERS = {"forward": 0, "reversed": 1, "random": 2}
 
 
