@@ -43,8 +43,8 @@ struct LocalCall {
              "cu_seqlens must be (sequences + 1,) int32 with at least one sequence");
     TZ_CHECK(p.B == 1, kLocal, "cu_seqlens needs a batch of 1 (all sequences packed into one row), got ", p.B);
     bounds = empty(cu_seqlens, {2, p.L}, ScalarType::Int);
-    p.cu_seqlens = static_cast<const int32_t*>(data(cu_seqlens)), p.cu_seqlens_stride = cu_seqlens.stride(0), p.sequences = cu_seqlens.numel() - 1;
-    p.bounds = static_cast<int32_t*>(mutable_data(bounds));
+    p.cu_seqlens = static_cast<const int32_t*>(data(cu_seqlens)), p.cu_seqlens_stride = cu_seqlens.stride(0);
+    p.sequences = cu_seqlens.numel() - 1, p.bounds = static_cast<int32_t*>(mutable_data(bounds));
   }
 };
 

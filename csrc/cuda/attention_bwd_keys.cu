@@ -14,11 +14,13 @@ template <class T, int kP> struct Shape {
   static constexpr int kRowBytes = kP * sizeof(T);
   static constexpr int kSplit = kRowBytes <= 256 ? 1 : 2;
   static constexpr int kM = 16 * kAttentionWarps / kSplit, kN = kRowBytes <= 256 ? 32 : 16;
+  static constexpr int kBlocksPerSm = kRowBytes <= 128 ? 3 : 2;  // registers for so many, without spilling
   static constexpr int kStages = kRowBytes <= 512 ? 2 : 1;
   static constexpr size_t kTiles = kPitch<T, kP> * (2 * kM + 2 * kStages * kN), kShared = sizeof(T) * kTiles + sizeof(float) * 2 * kStages * kN;
 };
 
-template <class T, int kP> __global__ void __launch_bounds__(kAttentionThreads) attention_bwd_keys_kernel(const Attention p) {
+template <class T, int kP>
+__global__ void __launch_bounds__(kAttentionThreads, (Shape<T, kP>::kBlocksPerSm)) attention_bwd_keys_kernel(const Attention p) {
   using S = Shape<T, kP>;
   constexpr int kM = S::kM, kN = S::kN, kPitchP = kPitch<T, kP>, kColumns = kP / S::kSplit;
   TZ_DYNAMIC_SHARED(T, k_smem);                              // [kM][P]
@@ -48,7 +50,8 @@ template <class T, int kP> __global__ void __launch_bounds__(kAttentionThreads) 
         if (static_cast<int>(threadIdx.x) < 2 * kN) {
           const bool is_lse = static_cast<int>(threadIdx.x) < kN;
           const float* from = (is_lse ? p.lse : p.delta) + (static_cast<int64_t>(at.b) * p.H + h) * p.Lq;
-          cp_async_4((is_lse ? lse_smem : delta_smem) + stage * kN + column_of_thread, row < queries.end ? from + row : from, row < queries.end ? 4 : 0);
+          float* to = (is_lse ? lse_smem : delta_smem) + stage * kN + column_of_thread;
+          cp_async_4(to, row < queries.end ? from + row : from, row < queries.end ? 4 : 0);
         }
       },
       [&](int i, int stage) {

@@ -15,6 +15,7 @@ template <class T, int kP> struct Shape {
   static constexpr int kRowBytes = kP * sizeof(T);
   static constexpr int kSplit = kRowBytes <= 256 ? 1 : 2;
   static constexpr int kM = 16 * kAttentionWarps / kSplit, kN = kRowBytes <= 256 ? 32 : 16;
+  static constexpr int kBlocksPerSm = kRowBytes <= 128 ? 3 : 2;  // registers for so many, without spilling
   static constexpr int kStages = kRowBytes <= 512 ? 2 : 1;
   static constexpr size_t kShared = sizeof(T) * kPitch<T, kP> * (2 * kM + 2 * kStages * kN);
 };
@@ -37,7 +38,8 @@ template <class T> TZ_DEVICE float partial_dot(const T* a, const T* b, int P, bo
   return sum;
 }
 
-template <class T, int kP> __global__ void __launch_bounds__(kAttentionThreads) attention_bwd_queries_kernel(const Attention p) {
+template <class T, int kP>
+__global__ void __launch_bounds__(kAttentionThreads, (Shape<T, kP>::kBlocksPerSm)) attention_bwd_queries_kernel(const Attention p) {
   using S = Shape<T, kP>;
   constexpr int kM = S::kM, kN = S::kN, kPitchP = kPitch<T, kP>, kColumns = kP / S::kSplit;
   TZ_DYNAMIC_SHARED(T, q_smem);                              // [kM][P]

@@ -13,11 +13,13 @@ template <class T, int kP> struct Shape {
   static constexpr int kRowBytes = kP * sizeof(T);
   static constexpr int kM = 16 * kAttentionWarps;
   static constexpr int kN = kRowBytes <= 128 ? 64 : kRowBytes <= 256 ? 32 : 16;
+  static constexpr int kBlocksPerSm = kRowBytes <= 128 ? 3 : 2;  // registers for so many, without spilling
   static constexpr int kStages = kRowBytes <= 512 ? 2 : 1;  // else more than 99 KiB
   static constexpr size_t kShared = sizeof(T) * kPitch<T, kP> * (kM + 2 * kStages * kN);
 };
 
-template <class T, int kP> __global__ void __launch_bounds__(kAttentionThreads) attention_fwd_kernel(const Attention p) {
+template <class T, int kP>
+__global__ void __launch_bounds__(kAttentionThreads, (Shape<T, kP>::kBlocksPerSm)) attention_fwd_kernel(const Attention p) {
   using S = Shape<T, kP>;
   constexpr int kM = S::kM, kN = S::kN, kPitchP = kPitch<T, kP>;
   TZ_DYNAMIC_SHARED(T, q_smem);                              // [kM][P]

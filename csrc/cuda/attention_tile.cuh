@@ -32,11 +32,11 @@ template <class T, int kP, int kRows> TZ_DEVICE void load_tile(T* tile, const T*
   }
 }
 
-// A warp's 16 rows from accumulators, row g times factor[0] and row g + 8 times factor[1], through its own part of a tile to the rows
+// A warp's 16 rows from accumulators, row g times factor_a and row g + 8 times factor_b, through its own part of a tile to the rows
 // from `first` on of a head, of which `channels` exist.
 template <class T, int kP, int kColumns>
-TZ_DEVICE void store_rows(const float (&out)[kColumns / 8][4], float factor_a, float factor_b, T* tile, T* head, int64_t stride, int first, int end, int channels,
-                          bool vectors) {
+TZ_DEVICE void store_rows(const float (&out)[kColumns / 8][4], float factor_a, float factor_b, T* tile, T* head, int64_t stride, int first, int end,
+                          int channels, bool vectors) {
   constexpr int kVec = kVectorBytes / sizeof(T), kPieces = kColumns / kVec;
 #pragma unroll
   for (int n = 0; n < kColumns / 8; n++)
@@ -116,7 +116,8 @@ template <int n> TZ_DEVICE void to_left(Left<float>& a, const float (&acc)[n][4]
 
 // acc (16 x 8) += a b in three products of tf32. The cross terms go in the order of the factors q k and dy v, whichever side is the left
 // one: the backward's two passes must find the same bits.
-template <bool kKeysLeft> TZ_DEVICE void multiply_tf32x3(float (&acc)[4], const Left<float>& a, const uint32_t (&big)[2], const uint32_t (&small)[2]) {
+template <bool kKeysLeft>
+TZ_DEVICE void multiply_tf32x3(float (&acc)[4], const Left<float>& a, const uint32_t (&big)[2], const uint32_t (&small)[2]) {
   if (kKeysLeft) mma_m16n8k8_tf32(acc, a.big, small);
   mma_m16n8k8_tf32(acc, a.small, big);
   if (!kKeysLeft) mma_m16n8k8_tf32(acc, a.big, small);

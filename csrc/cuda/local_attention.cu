@@ -11,8 +11,9 @@ namespace {
 constexpr int kBoundThreads = 256;
 
 // cu_seqlens that don't rise from 0 to L leave bounds that mean nothing, but inside [0, L].
-__global__ void __launch_bounds__(kBoundThreads) sequence_bounds_kernel(const int32_t* __restrict__ cu_seqlens /* [sequences + 1] */, const int64_t stride,
-                                                                        const int64_t sequences, int32_t* __restrict__ bounds /* [2, L] */, const int L) {
+__global__ void __launch_bounds__(kBoundThreads)
+sequence_bounds_kernel(const int32_t* __restrict__ cu_seqlens /* [sequences + 1] */, const int64_t stride, const int64_t sequences,
+                       int32_t* __restrict__ bounds /* [2, L] */, const int L) {
   const int l = static_cast<int>(blockIdx.x) * kBoundThreads + static_cast<int>(threadIdx.x);
   if (l >= L) return;
   int64_t low = 0, high = sequences;  // cu_seqlens[low] <= l < cu_seqlens[high]

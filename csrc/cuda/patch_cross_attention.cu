@@ -18,9 +18,10 @@ constexpr int64_t kMostBlocks = 65535;         // along y of a grid
 // starts[b, s]: the first byte whose id is s or more, L without one. live[b, l], if wanted: whether byte l is a key that may be seen.
 // A lane has one byte; that which is first to reach a patch, or several, writes where they begin. Position L ends the row with id S.
 // Ids that are not sorted leave starts that mean nothing, but inside [0, L].
-__global__ void __launch_bounds__(kStartThreads) patch_starts_kernel(const int32_t* __restrict__ ids /* [B, L] */, int32_t* __restrict__ starts /* [B, S + 1] */,
-                                                                     const uint8_t* __restrict__ key_mask /* [B, L] or null */,
-                                                                     uint8_t* __restrict__ live /* [B, L] or null */, const int64_t B, const int L, const int S) {
+__global__ void __launch_bounds__(kStartThreads)
+patch_starts_kernel(const int32_t* __restrict__ ids /* [B, L] */, int32_t* __restrict__ starts /* [B, S + 1] */,
+                    const uint8_t* __restrict__ key_mask /* [B, L] or null */, uint8_t* __restrict__ live /* [B, L] or null */, const int64_t B,
+                    const int L, const int S) {
   const int warp_first = static_cast<int>(blockIdx.x) * kStartThreads + static_cast<int>(threadIdx.x) / kWarp * kWarp, l = warp_first + lane_id();
   for (int64_t b = blockIdx.y; b < B; b += gridDim.y) {
     const int32_t* row = ids + b * L;
