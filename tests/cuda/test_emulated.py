@@ -2,7 +2,7 @@
 import pytest
 import terrazzo
 import torch
-from terrazzo import cases
+from terrazzo import cases, kernels
 
 from test_ops import DTYPES, assert_matches, served_by
 from tools.emulator import SERVED
@@ -105,3 +105,20 @@ def test_caller_tensors_unchanged(emulator, case):
     for name, value in kwargs.items():
         if isinstance(value, torch.Tensor) and name not in case.updated:
             assert torch.equal(value, before[name]), name
+
+
+@orders
+def test_ids_and_ends_that_mean_nothing_stay_in_bounds(emulator, order):
+    """On a GPU nobody looks at what integers hold before the kernels do: any result, but inside the tensors (TERRAZZO_EMULATOR=sanitize sees that)."""
+    emulator.order(order)
+    ops, r = kernels.ops("cuda"), cases.Random(0)
+    rows, patches = (r.normal(1, n, 2, 8, dtype=torch.bfloat16) for n in (70, 12))
+    ids = torch.tensor([5, 2**31 - 1, 2, -7, 9, 0, -(2**31)] * 10, dtype=torch.int32)[None]
+    for q, k, bytes_ask in ((rows, patches, True), (patches, rows, False)):
+        rest = (ids, 6, bytes_ask, 2, 0.3, 2, None, None)
+        assert ops.patch_cross_attention_fwd(q, k, k, *rest).isfinite().all()
+        assert all(grad.isfinite().all() for grad in ops.patch_cross_attention_bwd(q, q, k, k, *rest))
+    cu_seqlens = torch.tensor([900, -4, 30, 2**31 - 1, 12, -(2**31)], dtype=torch.int32)
+    rest = (20, False, 0.3, None, cu_seqlens)
+    y, lse = ops.local_attention_fwd(rows, rows, rows, *rest)
+    assert y.isfinite().all() and all(grad.isfinite().all() for grad in ops.local_attention_bwd(y, rows, rows, rows, y, lse, *rest))
