@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kAttentionThreads, (Shape<T, kP>::kBlocksPerSm
           const Vector<float, 2> lse = load_vector<float, 2>(lse_smem + columns), delta = load_vector<float, 2>(delta_smem + columns);
 #pragma unroll
           for (int e = 0; e < 4; e++) {
-            w[n][e] = exp2f(w[n][e] - lse.data[e % 2]);
+            w[n][e] = exp2_approx(w[n][e] - lse.data[e % 2]);
             ds[n][e] = w[n][e] * (ds[n][e] - delta.data[e % 2]);
           }
         }

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kAttentionThreads, (Shape<T, kP>::kBlocksPerSm
 #pragma unroll
     for (int n = 0; n < kN / 8; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) ds[n][e] = exp2f(ds[n][e] - lse[e / 2]) * (dw[n][e] - delta[e / 2]);
+      for (int e = 0; e < 4; e++) ds[n][e] = exp2_approx(ds[n][e] - lse[e / 2]) * (dw[n][e] - delta[e / 2]);
     add_weighted_rows<T, kP, kN, kColumns>(dq, ds, k_smem + stage * kN * kPitchP + column, p.P - column);
   });
   cp_async_wait<0>();

@@ -80,9 +80,10 @@ template <class T> constexpr int kStep = sizeof(T) == 2 ? 16 : 8;
 template <class T> struct Left { uint32_t v[4]; };
 template <> struct Left<float> { uint32_t big[4], small[4]; };
 
+// The rest is rounded by an addition: mma doesn't read the bits behind, and what isn't finite is in `big` already.
 TZ_DEVICE void split(float x, uint32_t& big, uint32_t& small) {
   big = to_tf32(x);
-  small = to_tf32(x - __uint_as_float(big));
+  small = __float_as_uint(x - __uint_as_float(big)) + 0x1000u;
 }
 TZ_DEVICE uint32_t pack(float low, float high, __nv_bfloat16) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -216,14 +217,14 @@ struct Softmax {
       for (int n = 0; n < kN / 8; n++) highest = fmaxf(highest, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
       highest = fmaxf(top[r], quad_max(highest));
       const float base = highest == -INFINITY ? 0.0f : highest;  // nothing seen so far
-      factor[r] = exp2f(top[r] - base);
+      factor[r] = exp2_approx(top[r] - base);
       top[r] = highest;
       total[r] *= factor[r];
 #pragma unroll
       for (int n = 0; n < kN / 8; n++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          s[n][2 * r + i] = exp2f(s[n][2 * r + i] - base);
+          s[n][2 * r + i] = exp2_approx(s[n][2 * r + i] - base);
           total[r] += s[n][2 * r + i];
         }
     }

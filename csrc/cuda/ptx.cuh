@@ -98,6 +98,17 @@ TZ_DEVICE void mma_m16n8k8_tf32(float (&acc)[4], const uint32_t (&a)[4], const u
 #endif
 }
 
+// "ex2": 2^x to 2^-22 of itself, 0 where that is less than 2^-126; exactly 1 of 0. One instruction where exp2f takes four.
+TZ_DEVICE float exp2_approx(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return x < -126.0f ? 0.0f : exp2f(x);
+#endif
+}
+
 // "cvt" with .rna.tf32: the float nearest to x that tf32 has, as its bits.
 TZ_DEVICE uint32_t to_tf32(float x) {
 #if defined(__CUDACC__)
