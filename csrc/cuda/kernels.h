@@ -21,5 +21,9 @@ cudaError_t expert_rows_cuda(const ExpertRowsParams& p, cudaStream_t stream);
 cudaError_t fused_experts_fwd_cuda(const FusedExpertsCudaParams& p, cudaStream_t stream);
 cudaError_t fused_experts_bwd_cuda(const FusedExpertsCudaParams& p, cudaStream_t stream);
 cudaError_t experts_wgrad_cuda(const GroupedWgradCudaParams& p, cudaStream_t stream);
+cudaError_t patch_cross_attention_fwd_cuda(const PatchCrossAttentionCudaParams& p, cudaStream_t stream);
+cudaError_t patch_cross_attention_bwd_cuda(const PatchCrossAttentionCudaParams& p, cudaStream_t stream);
+cudaError_t local_attention_fwd_cuda(const LocalAttentionCudaParams& p, cudaStream_t stream);
+cudaError_t local_attention_bwd_cuda(const LocalAttentionCudaParams& p, cudaStream_t stream);
 
 }}  // namespace terrazzo::cuda

@@ -22,6 +22,10 @@
   X(fused_experts_bwd)              \
   /* patches */                     \
   /* attention */                   \
+  X(patch_cross_attention_fwd)      \
+  X(patch_cross_attention_bwd)      \
+  X(local_attention_fwd)            \
+  X(local_attention_bwd)            \
   /* entropy */                     \
   /* hash embeddings */             \
   /* end */

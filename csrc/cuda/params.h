@@ -53,4 +53,13 @@ struct FusedExpertsCudaParams : FusedExpertsParams {
 };
 inline int64_t dot_partials(int64_t F) { return (F + 63) / 64 * 4; }
 
+struct PatchCrossAttentionCudaParams : PatchCrossAttentionParams {
+  int32_t* patch_starts;                // [B, S + 1]; in the place of `starts`
+  uint8_t* live;                        // [B, L] where patches ask
+};
+struct LocalAttentionCudaParams : LocalAttentionParams {
+  const int32_t* cu_seqlens;  int64_t cu_seqlens_stride, sequences;  // [sequences + 1] or null; in the place of `runs`
+  int32_t* bounds;                      // [2, L] with cu_seqlens
+};
+
 }  // namespace terrazzo

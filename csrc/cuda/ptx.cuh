@@ -21,6 +21,15 @@ TZ_DEVICE void cp_async_16(void* shared, const void* global, int source_bytes TZ
 #endif
 }
 
+// The same of 4 bytes.
+TZ_DEVICE void cp_async_4(void* shared, const void* global, int source_bytes TZ_SITE) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global), "r"(source_bytes) : "memory");
+#else
+  ::emu::async_copy(shared, global, 4, static_cast<size_t>(source_bytes), site);
+#endif
+}
+
 // "cp.async.commit_group": the copies since the last one are a group.
 TZ_DEVICE void cp_async_commit() {
 #if defined(__CUDACC__)
@@ -86,6 +95,17 @@ TZ_DEVICE void mma_m16n8k8_tf32(float (&acc)[4], const uint32_t (&a)[4], const u
                : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
   ::emu::mma_m16n8k8_tf32(acc, a, b, site);
+#endif
+}
+
+// "ex2": 2^x to 2^-22 of itself, 0 where that is less than 2^-126; exactly 1 of 0. One instruction where exp2f takes four.
+TZ_DEVICE float exp2_approx(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return x < -126.0f ? 0.0f : exp2f(x);
 #endif
 }
 

@@ -185,7 +185,9 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __uint_as_float(unsigned x) { return emu::from_bits<float>(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __uint_as_float(unsigned bits) { return emu::from_bits<float>(bits); }
+inline unsigned __float_as_uint(float x) { return static_cast<unsigned>(emu::to_bits(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }

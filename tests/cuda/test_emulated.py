@@ -2,7 +2,7 @@
 import pytest
 import terrazzo
 import torch
-from terrazzo import cases, cases_moe
+from terrazzo import cases, cases_moe, kernels
 
 from test_ops import DTYPES, assert_matches, served_by
 from tools.emulator import SERVED
@@ -18,7 +18,8 @@ def unlike(experts):
 
 
 def further_cases():
-    """Shapes that only these kernels tell apart: every team size and vector width, groups longer than registers hold, loops over n and p."""
+    """Shapes that only these kernels tell apart: every team size and vector width, groups longer than registers hold, loops over n and p;
+    widths of heads, long ways back to the patch before, many empty patches."""
     norm, update = cases.norm, cases.state_update
     norms = {
         "a_warp": norm(shape=(9, 256)),
@@ -63,6 +64,21 @@ def further_cases():
     yield from (cases.Case("grouped_mm", name, build, ("a", "b", "bias")) for name, build in products.items())
     yield cases.Case("gmm", "trans_a_aligned", gmm(sizes=(70, 0, 41), K=136, N=72, trans_a=True), ("a", "b"))
     yield from (cases.Case("linear", name, build, ("x", "weight", "bias")) for name, build in linears.items())
+    cross, local = cases.cases_patches.cross, cases.cases_patches.local
+    crosses = {
+        "patches_128_channels": cross("patches", H=2, Hk=1, P=128, K=2, window=2),
+        "bytes_256_channels": cross("bytes", H=2, P=256, K=3),
+        "patches_far_apart": cross("patches", ((3, (280, -1), 5, 2, (600, -1)),), S=70, H=1, P=8),
+        "bytes_far_apart": cross("bytes", (((300, -1), 3, 5, 2, (20, 60)),), S=61, H=1, P=8, K=2),
+    }
+    locals_ = {
+        "strided_64_channels": local(B=1, L=100, H=2, P=64, strided=True, window=70),
+        "96_of_128_channels": local(B=1, L=70, H=2, Hk=1, P=72, window=30, causal=False),
+        "256_channels": local(B=1, L=90, H=2, Hk=1, P=256, window=40),
+        "tiles_without_a_mask": local(B=1, L=200, H=1, P=24, window=150),
+    }
+    yield from (cases.Case("patch_cross_attention", name, build, ("q", "k", "v")) for name, build in crosses.items())
+    yield from (cases.Case("local_attention", name, build, ("q", "k", "v")) for name, build in locals_.items())
     yield from (cases.Case("rmsnorm_gated", name, build, ("x", "weight", "z")) for name, build in norms.items())
     yield from (cases.Case("selective_state_update", name, build, updated=("state",)) for name, build in updates.items())
 
@@ -137,3 +153,20 @@ def test_contents_out_of_range_touch_nothing(emulator):
     found = [ops.fused_experts_fwd(a, w1, None, w2, weights, indices.where(indices != 1, other), None, None, None, 1, False, 1.0, 1.0, False)[0]
              for other in (3, -1, 1 << 30)]
     assert all(torch.equal(found[0], y) for y in found[1:])
+
+
+@orders
+def test_ids_and_ends_that_mean_nothing_stay_in_bounds(emulator, order):
+    """On a GPU nobody looks at what integers hold before the kernels do: any result, but inside the tensors (TERRAZZO_EMULATOR=sanitize sees that)."""
+    emulator.order(order)
+    ops, r = kernels.ops("cuda"), cases.Random(0)
+    rows, patches = (r.normal(1, n, 2, 8, dtype=torch.bfloat16) for n in (70, 12))
+    ids = torch.tensor([5, 2**31 - 1, 2, -7, 9, 0, -(2**31)] * 10, dtype=torch.int32)[None]
+    for q, k, bytes_ask in ((rows, patches, True), (patches, rows, False)):
+        rest = (ids, 6, bytes_ask, 2, 0.3, 2, None, None)
+        assert ops.patch_cross_attention_fwd(q, k, k, *rest).isfinite().all()
+        assert all(grad.isfinite().all() for grad in ops.patch_cross_attention_bwd(q, q, k, k, *rest))
+    cu_seqlens = torch.tensor([900, -4, 30, 2**31 - 1, 12, -(2**31)], dtype=torch.int32)
+    rest = (20, False, 0.3, None, cu_seqlens)
+    y, lse = ops.local_attention_fwd(rows, rows, rows, *rest)
+    assert y.isfinite().all() and all(grad.isfinite().all() for grad in ops.local_attention_bwd(y, rows, rows, rows, y, lse, *rest))
