@@ -11,6 +11,7 @@ namespace terrazzo { namespace cuda {
 
 constexpr int kTaps = 4;            // the widest filter; taps that a narrower one lacks are neither read nor used
 constexpr int kConvThreads = 128;
+constexpr int kConvChannels = 4;    // of a thread, channel last: what it holds of 8 would leave room for half as many warps
 
 // ---- codes ---------------------------------------------------------------------------------------------------
 constexpr unsigned kMissing = 3;    // how many of the W - 1 inputs before this one are not of its run

@@ -15,7 +15,6 @@
 namespace terrazzo { namespace cuda {
 namespace {
 
-constexpr int kChannels = 4;  // of a thread, channel last: window, sums and gradients of 8 need more registers than there are
 constexpr int kSteps = 4;     // positions whose loads are under way at once
 constexpr int kBehind = kTaps - 1;                // positions after which an input's gradient is complete
 constexpr int kSums = kTaps + 1;                  // dweight, dbias
@@ -99,7 +98,7 @@ TZ_DEVICE float* partial_at(const CausalConv1dCudaParams& p, int64_t row, int k,
 }
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kConvThreads) causal_conv1d_bwd_channel_last_kernel(const CausalConv1dCudaParams p, const ConvTiles tiles) {
+__global__ void __launch_bounds__(kConvThreads, kVec == 1 ? 6 : 3) causal_conv1d_bwd_channel_last_kernel(const CausalConv1dCudaParams p, const ConvTiles tiles) {
   const ConvPlace at = place_of(tiles);
   const int channels = tiles.lanes * kVec, teams = kConvThreads / tiles.lanes, walk = tiles.span / teams, L = static_cast<int>(p.L);
   ConvGradient<kVec> window;
@@ -171,7 +170,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_bwd_channel_last_k
 }
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kConvThreads) causal_conv1d_bwd_channel_first_kernel(const CausalConv1dCudaParams p, const ConvTiles tiles) {
+__global__ void __launch_bounds__(kConvThreads, 6) causal_conv1d_bwd_channel_first_kernel(const CausalConv1dCudaParams p, const ConvTiles tiles) {
   constexpr int kVec = kVectorBytes / sizeof(T);
   const ConvPlace at = place_of(tiles);
   const int L = static_cast<int>(p.L), first = static_cast<int>(at.tile_l) * tiles.span;
@@ -322,7 +321,7 @@ cudaError_t causal_conv1d_bwd_cuda(const CausalConv1dCudaParams& p, cudaStream_t
     cudaError_t error = causal_conv1d_runs(p, p.dfinal_states != nullptr, stream);
     if (error != cudaSuccess) return error;
     if (conv_channel_last(p))
-      error = all_aligned && p.D % kChannels == 0 ? channel_last(causal_conv1d_bwd_channel_last_kernel<T, kChannels>, kChannels)
+      error = all_aligned && p.D % kConvChannels == 0 ? channel_last(causal_conv1d_bwd_channel_last_kernel<T, kConvChannels>, kConvChannels)
                                                   : channel_last(causal_conv1d_bwd_channel_last_kernel<T, 1>, 1);
     else
       error = all_aligned && p.L % kVec == 0 ? channel_first(causal_conv1d_bwd_channel_first_kernel<T, true>) : channel_first(causal_conv1d_bwd_channel_first_kernel<T, false>);

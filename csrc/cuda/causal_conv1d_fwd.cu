@@ -165,7 +165,7 @@ cudaError_t causal_conv1d_fwd_cuda(const CausalConv1dCudaParams& p, cudaStream_t
     cudaError_t error = causal_conv1d_runs(p, p.final_states != nullptr, stream);
     if (error != cudaSuccess) return error;
     if (conv_channel_last(p))
-      error = ends_aligned && p.D % kVec == 0 ? channel_last(causal_conv1d_fwd_channel_last_kernel<T, kVec>, kVec) : channel_last(causal_conv1d_fwd_channel_last_kernel<T, 1>, 1);
+      error = ends_aligned && p.D % kConvChannels == 0 ? channel_last(causal_conv1d_fwd_channel_last_kernel<T, kConvChannels>, kConvChannels) : channel_last(causal_conv1d_fwd_channel_last_kernel<T, 1>, 1);
     else
       error = ends_aligned && p.L % kVec == 0 ? channel_first(causal_conv1d_fwd_channel_first_kernel<T, true>) : channel_first(causal_conv1d_fwd_channel_first_kernel<T, false>);
     if (error != cudaSuccess || !p.final_states || p.num_sequences == 0) return error;

@@ -35,7 +35,7 @@ template <class S> TZ_DEVICE S* state_of(const CausalConv1dUpdateParams& p, int6
 }
 
 // One position, at most kTaps columns. kColumns: of one access; kVec: channels of one access. Grid: tiles of channels x rows.
-template <class S, int kColumns, int kVec> __global__ void __launch_bounds__(kConvThreads) causal_conv1d_update_one_kernel(const CausalConv1dUpdateParams p) {
+template <class S, int kColumns, int kVec> __global__ void __launch_bounds__(kConvThreads, 8) causal_conv1d_update_one_kernel(const CausalConv1dUpdateParams p) {
   const int64_t d = (static_cast<int64_t>(blockIdx.x) * kConvThreads + threadIdx.x) * kVec;
   if (d >= p.D) return;
   float taps[kTaps + 1][kVec];
@@ -89,27 +89,28 @@ template <class S, int kColumns, int kVec> __global__ void __launch_bounds__(kCo
 template <class S> __global__ void __launch_bounds__(kConvThreads) causal_conv1d_update_any_kernel(const CausalConv1dUpdateParams p) {
   const int64_t d = static_cast<int64_t>(blockIdx.x) * kConvThreads + threadIdx.x;
   if (d >= p.D) return;
+  const int L = static_cast<int>(p.L), len = static_cast<int>(p.state_len);
   float taps[kTaps + 1][1];
   load_weights(p, d, taps);
-  const auto input = [&](int64_t b, int64_t l) { return load_float(p.x_dtype, p.x, b * p.x_stride_b + d * p.x_stride_d + l * p.x_stride_l); };
+  const auto input = [&](int64_t b, int l) { return load_float(p.x_dtype, p.x, b * p.x_stride_b + d * p.x_stride_d + l * p.x_stride_l); };
   for (int64_t b = blockIdx.y; b < p.B; b += gridDim.y) {
     const int64_t slot = slot_of(p, b), y = b * p.y_stride_b + d * p.y_stride_d;
     if (slot < 0) {
-      for (int64_t l = 0; l < p.L; l++) store_float(0, p.x_dtype, p.y, y + l * p.y_stride_l);
+      for (int l = 0; l < L; l++) store_float(0, p.x_dtype, p.y, y + l * p.y_stride_l);
       continue;
     }
     S* state = state_of<S>(p, slot, d);
-    int64_t next = p.state_len;  // where the first new input goes, or would go: behind the last one
-    if (p.cache_seqlens) next = (p.cache_seqlens[b] % p.state_len + p.state_len) % p.state_len;
+    int next = len;  // where the first new input goes, or would go: behind the last one
+    if (p.cache_seqlens) next = (p.cache_seqlens[b] % len + len) % len;
 
     // outputs: before[k] is the input k + 1 positions back
     float before[kTaps - 1];
 #pragma unroll
     for (int k = 0; k < kTaps - 1; k++) {
-      const int64_t column = next - 1 - k;
-      before[k] = k + 1 < p.W ? to_float(state[(column < 0 ? column + p.state_len : column) * p.state_stride_w]) : 0;
+      const int column = next - 1 - k;
+      before[k] = k + 1 < p.W ? to_float(state[(column < 0 ? column + len : column) * p.state_stride_w]) : 0;
     }
-    for (int64_t l = 0; l < p.L; l++) {
+    for (int l = 0; l < L; l++) {
       const float x = input(b, l);
       float out = taps[kTaps][0] + taps[0][0] * x;
 #pragma unroll
@@ -122,10 +123,9 @@ template <class S> __global__ void __launch_bounds__(kConvThreads) causal_conv1d
     }
 
     // the window shifted, or the new inputs' columns of the ring
-    const int64_t kept = p.cache_seqlens || p.L > p.state_len ? 0 : p.state_len - p.L;
-    for (int64_t w = 0; w < kept; w++) state[w * p.state_stride_w] = state[(w + p.L) * p.state_stride_w];
-    for (int64_t l = p.L > p.state_len ? p.L - p.state_len : 0; l < p.L; l++) {
-      const int64_t column = p.cache_seqlens ? (next + l) % p.state_len : p.state_len - p.L + l;
+    for (int w = 0; !p.cache_seqlens && w + L < len; w++) state[w * p.state_stride_w] = state[(w + L) * p.state_stride_w];
+    for (int l = max(L - len, 0); l < L; l++) {
+      const int column = p.cache_seqlens ? (next + l) % len : len - L + l;
       from_float(input(b, l), state[column * p.state_stride_w]);
     }
   }
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_varlen_states_kern
 
 cudaError_t causal_conv1d_update_cuda(const CausalConv1dUpdateParams& p, cudaStream_t stream) {
   if (p.B == 0 || p.D == 0 || p.L == 0) return cudaSuccess;
-  if (p.x_dtype == DType::f64 || p.weight_dtype == DType::f64) return cudaErrorInvalidValue;
+  if (p.x_dtype == DType::f64 || p.weight_dtype == DType::f64 || p.L > INT32_MAX / 4 || p.state_len > INT32_MAX / 4) return cudaErrorInvalidValue;
   return with_type(p.state_dtype, [&](auto s) {
     using S = decltype(s);
     constexpr int kVec = 4;
