@@ -43,8 +43,8 @@ template <int n> struct ConvGradient : ConvWindow<n> {
       for (int j = 0; j < n; j++) sums[k][j] = 0;
   }
 
-  // Position l with its input and dy, both zero outside the row; `inside` there and where nobody needs its g. counted: its sums are this thread's. out: dx of
-  // l - kBehind.
+  // Position l with its input and dy. inside: it lies in the row and its g is needed, otherwise x and dy are zero. counted: this thread
+  // adds it to its sums. out: dx of position l - kBehind.
   template <class T>
   TZ_DEVICE void step(const CausalConv1dCudaParams& p, const float (&x)[n], const float (&dy)[n], unsigned code, int64_t b, int l, int64_t d,
                       bool inside, bool counted, float (&out)[n]) {

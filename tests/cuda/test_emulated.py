@@ -82,6 +82,11 @@ def conv_cases():
         "long_walks": conv(B=512, D=8, L=11, initial=True, final=True),
         "long_walks_channel_first": conv(B=520, D=3, L=16, W=3, bias=False, channel_last=False, initial=True, final=True),
     }
+    large = {
+        "long_walks_scalar": conv(B=520, D=33, L=34),
+        "long_rows_channel_first": conv(B=260, D=16, L=304, channel_last=False),
+    }
+    yield from (cases.Case("causal_conv1d_fn", name, build, cases.CONV_GRADS) for name, build in large.items())
     yield from (cases.Case("causal_conv1d_fn", name, build, cases.CONV_GRADS, outputs=("y", "final_states")) for name, build in states.items())
     yield cases.Case("causal_conv1d_varlen_fn", "edges", cases.conv_varlen((8, 0, 3, 16, 1, 0, 36), D=16), cases.CONV_GRADS, outputs=("y", "final_states"))
     updates = {
