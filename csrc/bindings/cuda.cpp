@@ -32,8 +32,11 @@ std::string why(cudaError_t error) {
 }
 }  // namespace
 
+void check_launch(cudaError_t error, const char* kernel) {
+  STD_TORCH_CHECK(error == cudaSuccess, "terrazzo: the CUDA kernel ", kernel, " could not be launched: ", why(error));
+}
 void check_launch(cudaError_t error, cpu::KernelId id) {
-  STD_TORCH_CHECK(error == cudaSuccess, "terrazzo: the CUDA kernel ", cpu::kKernelNames[id], " could not be launched: ", why(error));
+  check_launch(error, cpu::kKernelNames[id]);
   g_counts[id].fetch_add(1, std::memory_order_relaxed);
 }
 uint64_t kernel_count(int id) { return g_counts[id].load(std::memory_order_relaxed); }

@@ -139,13 +139,15 @@ TZ_CPU_KERNELS(TZ_RUN)
 }  // namespace cpu
 
 // TZ_RUN_WHERE(x, kernel, params): the kernel of x's device. setup.py defines TZ_WITH_CUDA where the CUDA kernels are built in. With
-// TZ_CUDA_EMULATED, the tests' build, they are called on CPU tensors, see csrc/emulator.
+// TZ_CUDA_EMULATED, the tests' build, they are called on CPU tensors, see csrc/emulator. TZ_RUN_CUDA: the same for x on a GPU, of a
+// kernel that the CPU has none of.
 #if defined(TZ_CUDA_EMULATED)
 inline bool runs_on_cpu(const Tensor&) { return false; }
 namespace cuda {
 void check_launch(cudaError_t error, const char* kernel);
 }
 #define TZ_RUN_WHERE(x, name, params) cuda::check_launch(cuda::name##_cuda(params, nullptr), #name)
+#define TZ_RUN_CUDA(x, name, params) TZ_RUN_WHERE(x, name, params)
 #elif defined(TZ_WITH_CUDA)
 inline bool runs_on_cpu(const Tensor& x) { return x.is_cpu(); }
 namespace cuda {
@@ -153,15 +155,18 @@ namespace cuda {
 cudaStream_t current_stream(const Tensor& t);
 // Raises with the kernel's name when a launch failed, else counts it.
 void check_launch(cudaError_t error, cpu::KernelId id);
-template <class P, class Q> void run(const Tensor& x, cpu::KernelId id, cudaError_t (*launcher)(const P&, cudaStream_t), const Q& params) {
+void check_launch(cudaError_t error, const char* kernel);  // counts nothing
+template <class Kernel, class P, class Q> void run(const Tensor& x, Kernel kernel, cudaError_t (*launcher)(const P&, cudaStream_t), const Q& params) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
-  check_launch(launcher(params, current_stream(x)), id);
+  check_launch(launcher(params, current_stream(x)), kernel);
 }
 }  // namespace cuda
 #define TZ_RUN_WHERE(x, name, params) (runs_on_cpu(x) ? cpu::run_##name(params) : cuda::run(x, cpu::name##_id, cuda::name##_cuda, params))
+#define TZ_RUN_CUDA(x, name, params) cuda::run(x, #name, cuda::name##_cuda, params)
 #else
 inline bool runs_on_cpu(const Tensor&) { return true; }
 #define TZ_RUN_WHERE(x, name, params) cpu::run_##name(params)
+#define TZ_RUN_CUDA(x, name, params) static_cast<void>(params)
 #endif
 
 // A device that TZ_RUN_WHERE has kernels for. That a call's tensors lie on one GPU is checked for all ops at once (library.cpp).

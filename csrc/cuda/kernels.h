@@ -9,6 +9,10 @@ namespace terrazzo { namespace cuda {
 
 cudaError_t rmsnorm_gated_fwd_cuda(const RmsnormGatedCudaParams& p, cudaStream_t stream);
 cudaError_t rmsnorm_gated_bwd_cuda(const RmsnormGatedCudaParams& p, cudaStream_t stream);
+cudaError_t causal_conv1d_fwd_cuda(const CausalConv1dCudaParams& p, cudaStream_t stream);
+cudaError_t causal_conv1d_bwd_cuda(const CausalConv1dCudaParams& p, cudaStream_t stream);
+cudaError_t causal_conv1d_update_cuda(const CausalConv1dUpdateParams& p, cudaStream_t stream);
+cudaError_t causal_conv1d_varlen_states_cuda(const CausalConv1dStatesParams& p, cudaStream_t stream);
 cudaError_t state_update_cuda(const StateUpdateParams& p, cudaStream_t stream);
 cudaError_t grouped_gemm_cuda(const GroupedGemmParams& p, cudaStream_t stream);
 cudaError_t grouped_gemm_bwd_cuda(const GroupedGemmBwdParams& p, cudaStream_t stream);

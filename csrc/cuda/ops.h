@@ -4,6 +4,10 @@
 
 #define TZ_CUDA_OPS(X)              \
   /* convolution */                 \
+  X(causal_conv1d_fwd)              \
+  X(causal_conv1d_bwd)              \
+  X(causal_conv1d_update)           \
+  X(causal_conv1d_varlen_states)    \
   /* Mamba-2 */                     \
   X(selective_state_update)         \
   /* gated norm */                  \

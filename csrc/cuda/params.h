@@ -62,4 +62,36 @@ struct LocalAttentionCudaParams : LocalAttentionParams {
   int32_t* bounds;                      // [2, L] with cu_seqlens
 };
 
+// Packed sequences are found on the device, into a byte and an owner for each position: see csrc/cuda/causal_conv1d.cuh.
+struct CausalConv1dCudaParams : CausalConv1dParams {
+  int64_t num_sequences;                                               // rows, or ranges of cu_seqlens
+  const int32_t* seq_idx;  int64_t seq_idx_stride_b, seq_idx_stride_l; // [B, L] or null
+  const int32_t* cu_seqlens;  int64_t cu_seqlens_stride;               // [num_sequences + 1] or null; B is 1
+  uint8_t* codes;  int64_t codes_stride_b;                             // [B, conv_codes(L)] scratch, null where nothing is packed
+  int32_t* owners;                                                     // [B, L] scratch, null where nothing is packed: the sequence
+  int32_t* ends;                                                       // [num_sequences] scratch, null without seq_idx
+  void* partials;                                                      // [conv_partials(p), W + 1, D] float, of the backward alone
+};
+// Bytes of a row of codes: rows are aligned, and a little may be read behind their end.
+inline int64_t conv_codes(int64_t L) { return (L + 15) / 16 * 16 + 16; }
+// Which axis has unit stride, in x and in everything laid out like it.
+inline bool conv_channel_last(const CausalConv1dParams& p) { return p.L == 1 ? p.x_stride_d == 1 : p.x_stride_l != 1; }
+// Positions of a block of the backward: as many as leave 512 blocks, for a block writes a row of partial sums.
+inline int64_t conv_span(const CausalConv1dParams& p) {
+  const int64_t channels = conv_channel_last(p) ? 128 : 4;
+  int64_t span = 1024;
+  while (span > 64 && p.B * ((p.L + span - 1) / span) * ((p.D + channels - 1) / channels) < 512) span /= 2;
+  return span;
+}
+inline int64_t conv_partials(const CausalConv1dParams& p) { return p.B * ((p.L + conv_span(p) - 1) / conv_span(p)); }
+
+// states[s, w] = the last state_len inputs of sequence s, zeros before a shorter one.
+struct CausalConv1dStatesParams {
+  DType dtype;
+  int64_t T, D, num_sequences, state_len;
+  const void* x;  int64_t x_stride_t, x_stride_d;                      // [T, D]
+  const int32_t* cu_seqlens;  int64_t cu_seqlens_stride;               // [num_sequences + 1]
+  void* states;                                                        // [num_sequences, state_len, D] contiguous
+};
+
 }  // namespace terrazzo

@@ -20,6 +20,7 @@ def unlike(experts):
 def further_cases():
     """Shapes that only these kernels tell apart: every team size and vector width, groups longer than registers hold, loops over n and p;
     widths of heads, long ways back to the patch before, many empty patches."""
+    yield from conv_cases()
     norm, update = cases.norm, cases.state_update
     norms = {
         "a_warp": norm(shape=(9, 256)),
@@ -81,6 +82,39 @@ def further_cases():
     yield from (cases.Case("local_attention", name, build, ("q", "k", "v")) for name, build in locals_.items())
     yield from (cases.Case("rmsnorm_gated", name, build, ("x", "weight", "z")) for name, build in norms.items())
     yield from (cases.Case("selective_state_update", name, build, updated=("state",)) for name, build in updates.items())
+
+
+def conv_cases():
+    """Vectors along both axes, runs that begin at their edges and inside them, several tiles of channels, the longest walks; decoding in every layout."""
+    conv, update = cases.conv, cases.conv_update
+    edges = cases.packed([(0, 16), (1, 8), (2, 3), (3, 1), (4, 12), (-1, 8), (5, 16)], [(-1, 3), (6, 40), (7, 2), (8, 1), (9, 18)])
+    states = {
+        "edges": conv(D=16, L=64, seq_idx=edges, initial=True, final=True),
+        "edges_channel_first": conv(D=5, L=64, seq_idx=edges, initial=True, final=True, channel_last=False),
+        "edges_width_2": conv(D=16, L=64, W=2, seq_idx=edges, initial=True, final=True),
+        "edges_width_2_channel_first": conv(D=5, L=64, W=2, seq_idx=edges, initial=True, final=True, channel_last=False),
+        "two_tiles_of_channels": conv(D=136, L=70, W=3, initial=True, final=True),
+        "whole_vectors_channel_first": conv(D=6, L=192, initial=True, final=True, channel_last=False),
+        "long_walks": conv(B=512, D=8, L=11, initial=True, final=True),
+        "long_walks_channel_first": conv(B=520, D=3, L=16, W=3, bias=False, channel_last=False, initial=True, final=True),
+    }
+    large = {
+        "long_walks_scalar": conv(B=520, D=33, L=34),
+        "long_rows_channel_first": conv(B=260, D=16, L=304, channel_last=False),
+    }
+    yield from (cases.Case("causal_conv1d_fn", name, build, cases.CONV_GRADS) for name, build in large.items())
+    yield from (cases.Case("causal_conv1d_fn", name, build, cases.CONV_GRADS, outputs=("y", "final_states")) for name, build in states.items())
+    yield cases.Case("causal_conv1d_varlen_fn", "edges", cases.conv_varlen((8, 0, 3, 16, 1, 0, 36), D=16), cases.CONV_GRADS, outputs=("y", "final_states"))
+    updates = {
+        "short_of_a_vector": update(W=3, state_len=3, D=130),
+        "fp32_state": update(state_dtype=torch.float32),
+        "fp32_state_channel_last": update(state_dtype=torch.float32, channel_last=True, state_len=3, flat=True),
+        "channel_last_odd": update(channel_last=True, D=13, state_len=3),
+        "more_than_the_state": update(L=9, state_len=5),
+        "more_than_the_ring": update(L=9, state_len=5, circular=True, channel_last=True),
+        "ring_slots": update(state_len=3, circular=True, indices=[-1, 2, 0], slots=4),
+    }
+    yield from (cases.Case("causal_conv1d_update", name, build, updated=("conv_state",)) for name, build in updates.items())
 
 
 CASES = [case for case in cases.CASES if served_by(case) in SERVED] + list(further_cases())
