@@ -120,6 +120,9 @@ def conv_cases():
 CASES = [case for case in cases.CASES if served_by(case) in SERVED] + list(further_cases())
 dtypes = pytest.mark.parametrize("dtype", [DTYPES[d] for d in ("fp32", "bf16", "fp16")], ids=("fp32", "bf16", "fp16"))
 orders = pytest.mark.parametrize("order", ["forward", "reversed"])
+# One order a run: test_same_bits_in_every_order shows that the others give the same.
+FORWARD_ORDER = {torch.float32: "reversed", torch.bfloat16: "forward", torch.float16: "random"}
+BACKWARD_ORDER = {torch.float32: "forward", torch.bfloat16: "reversed", torch.float16: "random"}
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 training_cases = pytest.mark.parametrize("case", [c for c in CASES if c.grads], ids=str)
 
@@ -135,18 +138,16 @@ def run(emulator, case, kwargs, gradients=False):
 
 @every_case
 @dtypes
-@orders
-def test_forward(emulator, case, dtype, order):
-    emulator.order(order)
+def test_forward(emulator, case, dtype):
+    emulator.order(FORWARD_ORDER[dtype])
     kwargs = case.make(dtype)
     assert_matches(case, dtype, kwargs, run(emulator, case, kwargs))
 
 
 @training_cases
 @dtypes
-@orders
-def test_backward(emulator, case, dtype, order):
-    emulator.order(order)
+def test_backward(emulator, case, dtype):
+    emulator.order(BACKWARD_ORDER[dtype])
     kwargs = case.make(dtype)
     assert_matches(case, dtype, kwargs, run(emulator, case, kwargs, gradients=True), gradients=True)
 
