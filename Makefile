@@ -1,6 +1,7 @@
 # make run       venv, install, build, then the demo: Hugging Face's Bamba as it is and patched
 # make test      every test: the machine's best build, the op tests on every lesser one, sanitizers, install without a compiler
 # make sanitize  the op tests under address and undefined-behaviour sanitizers only
+# make cuda      the package with CUDA kernels for every GPU in build/cuda, built and tested without one (nvcc needed)
 # make aot       every Triton kernel compiled for every GPU, and docs/triton_kernels.md written; no GPU needed
 # make emulated  the CUDA kernels on a CPU: plain, under the race detector, under sanitizers (CUDA's headers needed, no GPU)
 # make bench     the quick benchmark suite;  make targets  the speed targets
@@ -10,10 +11,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 OP_TESTS := tests/test_ops.py tests/test_bad_input.py
+CUDA_TESTS := cuda/test_extension.py triton/test_fake.py test_dispatch.py test_cli.py test_package.py test_bad_input.py
 # The builds below the one this machine picks: portable, and avx2 where it picks avx512.
 LESSER_ISAS = $$($(BIN)/python -c "from terrazzo import native; isas = ['portable', 'avx2', 'avx512']; print(*isas[:isas.index(native.isa())])")
 
-.PHONY: run test sanitize test-install aot emulated bench targets build clean
+.PHONY: run test sanitize cuda test-install aot emulated bench targets build clean
 
 $(BIN)/.ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +33,7 @@ run: build
 	$(BIN)/terrazzo demo
 
 # The last line is pytest's own, over everything but what the other targets cover.
-test: build sanitize test-install
+test: build cuda sanitize test-install
 	for isa in $(LESSER_ISAS); do TERRAZZO_CPU_ISA=$$isa $(BIN)/python -m pytest -q -n 2 $(OP_TESTS) || exit 1; done
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/triton
 	$(BIN)/python -m pytest -q -n 2 tests
@@ -43,6 +45,12 @@ sanitize: $(BIN)/.ready
 	cd build/sanitize && PYTHONPATH=$(CURDIR)/build/sanitize/lib:$(CURDIR)/tests LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so) \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
 	    -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(OP_TESTS)) -k "not gradcheck and not thread_count and not negative"
+
+# Its objects are shared with the build in place, and with the tests in tests/cuda that look at what nvcc made.
+cuda: build
+	$(BIN)/python tests/tools/nvcc.py build
+	cd build/cuda && PYTHONPATH=$(CURDIR)/build/cuda/lib:$(CURDIR)/tests $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
+	    -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(addprefix $(CURDIR)/tests/,$(CUDA_TESTS))
 
 # A wheel made with no compiler at hand: the reference backend serves every op. Run without site (-S), so that the
 # editable install's import hook does not lend its extension.

@@ -89,6 +89,7 @@ def cuda_home():
 
 
 def cudart(home):
+    """CUDA's runtime, to be linked statically: the extension then imports without a driver, and beside any torch."""
     return next((lib for lib in (home / "lib64/libcudart_static.a", home / "lib/libcudart_static.a") if lib.is_file()), None)
 
 
@@ -127,6 +128,14 @@ def cuda_targets():
     newest = archs[-1].rstrip("af")
     targets = {f"sm_{arch}": f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs}
     return targets | {f"compute_{newest}": f"-gencode=arch=compute_{newest},code=compute_{newest}"}
+
+
+def nvcc(home):
+    """The compiler and what it is told for every file."""
+    said = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = int(re.search(r"release (\d+)", said)[1])
+    smaller = ["--compress-mode=size"] if release >= 13 else []  # a fifth of the size; drivers of that release can unpack it
+    return " ".join([str(home / "bin/nvcc"), "-ccbin", "$cxx", *CUDA_FLAGS, *smaller, *cuda_targets().values()])
 
 
 def why_no_extension():
@@ -178,7 +187,8 @@ class NinjaBuild(build_ext):
         for source in sorted((ROOT / "csrc/common").glob("*.cpp")):
             objects.append((build / f"common_{source.stem}.o", from_root(source), ["-O2"]))
 
-        cuda_objects = [(build / f"{source.stem}.cuda.o", from_root(source)) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if home]
+        cuda_sources = sorted((ROOT / "csrc/cuda").glob("*.cu")) if home else []
+        cuda_objects = [(build / f"{source.stem}.cuda.o", from_root(source)) for source in cuda_sources]
 
         def quoted(path):
             return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -191,18 +201,14 @@ class NinjaBuild(build_ext):
             "  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
-            f"nvcc = {home / 'bin/nvcc'} -ccbin $cxx {' '.join(CUDA_FLAGS)} {' '.join(cuda_targets().values())}" if home else "",
-            "rule compile_cuda",
-            "  description = $what",
-            "  command = $nvcc -MD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
             "rule link",
             "  description = $what",
             "  command = $cxx -shared $in -o $out $flags",
         ]
         for out, source, flags in objects:
             lines += [f"build {quoted(out)}: compile {quoted(source)}", f"  flags = {' '.join(flags)}", f"  what = {out.name}"]
+        if home:
+            lines += ["rule compile_cuda", "  description = $what", f"  command = {nvcc(home)} -MD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
         for out, source in cuda_objects:
             lines += [f"build {quoted(out)}: compile_cuda {quoted(source)}", f"  what = {out.name}"]
         # libtorch is what brings libtorch_cuda into sight, where there is one: kept although nothing here names a symbol of it

@@ -104,9 +104,9 @@ namespace {
 class OneDevice {
  public:
   void operator()(const terrazzo::Tensor& t) {
-    const int32_t index = t.is_cuda() ? t.get_device() : -1;
-    if (seen_ == kNone) seen_ = index;
-    STD_TORCH_CHECK(seen_ == index && index >= 0, "terrazzo: all tensors of one call must be on the same CUDA device, got ", name(seen_), " and ", name(index));
+    if (!first_) first_ = &t;
+    STD_TORCH_CHECK(t.is_cuda() && t.get_device() == first_->get_device(), "terrazzo: all tensors of one call must be on the same CUDA device, got ",
+                    name(*first_), " and ", name(t));
   }
   void operator()(const terrazzo::OptTensor& t) {
     if (t) (*this)(*t);
@@ -114,9 +114,10 @@ class OneDevice {
   template <class T> void operator()(const T&) {}
 
  private:
-  static constexpr int32_t kNone = -2;
-  static std::string name(int32_t index) { return index < 0 ? "another device" : "cuda:" + std::to_string(index); }
-  int32_t seen_ = kNone;
+  static std::string name(const terrazzo::Tensor& t) {
+    return t.is_cuda() ? "cuda:" + std::to_string(t.get_device()) : t.is_cpu() ? "cpu" : "another device";
+  }
+  const terrazzo::Tensor* first_ = nullptr;
 };
 
 template <auto op> struct OnOneDevice;

@@ -61,6 +61,14 @@ def _device_of(backend):
     return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
+def _cuda_words(facts):
+    if facts is None:
+        return "not in this build"
+    archs = ", ".join(f"PTX of {arch}" if arch.startswith("compute") else arch for arch in facts["built for"])
+    driver = f"this machine's driver runs CUDA {facts['driver']}" if facts["driver"] else "no driver on this machine"
+    return f"{archs} (CUDA {facts['toolkit']}; {driver})"
+
+
 def _info(args):
     facts = {
         "terrazzo": terrazzo.__version__,
@@ -68,6 +76,7 @@ def _info(args):
         "cpu kernels": native.isa(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda kernels": native.cuda_facts(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -83,6 +92,8 @@ def _info(args):
         if name in ("packages", "environment"):
             for key, text in value.items():
                 table.add_row(key, text or "[dim]not installed[/]")
+        elif name == "cuda kernels":
+            table.add_row(name, _cuda_words(value))
         elif name != "support" and name != "terrazzo":
             table.add_row(name, "none" if value is None else str(value))
     console.print(f"terrazzo {facts['terrazzo']}", highlight=False)

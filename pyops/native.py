@@ -59,12 +59,14 @@ def cuda_why_not(op, names, *tensors):
 _device_reasons = {}
 
 
-@torch.compiler.assume_constant_result
 def device_why_not(index):
     """None when the CUDA kernels run on this GPU, or it isn't here (fake tensors); else the reason."""
     if index not in _device_reasons:
         _device_reasons[index] = _device_why_not(index)
     return _device_reasons[index]
+
+
+device_why_not._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler now
 
 
 def _device_why_not(index):

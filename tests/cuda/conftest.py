@@ -11,6 +11,10 @@ from terrazzo import kernels, native
 from tools import emulator as build
 
 
+def pytest_ignore_collect(collection_path):
+    return True if collection_path.name == "test_extension.py" and not native.CUDA_ARCHS else None
+
+
 @pytest.fixture(scope="session")
 def loaded_emulator():
     try:

@@ -3,21 +3,20 @@ import pytest
 
 from tools import emulator, nvcc
 
-SOURCES = sorted((nvcc.ROOT / "csrc/cuda").glob("*.cu"))
 archs = pytest.mark.parametrize("arch", nvcc.ARCHS)
 
 
-def cubin(source, arch):
+def made(function, *args):
     try:
-        return nvcc.compile(source, arch)
+        return function(*args)
     except emulator.CannotBuild as error:
         pytest.fail(str(error), pytrace=False)
 
 
 @archs
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", nvcc.SOURCES, ids=lambda path: path.stem)
 def test_compiles_without_spills(source, arch):
-    found = nvcc.kernels(cubin(source, arch))
+    found = nvcc.kernels(made(nvcc.built, source), arch)
     assert found
     assert [kernel for kernel in found if kernel.stack] == []
 
@@ -25,14 +24,15 @@ def test_compiles_without_spills(source, arch):
 @archs
 def test_wrappers_become_their_instructions(arch):
     """The kernels of the emulator's tests, whose asm forms run nowhere here: at least they are what they say."""
-    path = cubin(nvcc.ROOT / "tests/cuda/kernels.cu", arch)
-    assert [kernel for kernel in nvcc.kernels(path) if kernel.stack] == []
+    path = made(nvcc.compile, nvcc.ROOT / "tests/cuda/kernels.cu", arch)
+    assert [kernel for kernel in nvcc.kernels(path, arch) if kernel.stack] == []
     found = nvcc.instructions(path)
     assert all(found[name] for name in nvcc.INSTRUCTIONS), found
 
 
 def test_resources_are_those_in_the_readme():
-    """After a change: python tests/tools/nvcc.py."""
+    """After a change: python tests/tools/nvcc.py table."""
+    made(nvcc.build)
     if f"nvcc {nvcc.version()}:" not in nvcc.written():
         pytest.skip(f"the table is not of nvcc {nvcc.version()}")
     assert nvcc.table() == nvcc.written()

@@ -1,11 +1,18 @@
-"""Compiles csrc/cuda with nvcc for GPUs that aren't there, and reads what became of each kernel.
+"""Builds the package with its CUDA kernels for GPUs that aren't there, and reads what became of each kernel.
 
-    python tests/tools/nvcc.py      # writes the table of resources in csrc/cuda/README.md anew
+    python tests/tools/nvcc.py build    # into build/cuda/lib, and says what that took
+    python tests/tools/nvcc.py table    # the same, and writes the table of resources in csrc/cuda/README.md anew
+
+setup.py does the compiling, once for the package and for these tests; the objects of the CPU kernels are those of the package in place.
 """
+import fcntl
+import functools
 import hashlib
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +24,10 @@ except ImportError:  # run as a script
 
 ROOT = emulator.ROOT
 BUILD = ROOT / "build/nvcc"
+LIBRARY = ROOT / "build/cuda/lib"  # to be put on PYTHONPATH
 README = ROOT / "csrc/cuda/README.md"
-ARCHS = ("sm_80", "sm_90a", "sm_100a")
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+ARCHS = ("sm_80", "sm_90a", "sm_100a")  # setup.py's own choice
 FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", f"-I{ROOT / 'csrc'}"]
 INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS")  # mma.sync, ldmatrix, cp.async
 BEGIN, END = "<!-- resources -->", "<!-- end of resources -->"
@@ -54,8 +63,36 @@ def version():
     return re.search(r"release ([\d.]+)", said)[1]
 
 
+@functools.cache
+def build():
+    """Builds the package with its CUDA kernels; returns the folder of the objects."""
+    # any torch will do: what is compiled does not depend on it
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TERRAZZO_", "PYTHONPATH"))}
+    environment |= {"TERRAZZO_WITH_CPU": "1", "TERRAZZO_WITH_CUDA": "1", "CUDA_HOME": str(emulator.cuda_home())}
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", "build", "--build-lib", LIBRARY.relative_to(ROOT)]
+    LIBRARY.mkdir(parents=True, exist_ok=True)
+    with open(LIBRARY.parent / "lock", "w") as lock:  # tests run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=ROOT, env=environment)
+    if done.returncode:
+        raise emulator.CannotBuild(f"TERRAZZO_WITH_CUDA=1 python setup.py build:\n{done.stdout}{done.stderr}")
+    (objects,) = {path.parent for path in (ROOT / "build").glob("temp*/*.cuda.o")}
+    return objects
+
+
+def built(source):
+    """The object of a file of csrc/cuda: machine code for every architecture."""
+    return build() / f"{source.stem}.cuda.o"
+
+
+def seconds():
+    """{file: how long nvcc took}, when it last compiled it."""
+    log = re.findall(r"^(\d+)\t(\d+)\t\d+\t\S*/(\w+)\.cuda\.o\t", (build() / ".ninja_log").read_text(), re.MULTILINE)
+    return {name: (int(end) - int(begin)) / 1000 for begin, end, name in log if (ROOT / f"csrc/cuda/{name}.cu").is_file()}
+
+
 def compile(source, arch):
-    """The cubin of one file, warnings as errors. Kept by contents, as in tests/tools/emulator.py."""
+    """The cubin of a file of the tests, warnings as errors. Kept by contents, as in tests/tools/emulator.py."""
     command = [tool("nvcc"), *FLAGS, f"-gencode=arch=compute_{arch.removeprefix('sm_')},code={arch}", "-cubin"]
     stamp = hashlib.sha256("\0".join([emulator._headers(), version(), *map(str, command), source.read_text()]).encode()).hexdigest()[:16]
     target = BUILD / f"{source.stem}.{arch}.{stamp}.cubin"
@@ -69,8 +106,9 @@ def compile(source, arch):
     return target
 
 
-def kernels(cubin):
-    said = subprocess.run([tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+def kernels(binary, arch):
+    """Every kernel for an architecture in a cubin or an object."""
+    said = subprocess.run([tool("cuobjdump"), "-res-usage", "-arch", arch, binary], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
     return [Kernel(_plain(name), int(reg), int(stack) + int(local), int(shared)) for name, reg, stack, shared, local in found]
 
@@ -92,8 +130,8 @@ def instructions(cubin):
 def table():
     """The rows of README.md: of each kernel the largest instantiation."""
     rows = ["| kernel | instantiations | registers " + " / ".join(ARCHS) + " | static shared memory, bytes |", "|---|---|---|---|"]
-    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-        found = {arch: kernels(compile(source, arch)) for arch in ARCHS}
+    for source in SOURCES:
+        found = {arch: kernels(built(source), arch) for arch in ARCHS}
         for name in sorted({kernel.name for kernel in found[ARCHS[0]]}):
             same = {arch: [k for k in found[arch] if k.name == name] for arch in ARCHS}
             registers = " / ".join(f"{min(k.registers for k in ks)}–{max(k.registers for k in ks)}" for ks in same.values())
@@ -105,7 +143,21 @@ def written():
     return README.read_text().partition(BEGIN)[2].partition(END)[0].strip()
 
 
+def main(what):
+    build()
+    times, extension = seconds(), LIBRARY / "terrazzo/_C.abi3.so"
+    slowest = ", ".join(f"{name} {took:.0f} s" for name, took in sorted(times.items(), key=lambda item: -item[1])[:3])
+    print(f"{extension.relative_to(ROOT)}: {extension.stat().st_size / 1e6:.1f} MB; nvcc took {sum(times.values()):.0f} s for {len(times)} files ({slowest})")
+    if what == "table":
+        text = README.read_text()
+        head, _, rest = text.partition(BEGIN)
+        README.write_text(f"{head}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
+
+
 if __name__ == "__main__":
-    text = README.read_text()
-    head, _, rest = text.partition(BEGIN)
-    README.write_text(f"{head}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
+    if sys.argv[1:] not in (["build"], ["table"]):
+        sys.exit(__doc__)
+    try:
+        main(sys.argv[1])
+    except emulator.CannotBuild as error:
+        sys.exit(str(error))
