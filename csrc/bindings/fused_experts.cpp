@@ -249,7 +249,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused
   const Tensor dy = cast_contiguous(dy_in, xt);
   TZ_CHECK(saved.scalar_type() == acc && saved.is_contiguous(), kOp, "saved must be what the forward returned");
   Tensor h = empty(x, {p.S, p.F}, scratch), dproducts = empty(x, {p.S, columns}, scratch), rows = empty(x, {p.S, p.D}, scratch);
-  const Tensor dh = on_cpu ? empty(x, {p.S, p.F}, acc) : absent(x), partials = on_cpu ? absent(x) : empty(x, {p.S, dot_partials(p.F)}, ScalarType::Float);
+  const Tensor dh = on_cpu ? empty(x, {p.S, p.F}, acc) : absent(x);
+  const Tensor partials = on_cpu ? absent(x) : empty(x, {p.S, dot_partials(p.F)}, ScalarType::Float);
   Tensor dx = need_x ? empty(x, {p.T, p.D}, xt) : absent(x), dweights = empty(x, {p.T, p.A}, acc);
   p.dy = data(dy), p.saved = mutable_data(saved), p.h = mutable_data(h), p.dh = mutable_data(dh), p.dproducts = mutable_data(dproducts);
   p.slots = mutable_data(rows), p.dx = need_x ? mutable_data(dx) : nullptr, p.dweights = mutable_data(dweights);

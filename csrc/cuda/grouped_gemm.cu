@@ -2,7 +2,7 @@
 // are zero. A linear layer is one group. Layouts: a [T, K], b [E, K, N] in any strides, c [T, N].
 //
 // How many rows a group has is known on the device only: a fixed number of blocks, as many as the GPU holds, walks over the tiles
-// group by group, each finds its own (find_tile in gemm.cuh). Limited by the tensor cores with many rows a group, by reading b with few.
+// group by group, each finds its own (find_tile in group_tiles.cuh). Limited by the tensor cores with many rows a group, by reading b with few.
 #include "kernels.h"
 
 #include "activation.cuh"
