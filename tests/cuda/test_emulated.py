@@ -131,7 +131,7 @@ def run(emulator, case, kwargs, gradients=False):
     """What the emulated kernels made; their launches show that it was nothing else."""
     before = emulator.launches
     found = cases.run(case, kwargs, "cuda", gradients)
-    if any(value.numel() for value in found.values()):
+    if any(value.any() for value in found.values()):  # without positions gradients are zeros, which need no kernel
         assert emulator.launches > before
     return found
 
