@@ -1,3 +1,4 @@
+#include "../cuda/params.h"
 #include "glue.h"
 
 namespace terrazzo {
@@ -5,11 +6,11 @@ namespace {
 
 constexpr const char *kRoute = "moe_route", *kPermute = "moe_permute", *kUnpermute = "moe_unpermute";
 
-MoeRouteParams route_params(const Tensor& logits, const OptTensor& bias, int64_t top_k, double norm_order, bool softmax_first, bool sigmoid,
+MoeRouteCudaParams route_params(const Tensor& logits, const OptTensor& bias, int64_t top_k, double norm_order, bool softmax_first, bool sigmoid,
                             int64_t n_group, int64_t topk_group, double scale) {
-  check_cpu(logits, kRoute, "router_logits");
+  check_device(logits, kRoute, "router_logits");
   check_shape(logits, {-1, -1}, kRoute, "router_logits");
-  MoeRouteParams p{};
+  MoeRouteCudaParams p{};
   p.dtype = dtype_from(logits.scalar_type(), kRoute, "router_logits");
   p.T = logits.size(0), p.E = logits.size(1), p.A = top_k;
   check_shape(bias, {p.E}, kRoute, "bias");
@@ -31,9 +32,9 @@ struct UnpermuteCall {
   UnpermuteCall(const Tensor& rows_in, const Tensor& inverse_in, const Tensor& weights_in)
       : rows(unit_stride_last(rows_in)), inverse(cast_contiguous(inverse_in, ScalarType::Int)),
         weights(cast_contiguous(weights_in, acc_scalar(rows_in.scalar_type()))) {
-    check_cpu(rows, kUnpermute, "rows");
-    check_cpu(inverse, kUnpermute, "inverse");
-    check_cpu(weights, kUnpermute, "weights");
+    check_device(rows, kUnpermute, "rows");
+    check_device(inverse, kUnpermute, "inverse");
+    check_device(weights, kUnpermute, "weights");
     check_shape(weights, {-1, -1}, kUnpermute, "weights");
     p.T = weights.size(0), p.A = weights.size(1);
     const int64_t pairs = p.T * p.A;
@@ -42,6 +43,7 @@ struct UnpermuteCall {
     p.D = rows.size(1), p.dtype = dtype_from(rows.scalar_type(), kUnpermute, "rows");
     p.rows = data(rows), p.rows_stride = rows.stride(0), p.weights = data(weights);
     p.inverse = static_cast<const int32_t*>(data(inverse));
+    if (!runs_on_cpu(rows)) return;
     std::vector<uint8_t> seen(pairs, 0);
     for (int64_t i = 0; i < pairs; i++) {
       const int64_t place = p.inverse[i];
@@ -56,42 +58,47 @@ struct UnpermuteCall {
 std::tuple<Tensor, Tensor> moe_route_fwd(const Tensor& logits, const OptTensor& bias_in, int64_t top_k, double norm_order, bool softmax_first,
     bool sigmoid, int64_t n_group, int64_t topk_group, double scale) {
   const OptTensor bias = cast_contiguous(bias_in, acc_scalar(logits.scalar_type()));
-  MoeRouteParams p = route_params(logits, bias, top_k, norm_order, softmax_first, sigmoid, n_group, topk_group, scale);
+  MoeRouteCudaParams p = route_params(logits, bias, top_k, norm_order, softmax_first, sigmoid, n_group, topk_group, scale);
   Tensor weights = empty(logits, {p.T, p.A}, logits.scalar_type()), indices = empty(logits, {p.T, p.A}, ScalarType::Int);
   p.weights = mutable_data(weights), p.indices = static_cast<int32_t*>(mutable_data(indices));
-  cpu::run_moe_route_fwd(p);
+  const int64_t held = p.E + p.n_group;
+  const Tensor scores = runs_on_cpu(logits) || held <= kMostSharedScores ? absent(logits) : empty(logits, {p.T, held}, ScalarType::Float);
+  p.scores = held <= kMostSharedScores ? nullptr : static_cast<float*>(mutable_data(scores));
+  TZ_RUN_WHERE(logits, moe_route_fwd, p);
   return {weights, indices};
 }
 
 Tensor moe_route_bwd(const Tensor& dweights_in, const Tensor& logits, const Tensor& indices, double norm_order, bool softmax_first, bool sigmoid,
     double scale) {
   check_shape(indices, {logits.size(0), -1}, kRoute, "indices");
-  MoeRouteParams p = route_params(logits, std::nullopt, indices.size(1), norm_order, softmax_first, sigmoid, 0, 0, scale);
+  MoeRouteCudaParams p = route_params(logits, std::nullopt, indices.size(1), norm_order, softmax_first, sigmoid, 0, 0, scale);
   check_shape(dweights_in, {p.T, p.A}, kRoute, "dweights");
   const Tensor dweights = cast_contiguous(dweights_in, logits.scalar_type()), ids = cast_contiguous(indices, ScalarType::Int);
   p.dweights = data(dweights), p.indices = const_cast<int32_t*>(static_cast<const int32_t*>(data(ids)));
-  for (int64_t i = 0; i < p.T * p.A; i++)
+  for (int64_t i = 0; runs_on_cpu(logits) && i < p.T * p.A; i++)
     TZ_CHECK(p.indices[i] >= 0 && p.indices[i] < p.E, kRoute, "indices must be below ", p.E, ", the number of experts, got ", p.indices[i]);
   Tensor dlogits = empty(logits, {p.T, p.E}, logits.scalar_type());
   p.dlogits = mutable_data(dlogits);
-  cpu::run_moe_route_bwd(p);
+  TZ_RUN_WHERE(logits, moe_route_bwd, p);
   return dlogits;
 }
 
 std::tuple<Tensor, Tensor, Tensor> moe_permute(const Tensor& indices_in, int64_t num_experts) {
-  check_cpu(indices_in, kPermute, "indices");
+  check_device(indices_in, kPermute, "indices");
   TZ_CHECK(num_experts >= 1 && num_experts < INT32_MAX && indices_in.numel() < INT32_MAX, kPermute, "num_experts and pairs must fit int32");
   const Tensor indices = cast_contiguous(indices_in, ScalarType::Int);
-  MoePermuteParams p{};
+  MoePermuteCudaParams p{};
   p.pairs = indices.numel(), p.E = num_experts, p.indices = static_cast<const int32_t*>(data(indices));
   int32_t lowest = 0;
-  for (int64_t i = 0; i < p.pairs; i++) lowest = p.indices[i] < lowest ? p.indices[i] : lowest;
+  for (int64_t i = 0; runs_on_cpu(indices) && i < p.pairs; i++) lowest = p.indices[i] < lowest ? p.indices[i] : lowest;
   TZ_CHECK(lowest >= 0, kPermute, "indices must not be negative, got ", lowest);
   Tensor order = empty(indices, {p.pairs}, ScalarType::Int), inverse = empty(indices, {p.pairs}, ScalarType::Int);
   Tensor offs = empty(indices, {p.E}, ScalarType::Int);
   p.order = static_cast<int32_t*>(mutable_data(order)), p.inverse = static_cast<int32_t*>(mutable_data(inverse));
   p.offs = static_cast<int32_t*>(mutable_data(offs));
-  cpu::run_moe_permute(p);
+  const Tensor sort = runs_on_cpu(indices) ? absent(indices) : empty(indices, {sort_scratch(p.pairs, p.E + 1)}, ScalarType::Int);
+  p.sort = static_cast<int32_t*>(mutable_data(sort));
+  TZ_RUN_WHERE(indices, moe_permute, p);
   return {order, inverse, offs};
 }
 
@@ -99,7 +106,7 @@ Tensor moe_unpermute_fwd(const Tensor& rows, const Tensor& inverse, const Tensor
   UnpermuteCall call(rows, inverse, weights);
   Tensor y = empty(rows, {call.p.T, call.p.D}, rows.scalar_type());
   call.p.y = mutable_data(y);
-  cpu::run_moe_unpermute_fwd(call.p);
+  TZ_RUN_WHERE(rows, moe_unpermute_fwd, call.p);
   return y;
 }
 
@@ -110,7 +117,7 @@ std::tuple<Tensor, Tensor> moe_unpermute_bwd(const Tensor& dy_in, const Tensor& 
   const Tensor dy = cast_contiguous(dy_in, rows.scalar_type());
   Tensor drows = empty(rows, {p.T * p.A, p.D}, rows.scalar_type()), dweights = empty(rows, {p.T, p.A}, acc_scalar(rows.scalar_type()));
   p.dy = data(dy), p.drows = mutable_data(drows), p.dweights = mutable_data(dweights);
-  cpu::run_moe_unpermute_bwd(p);
+  TZ_RUN_WHERE(rows, moe_unpermute_bwd, p);
   return {drows, cast(dweights, weights.scalar_type())};
 }
 

@@ -101,6 +101,22 @@ TZ_DEVICE float load_float(DType dtype, const void* base, int64_t offset) {
   load_floats<1>(dtype, base, offset, v);
   return v[0];
 }
+// Floats as n neighbours, in as many accesses as they need.
+template <class T, int n> TZ_DEVICE void store_floats(const float (&v)[n], T* p) {
+  constexpr int kPiece = sizeof(T) * n <= kVectorBytes ? n : kVectorBytes / static_cast<int>(sizeof(T));
+#pragma unroll
+  for (int i = 0; i < n; i += kPiece) {
+    Vector<T, kPiece> out;
+#pragma unroll
+    for (int j = 0; j < kPiece; j++) from_float(v[i + j], out.data[j]);
+    store_vector(out, p + i);
+  }
+}
+template <int n> TZ_DEVICE void store_floats(const float (&v)[n], DType dtype, void* base, int64_t offset) {
+  if (dtype == DType::f32) store_floats(v, static_cast<float*>(base) + offset);
+  else if (dtype == DType::bf16) store_floats(v, static_cast<__nv_bfloat16*>(base) + offset);
+  else store_floats(v, static_cast<__half*>(base) + offset);
+}
 TZ_DEVICE void store_float(float v, DType dtype, void* base, int64_t offset) {
   if (dtype == DType::f32) static_cast<float*>(base)[offset] = v;
   else if (dtype == DType::bf16) from_float(v, static_cast<__nv_bfloat16*>(base)[offset]);
@@ -114,10 +130,17 @@ inline bool aligned(const void* p, int64_t stride, int64_t element_bytes) {
 
 // ---- sums, always added in the same order --------------------------------------------------------------------
 // Over `width` neighbouring lanes, a power of two; every lane gets the sum.
-TZ_DEVICE float warp_sum(float v, int width = kWarp) {
+template <class T> TZ_DEVICE T warp_sum(T v, int width = kWarp) {
 #pragma unroll
   for (int lanes = kWarp / 2; lanes; lanes /= 2)
     if (lanes < width) v += __shfl_xor_sync(kAllLanes, v, lanes);
+  return v;
+}
+// The same of the largest; NaN is no number here.
+TZ_DEVICE float warp_max(float v, int width = kWarp) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes; lanes /= 2)
+    if (lanes < width) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, lanes));
   return v;
 }
 

@@ -29,5 +29,16 @@ cudaError_t patch_cross_attention_fwd_cuda(const PatchCrossAttentionCudaParams& 
 cudaError_t patch_cross_attention_bwd_cuda(const PatchCrossAttentionCudaParams& p, cudaStream_t stream);
 cudaError_t local_attention_fwd_cuda(const LocalAttentionCudaParams& p, cudaStream_t stream);
 cudaError_t local_attention_bwd_cuda(const LocalAttentionCudaParams& p, cudaStream_t stream);
+cudaError_t moe_route_fwd_cuda(const MoeRouteCudaParams& p, cudaStream_t stream);
+cudaError_t moe_route_bwd_cuda(const MoeRouteCudaParams& p, cudaStream_t stream);
+cudaError_t moe_permute_cuda(const MoePermuteCudaParams& p, cudaStream_t stream);
+cudaError_t moe_unpermute_fwd_cuda(const MoeUnpermuteParams& p, cudaStream_t stream);
+cudaError_t moe_unpermute_bwd_cuda(const MoeUnpermuteParams& p, cudaStream_t stream);
+cudaError_t byte_hash_ids_cuda(const ByteHashCudaParams& p, cudaStream_t stream);
+cudaError_t byte_hash_rows_cuda(const ByteHashCudaParams& p, cudaStream_t stream);
+cudaError_t byte_hash_embedding_fwd_cuda(const ByteHashCudaParams& p, cudaStream_t stream);
+cudaError_t byte_hash_embedding_bwd_cuda(const ByteHashCudaParams& p, cudaStream_t stream);
+cudaError_t patch_reduce_fwd_cuda(const PatchReduceCudaParams& p, cudaStream_t stream);
+cudaError_t patch_reduce_bwd_cuda(const PatchReduceCudaParams& p, cudaStream_t stream);
 
 }}  // namespace terrazzo::cuda

@@ -21,10 +21,17 @@
   X(linear_fwd)                     \
   X(linear_bwd)                     \
   /* routing, permutation */        \
+  X(moe_route_fwd)                  \
+  X(moe_route_bwd)                  \
+  X(moe_permute)                    \
+  X(moe_unpermute_fwd)              \
+  X(moe_unpermute_bwd)              \
   /* experts */                     \
   X(fused_experts_fwd)              \
   X(fused_experts_bwd)              \
   /* patches */                     \
+  X(patch_reduce_fwd)               \
+  X(patch_reduce_bwd)               \
   /* attention */                   \
   X(patch_cross_attention_fwd)      \
   X(patch_cross_attention_bwd)      \
@@ -32,4 +39,7 @@
   X(local_attention_bwd)            \
   /* entropy */                     \
   /* hash embeddings */             \
+  X(byte_hash_ids)                  \
+  X(byte_hash_embedding_fwd)        \
+  X(byte_hash_embedding_bwd)        \
   /* end */

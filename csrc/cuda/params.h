@@ -94,4 +94,46 @@ struct CausalConv1dStatesParams {
   void* states;                                                        // [num_sequences, state_len, D] contiguous
 };
 
+struct MoeRouteCudaParams : MoeRouteParams {
+  float* scores;  // [T, E + n_group] of the forward, or null: they lie in shared memory
+};
+constexpr int64_t kMostSharedScores = 3072;  // of a token
+
+// A stable sort of n numbers by keys from 0 up to a limit, see radix_sort.cuh: passes of so many bits, over so many tiles.
+constexpr int64_t kSortTile = 2048, kSortBits = 10;
+struct SortPlan { int64_t tiles, bins; int passes, bits; };
+inline SortPlan sort_plan(int64_t n, int64_t limit) {
+  int bits = 1;
+  while (bits < 63 && (limit - 1) >> bits) bits++;
+  SortPlan plan{};
+  plan.tiles = n > 0 ? (n + kSortTile - 1) / kSortTile : 1;
+  plan.passes = static_cast<int>((bits + kSortBits - 1) / kSortBits);
+  plan.bits = (bits + plan.passes - 1) / plan.passes, plan.bins = int64_t{1} << plan.bits;
+  return plan;
+}
+inline int64_t sort_scratch(int64_t n, int64_t limit) {  // int32 numbers
+  const SortPlan plan = sort_plan(n, limit);
+  return (plan.tiles + 1) * plan.bins + (plan.passes > 1 ? n : 0);
+}
+
+struct MoePermuteCudaParams : MoePermuteParams {
+  int32_t* sort;  // [sort_scratch(pairs, E + 1)]
+};
+
+struct ByteHashCudaParams : ByteHashParams {
+  const int32_t* cu_seqlens;  int64_t texts;  // [texts + 1] or null; in the place of `segments`
+  // backward only
+  int32_t* sort;                              // scratch of sorting by row of the table and by byte
+  int32_t* pairs;                             // [B L functions groups] sorted by row of the table; in the place of `order` and `runs`
+  int32_t* positions;                         // [B L] scratch: sorted by byte
+  float* parts;                               // [chunks of kSumChunk pairs or positions, 2, D] scratch
+  int32_t* places;  int64_t* names;           // [pairs] sparse: the row of `names` that each pair belongs to, and these rows of the table
+  int32_t* count;                             // [1] sparse: how many names there are
+};
+constexpr int64_t kSumChunk = 64;
+
+struct PatchReduceCudaParams : PatchReduceParams {
+  int32_t* patch_starts;                // [B, S + 1]; in the place of `starts`
+};
+
 }  // namespace terrazzo

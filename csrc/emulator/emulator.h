@@ -149,6 +149,18 @@ inline unsigned __ballot_sync(unsigned mask, int p, emu::Site site = emu::Site::
   }, site);
   return out;
 }
+template <class T> unsigned __match_any_sync(unsigned mask, T v, emu::Site site = emu::Site::current()) {  // lanes with an equal value
+  unsigned out;
+  emu::collective(mask, emu::Collective::vote, "__match_any_sync", &v, &out, [](const emu::Lanes& lanes) {
+    for (int l = 0; l < 32; l++) {
+      unsigned same = 0;
+      for (int k = 0; k < 32 && (lanes.mask >> l & 1); k++)
+        if ((lanes.mask >> k & 1) && *static_cast<const T*>(lanes.in[k]) == *static_cast<const T*>(lanes.in[l])) same |= 1u << k;
+      if (lanes.mask >> l & 1) *static_cast<unsigned*>(lanes.out[l]) = same;
+    }
+  }, site);
+  return out;
+}
 inline int __any_sync(unsigned mask, int p, emu::Site site = emu::Site::current()) { return __ballot_sync(mask, p, site) != 0; }
 inline int __all_sync(unsigned mask, int p, emu::Site site = emu::Site::current()) { return __ballot_sync(mask, p, site) == mask; }
 

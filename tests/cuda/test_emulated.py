@@ -21,6 +21,7 @@ def further_cases():
     """Shapes that only these kernels tell apart: every team size and vector width, groups longer than registers hold, loops over n and p;
     widths of heads, long ways back to the patch before, many empty patches."""
     yield from conv_cases()
+    yield from routing_and_byte_cases()
     norm, update = cases.norm, cases.state_update
     norms = {
         "a_warp": norm(shape=(9, 256)),
@@ -117,6 +118,43 @@ def conv_cases():
     yield from (cases.Case("causal_conv1d_update", name, build, updated=("conv_state",)) for name, build in updates.items())
 
 
+def routing_and_byte_cases():
+    """Scores that leave shared memory, two best of groups wider than a warp, sorts of several tiles and passes, runs over many chunks."""
+    route, permute, unpermute = cases_moe.route, cases_moe.permute, cases_moe.unpermute
+    routes = {
+        "more_scores_than_shared_memory": route(T=2, E=3100, top_k=3, norm_order=1),
+        "large_groups": route(T=3, E=132, top_k=5, sigmoid=True, bias=True, n_group=2, topk_group=1, norm_order=2),
+        "groups_of_one": route(T=3, E=7, top_k=3, bias=True, n_group=7, topk_group=5),
+        "more_choices_than_lanes": route(T=2, E=80, top_k=40, softmax_first=False, norm_order=3),
+    }
+    permutes = {
+        "several_tiles": permute(T=1100, A=4, E=20, sentinels=True),
+        "two_passes": permute(T=60, A=4, E=1024),
+        "several_tiles_two_passes": permute(T=1030, A=4, E=1500),
+        "no_tokens_two_passes": permute(T=0, E=2000),
+    }
+    unpermutes = {"long_rows": unpermute(T=3, A=5, D=1064), "a_block_for_each_token": unpermute(T=2, A=2, D=4200)}
+    reduce, hashes = cases.cases_patches.reduce, cases.cases_bytes.hashes
+    reduces = {
+        "far_apart": reduce((((300, -1), 3, 600, (400, -1), (9, 40)),), S=60, D=8),
+        "far_apart_amin": reduce(((5, (700, -1), (40, 0), 3),), S=9, D=16, kind="amin"),
+        "aligned_mean": reduce(D=32, kind="mean"),
+        "no_patches": reduce(S=0),
+    }
+    embeddings = {
+        "long_runs": hashes(same=True, B=1, L=4200, vocab=3, D=8, group_sizes=(2,)),
+        "many_sizes": hashes(group_sizes=tuple(range(1, 36)), vocab=5, L=9),
+        "three_passes": hashes(vocab=1 << 20, group_sizes=(2, 3), D=4, L=40),
+        "aligned_mixed": hashes(D=64, table_dtype=torch.bfloat16, L=70),
+        "long_rows": hashes(D=1032, L=5, B=1),
+    }
+    yield from (cases.Case("moe_route", name, build, ("router_logits",), outputs=("y", "indices")) for name, build in routes.items())
+    yield from (cases.Case("moe_permute", name, build, outputs=("order", "inverse", "offs")) for name, build in permutes.items())
+    yield from (cases.Case("moe_unpermute", name, build, ("rows", "weights")) for name, build in unpermutes.items())
+    yield from (cases.Case("patch_reduce", name, build, ("h",)) for name, build in reduces.items())
+    yield from (cases.Case("byte_hash_embedding", name, build, ("table", "byte_embedding")) for name, build in embeddings.items())
+
+
 CASES = [case for case in cases.CASES if served_by(case) in SERVED] + list(further_cases())
 dtypes = pytest.mark.parametrize("dtype", [DTYPES[d] for d in ("fp32", "bf16", "fp16")], ids=("fp32", "bf16", "fp16"))
 orders = pytest.mark.parametrize("order", ["forward", "reversed"])
@@ -131,7 +169,7 @@ def run(emulator, case, kwargs, gradients=False):
     """What the emulated kernels made; their launches show that it was nothing else."""
     before = emulator.launches
     found = cases.run(case, kwargs, "cuda", gradients)
-    if any(value.numel() for value in found.values()):
+    if any(value.any() for value in found.values()):  # without positions gradients are zeros, which need no kernel
         assert emulator.launches > before
     return found
 
@@ -205,3 +243,71 @@ def test_ids_and_ends_that_mean_nothing_stay_in_bounds(emulator, order):
     rest = (20, False, 0.3, None, cu_seqlens)
     y, lse = ops.local_attention_fwd(rows, rows, rows, *rest)
     assert y.isfinite().all() and all(grad.isfinite().all() for grad in ops.local_attention_bwd(y, rows, rows, rows, y, lse, *rest))
+
+
+# ---- what no case of the list says ---------------------------------------------------------------------------
+@pytest.mark.parametrize("options", [{}, dict(sigmoid=True), dict(softmax_first=False), dict(n_group=2, topk_group=1, norm_order=1)], ids=str)
+def test_nan_logits(emulator, options):
+    """A NaN among a token's logits: NaN weights, the first experts, and no other token touched."""
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    clean = terrazzo.moe_route(logits, 2, backend="cuda", **options)
+    logits[1, 35] = float("nan")
+    weights, indices = terrazzo.moe_route(logits, 2, backend="cuda", **options)
+    assert weights[1].isnan().all() and indices[1].tolist() == [0, 1]
+    assert torch.equal(weights[::2], clean[0][::2]) and torch.equal(indices[::2], clean[1][::2])
+
+
+def test_equal_scores_take_the_lower_index(emulator):
+    assert terrazzo.moe_route(torch.zeros(2, 40), 3, backend="cuda")[1].tolist() == [[0, 1, 2]] * 2
+    assert terrazzo.moe_route(torch.tensor([[1.0] * 20 + [2.0] * 20]), 3, backend="cuda")[1].tolist() == [[20, 21, 22]]
+
+
+@pytest.mark.parametrize("reduce", ["amax", "amin", "mean"])
+def test_nan_bytes_are_their_patchs_result(emulator, reduce):
+    h = torch.randn(1, 9, 8, generator=torch.Generator().manual_seed(0))
+    h[0, 4, 3] = float("nan")
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]], dtype=torch.int32)
+    y = terrazzo.patch_reduce(h, ids, 3, reduce, backend="cuda")
+    expected = torch.zeros(1, 3, 8, dtype=torch.bool)
+    expected[0, 1, 3] = True
+    assert torch.equal(y.isnan(), expected)
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(vocab=1 << 20), dict(same=True, L=2100, vocab=3, D=4), dict(L=0)], ids=str)
+def test_sparse_gradient_is_the_dense_one(emulator, shape):
+    """The rows that occur, rising, each with its row of the dense gradient, bit for bit."""
+    kwargs = cases.cases_bytes.hashes(**shape)(cases.Random(0), torch.float32)
+    table = kwargs.pop("table").requires_grad_()
+    grads = []
+    for sparse in (False, True):
+        y = terrazzo.byte_hash_embedding(table=table, sparse_grad=sparse, backend="cuda", **kwargs)
+        grads += torch.autograd.grad(y, table, torch.ones_like(y))
+    dense, sparse = grads
+    names = sparse.indices()[0]
+    assert torch.equal(names, names.unique()) and torch.equal(sparse.to_dense(), dense)
+    ids = terrazzo.byte_hash_ids(kwargs["tokens"], kwargs["group_sizes"], kwargs["num_functions"], kwargs["vocab"], backend="reference")
+    assert torch.equal(names, ids.unique())
+
+
+def test_contents_out_of_range_touch_nothing(emulator):
+    """Without a check on the host, indices that mean nothing must not lead anywhere: the sanitizers see it."""
+    ops = kernels.ops("cuda")
+    i32 = torch.int32
+    rows, weights = torch.randn(6, 8), torch.rand(3, 2)
+    inverse = torch.tensor([0, 1, -5, 3, 2**31 - 1, 5], dtype=i32)
+    y = ops.moe_unpermute_fwd(rows, inverse, weights)
+    torch.testing.assert_close(y[1], weights[1, 1] * rows[3])
+    ops.moe_unpermute_bwd(torch.randn(3, 8), rows, inverse, weights)
+    ops.moe_route_bwd(torch.randn(2, 2), torch.randn(2, 4), torch.tensor([[4, -1], [0, 2**31 - 1]], dtype=i32), 1.0, True, False, 1.0)
+    order, _, offs = ops.moe_permute(torch.tensor([[1, -3], [2**31 - 1, 0]], dtype=i32), 2)
+    assert order.tolist() == [3, 0, 1, 2] and offs.tolist() == [1, 2]
+    for ids in ([[5, 0, 9, -7, 2, 2**31 - 1, 1, 1]], [[2**31 - 1] * 8]):
+        y = ops.patch_reduce_fwd(torch.randn(1, 8, 4), torch.tensor(ids, dtype=i32), 3, 0)
+        ops.patch_reduce_bwd(torch.randn(1, 3, 4), torch.randn(1, 8, 4), y, torch.tensor(ids, dtype=i32), 0)
+    tokens = torch.tensor([[9, -1, 2**40, 1]])
+    table, byte = torch.randn(14, 4), torch.randn(5, 4)
+    for cu in ([0, 9, -4, 2], [3, 3, 3], [-9, 99]):
+        cu = torch.tensor(cu, dtype=i32)
+        ops.byte_hash_embedding_fwd(tokens, table, byte, [2, 3], 1, 7, cu, False)
+        dtable, dbytes, _ = ops.byte_hash_embedding_bwd(torch.ones(1, 4, 4), tokens, table, 14, byte, 5, [2, 3], 1, 7, cu, False, True, True)
+        assert dtable.sum() == 4 * 4 * 2 and dbytes.sum() == 4 and dbytes[1].tolist() == [1] * 4
