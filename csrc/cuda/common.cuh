@@ -114,10 +114,17 @@ inline bool aligned(const void* p, int64_t stride, int64_t element_bytes) {
 
 // ---- sums, always added in the same order --------------------------------------------------------------------
 // Over `width` neighbouring lanes, a power of two; every lane gets the sum.
-TZ_DEVICE float warp_sum(float v, int width = kWarp) {
+template <class T> TZ_DEVICE T warp_sum(T v, int width = kWarp) {
 #pragma unroll
   for (int lanes = kWarp / 2; lanes; lanes /= 2)
     if (lanes < width) v += __shfl_xor_sync(kAllLanes, v, lanes);
+  return v;
+}
+// The same of the largest; NaN is no number here.
+TZ_DEVICE float warp_max(float v, int width = kWarp) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes; lanes /= 2)
+    if (lanes < width) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, lanes));
   return v;
 }
 

@@ -30,4 +30,11 @@ cudaError_t patch_cross_attention_bwd_cuda(const PatchCrossAttentionCudaParams& 
 cudaError_t local_attention_fwd_cuda(const LocalAttentionCudaParams& p, cudaStream_t stream);
 cudaError_t local_attention_bwd_cuda(const LocalAttentionCudaParams& p, cudaStream_t stream);
 
+cudaError_t entropy_patch_fwd_cuda(const EntropyPatchCudaParams& p, cudaStream_t stream);
+cudaError_t entropy_patch_bwd_cuda(const PatchEntropyParams& p, cudaStream_t stream);
+cudaError_t patch_cut_cuda(const PatchCudaParams& p, cudaStream_t stream);
+cudaError_t patch_cut_tokens_cuda(const PatchCudaParams& p, cudaStream_t stream);
+cudaError_t patcher_update_cuda(const PatcherUpdateParams& p, cudaStream_t stream);
+cudaError_t patch_ids_cuda(const PatchIdsCudaParams& p, cudaStream_t stream);
+
 }}  // namespace terrazzo::cuda
