@@ -31,5 +31,10 @@
   X(local_attention_fwd)            \
   X(local_attention_bwd)            \
   /* entropy */                     \
+  X(entropy_patch_fwd)              \
+  X(entropy_patch_bwd)              \
+  X(patch_cut)                      \
+  X(patcher_update)                 \
+  X(patch_ids)                      \
   /* hash embeddings */             \
   /* end */
