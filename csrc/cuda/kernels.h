@@ -41,4 +41,11 @@ cudaError_t byte_hash_embedding_bwd_cuda(const ByteHashCudaParams& p, cudaStream
 cudaError_t patch_reduce_fwd_cuda(const PatchReduceCudaParams& p, cudaStream_t stream);
 cudaError_t patch_reduce_bwd_cuda(const PatchReduceCudaParams& p, cudaStream_t stream);
 
+cudaError_t entropy_patch_fwd_cuda(const EntropyPatchCudaParams& p, cudaStream_t stream);
+cudaError_t entropy_patch_bwd_cuda(const PatchEntropyParams& p, cudaStream_t stream);
+cudaError_t patch_cut_cuda(const PatchCudaParams& p, cudaStream_t stream);
+cudaError_t patch_cut_tokens_cuda(const PatchCudaParams& p, cudaStream_t stream);
+cudaError_t patcher_update_cuda(const PatcherUpdateParams& p, cudaStream_t stream);
+cudaError_t patch_ids_cuda(const PatchIdsCudaParams& p, cudaStream_t stream);
+
 }}  // namespace terrazzo::cuda

@@ -38,6 +38,11 @@
   X(local_attention_fwd)            \
   X(local_attention_bwd)            \
   /* entropy */                     \
+  X(entropy_patch_fwd)              \
+  X(entropy_patch_bwd)              \
+  X(patch_cut)                      \
+  X(patcher_update)                 \
+  X(patch_ids)                      \
   /* hash embeddings */             \
   X(byte_hash_ids)                  \
   X(byte_hash_embedding_fwd)        \

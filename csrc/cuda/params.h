@@ -136,4 +136,22 @@ struct PatchReduceCudaParams : PatchReduceParams {
   int32_t* patch_starts;                // [B, S + 1]; in the place of `starts`
 };
 
+// Texts on the device, in place of PatchParams::segments, and scratch of a cut.
+struct PatchTexts {
+  const int32_t* cu_seqlens;  int64_t num_texts;  // [num_texts + 1], or null: one text for each row
+  const int32_t* valid_lengths;                   // [B] or null
+  int32_t* runs;                                  // [B, patch_tiles(N), 3] where a row has several tiles
+  uint64_t* largest;                              // [num_texts] of the rule `top`
+};
+struct PatchCudaParams : PatchParams, PatchTexts {};
+struct EntropyPatchCudaParams : EntropyPatchParams, PatchTexts {};
+constexpr int64_t kPatchTile = 2048;  // positions of a block
+inline int64_t patch_tiles(int64_t positions) { return (positions + kPatchTile - 1) / kPatchTile; }
+
+struct PatchIdsCudaParams : PatchIdsParams {
+  int32_t* sums;  // [B, patch_id_tiles(S)] where a row has several tiles
+};
+constexpr int64_t kPatchIdTile = 256;  // patches of a block
+inline int64_t patch_id_tiles(int64_t patches) { return (patches + kPatchIdTile - 1) / kPatchIdTile; }
+
 }  // namespace terrazzo
