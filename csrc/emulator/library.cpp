@@ -11,6 +11,8 @@ void check_launch(cudaError_t error, const char* kernel) {
 
 STABLE_TORCH_LIBRARY_IMPL(terrazzo_emulated, CPU, m) {
 #define TZ_IMPL(name) m.impl(#name, TORCH_BOX(&terrazzo::name))
+  TZ_IMPL(chunk_scan_fwd);
+  TZ_IMPL(chunk_scan_bwd);
   TZ_IMPL(rmsnorm_gated_fwd);
   TZ_IMPL(rmsnorm_gated_bwd);
   TZ_IMPL(selective_state_update);

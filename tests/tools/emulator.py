@@ -29,7 +29,7 @@ MODES = {
     "races": ["-O1", "-fsanitize=thread"],  # compiled, not linked: csrc/emulator/races.cpp answers
 }
 RUNTIME = [ROOT / "csrc/emulator" / name for name in ("runtime.cpp", "fiber.cpp", "races.cpp")]
-SERVED = ("rmsnorm_gated", "selective_state_update")  # ops whose CUDA kernels exist; goes when the product registers them itself
+SERVED = ("mamba_chunk_scan_combined", "rmsnorm_gated", "selective_state_update")  # ops whose CUDA kernels exist; goes when the product registers them itself
 ORDERS = {"forward": 0, "reversed": 1, "random": 2}
 
 
