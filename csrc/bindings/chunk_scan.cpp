@@ -1,3 +1,4 @@
+#include "../cuda/params.h"
 #include "glue.h"
 
 namespace terrazzo {
@@ -11,16 +12,17 @@ struct ScanCall {
   OptTensor D, dt_bias, initial;
   ScalarType acc;
   std::vector<Segment> segments;
-  int64_t sequences;
-  ChunkScanParams p{};
+  OptTensor seq_idx, cu_seqlens;
+  std::vector<Tensor> scratch;  // of CUDA kernels
+  ChunkScanCudaParams p{};
 
   ScanCall(const Tensor& x_in, const Tensor& dt_in, const Tensor& A_in, const Tensor& B_in, const Tensor& C_in, const OptTensor& D_in,
-           const OptTensor& dt_bias_in, const OptTensor& initial_in, const OptTensor& seq_idx, const OptTensor& cu_seqlens,
+           const OptTensor& dt_bias_in, const OptTensor& initial_in, const OptTensor& seq_idx_in, const OptTensor& cu_seqlens_in,
            bool dt_softplus, double dt_min, double dt_max)
-      : x(x_in), dt(dt_in), A(A_in), B(B_in), C(C_in), D(D_in), dt_bias(dt_bias_in), initial(initial_in) {
+      : x(x_in), dt(dt_in), A(A_in), B(B_in), C(C_in), D(D_in), dt_bias(dt_bias_in), initial(initial_in), seq_idx(seq_idx_in), cu_seqlens(cu_seqlens_in) {
     check_shape(x, {-1, -1, -1, -1}, kOp, "x");
     check_shape(B, {x.size(0), x.size(1), -1, -1}, kOp, "B");
-    check_cpu(x, kOp, "x");
+    check_device(x, kOp, "x");
     p.B = x.size(0), p.L = x.size(1), p.H = x.size(2), p.P = x.size(3), p.G = B.size(2), p.N = B.size(3);
     TZ_CHECK(p.G > 0 && p.H % p.G == 0, kOp, "the groups of B must divide the ", p.H, " heads, got ", p.G);
     check_shape(C, {p.B, p.L, p.G, p.N}, kOp, "C");
@@ -29,9 +31,10 @@ struct ScanCall {
     if (D && D->dim() == 2) check_shape(*D, {p.H, p.P}, kOp, "D");
     else check_shape(D, {p.H}, kOp, "D");
     check_shape(dt_bias, {p.H}, kOp, "dt_bias");
-    sequences = num_sequences(p.B, cu_seqlens);
-    check_shape(initial, {sequences, p.H, p.P, p.N}, kOp, "initial_states");
-    segments = make_segments(p.B, p.L, seq_idx, cu_seqlens, kOp);
+    p.sequences = num_sequences(p.B, cu_seqlens);
+    check_shape(initial, {p.sequences, p.H, p.P, p.N}, kOp, "initial_states");
+    if (runs_on_cpu(x)) segments = make_segments(p.B, p.L, seq_idx, cu_seqlens, kOp);
+    else place_sequences();
     acc = acc_scalar(x.scalar_type());
     x = unit_stride_last(x);
     B = unit_stride_last(cast(B, x.scalar_type()));
@@ -53,6 +56,32 @@ struct ScanCall {
     p.C = data(C), p.C_stride_b = C.stride(0), p.C_stride_l = C.stride(1), p.C_stride_g = C.stride(2);
     p.segments = segments.data(), p.num_segments = static_cast<int64_t>(segments.size());
     p.initial_states = data(initial);
+    if (runs_on_cpu(x)) return;
+    const int64_t chunks = scan_chunks(p);
+    if (cu_seqlens) p.first_chunks = scratch_memory({p.sequences + 1}, ScalarType::Int);
+    p.chunks = scratch_memory({chunks, static_cast<int64_t>(sizeof(ScanChunk) / sizeof(int32_t))}, ScalarType::Int);
+    p.decays = scratch_memory({chunks, p.H, kScanDecays, kScanChunk}, ScalarType::Float);
+    p.states = scratch_memory({chunks, p.H, p.P, p.N}, ScalarType::Float);
+  }
+
+  void* scratch_memory(const std::vector<int64_t>& shape, ScalarType dtype) {
+    scratch.push_back(empty(x, shape, dtype));
+    return mutable_data(scratch.back());
+  }
+
+  // Where the sequences begin stands on the device: kernels read it there.
+  void place_sequences() {
+    if (seq_idx) {
+      TZ_CHECK(seq_idx->scalar_type() == ScalarType::Int, kOp, "seq_idx must be int32");
+      check_shape(*seq_idx, {p.B, p.L}, kOp, "seq_idx");
+      p.seq_idx = static_cast<const int32_t*>(data(*seq_idx)), p.seq_idx_stride_b = seq_idx->stride(0), p.seq_idx_stride_l = seq_idx->stride(1);
+    }
+    if (cu_seqlens) {
+      TZ_CHECK(cu_seqlens->scalar_type() == ScalarType::Int, kOp, "cu_seqlens must be int32");
+      TZ_CHECK(cu_seqlens->dim() == 1 && p.sequences >= 1, kOp, "cu_seqlens must be (sequences + 1,) with at least one sequence");
+      TZ_CHECK(p.B == 1, kOp, "cu_seqlens needs a batch of 1 (all sequences packed into one row), got ", p.B);
+      p.cu_seqlens = static_cast<const int32_t*>(data(*cu_seqlens)), p.cu_seqlens_stride = cu_seqlens->stride(0);
+    }
   }
 };
 
@@ -62,7 +91,7 @@ std::tuple<Tensor, Tensor> chunk_scan_fwd(const Tensor& x, const Tensor& dt, con
     const OptTensor& D, const OptTensor& z_in, const OptTensor& dt_bias, const OptTensor& initial_states, const OptTensor& seq_idx,
     const OptTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max, bool return_final_states) {
   ScanCall call(x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max);
-  ChunkScanParams& p = call.p;
+  ChunkScanCudaParams& p = call.p;
   check_shape(z_in, {p.B, p.L, p.H, p.P}, kOp, "z");
   OptTensor z;
   if (z_in) {
@@ -71,9 +100,9 @@ std::tuple<Tensor, Tensor> chunk_scan_fwd(const Tensor& x, const Tensor& dt, con
   }
   Tensor y = empty(x, {p.B, p.L, p.H, p.P}, x.scalar_type());
   p.y = mutable_data(y);
-  Tensor states = empty(x, return_final_states ? std::vector<int64_t>{call.sequences, p.H, p.P, p.N} : std::vector<int64_t>{0}, call.acc);
+  Tensor states = empty(x, return_final_states ? std::vector<int64_t>{p.sequences, p.H, p.P, p.N} : std::vector<int64_t>{0}, call.acc);
   if (return_final_states) p.final_states = mutable_data(states);
-  cpu::run_chunk_scan_fwd(p);
+  TZ_RUN_WHERE(x, chunk_scan_fwd, p);
   return {y, states};
 }
 
@@ -82,11 +111,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     const OptTensor& D, const OptTensor& dt_bias, const OptTensor& initial_states, const OptTensor& seq_idx,
     const OptTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max) {
   ScanCall call(x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max);
-  ChunkScanParams& p = call.p;
+  ChunkScanCudaParams& p = call.p;
   check_shape(dy_in, {p.B, p.L, p.H, p.P}, kOp, "dy");
-  check_shape(dfinal_in, {call.sequences, p.H, p.P, p.N}, kOp, "dfinal_states");
+  check_shape(dfinal_in, {p.sequences, p.H, p.P, p.N}, kOp, "dfinal_states");
   Tensor dy = cast(dy_in, x.scalar_type());
-  if (dy.stride(3) != 0) dy = unit_stride_last(dy);
+  if (dy.stride(3) != 0 || !runs_on_cpu(x)) dy = unit_stride_last(dy);
   p.dy = data(dy);
   p.dy_stride_b = dy.stride(0), p.dy_stride_l = dy.stride(1), p.dy_stride_h = dy.stride(2);
   p.dy_stride_p = p.P == 1 ? 1 : dy.stride(3);
@@ -107,11 +136,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     p.ddt_bias = mutable_data(ddt_bias);
   }
   if (initial_states) {
-    // zeros: a row that starts with padding uses no initial state
-    dinitial = zeros(x, {call.sequences, p.H, p.P, p.N}, acc);
+    // zeros: a row that starts with padding uses no initial state, and its kernel on the CPU writes none
+    const std::vector<int64_t> shape{p.sequences, p.H, p.P, p.N};
+    dinitial = runs_on_cpu(x) ? zeros(x, shape, acc) : empty(x, shape, acc);
     p.dinitial_states = mutable_data(dinitial);
   }
-  cpu::run_chunk_scan_bwd(p);
+  if (!runs_on_cpu(x)) {
+    const int64_t chunks = scan_chunks(p), splits = scan_splits(p);
+    p.dstates = call.scratch_memory({chunks, p.H, p.P, p.N}, ScalarType::Float);
+    p.dA_partials = call.scratch_memory({chunks, p.H}, ScalarType::Float);
+    p.dbias_partials = call.scratch_memory({chunks, p.H}, ScalarType::Float);
+    if (D) p.dD_partials = call.scratch_memory({chunks, p.H, p.D_has_p ? p.P : 1}, ScalarType::Float);
+    p.dB_partials = splits == 1 ? p.dB : call.scratch_memory({splits, p.B, p.L, p.G, p.N}, ScalarType::Float);
+    p.dC_partials = splits == 1 ? p.dC : call.scratch_memory({splits, p.B, p.L, p.G, p.N}, ScalarType::Float);
+  }
+  TZ_RUN_WHERE(x, chunk_scan_bwd, p);
   if (D) dD = cast(dD, D->scalar_type());
   if (dt_bias) ddt_bias = cast(ddt_bias, dt_bias->scalar_type());
   if (initial_states) dinitial = cast(dinitial, initial_states->scalar_type());

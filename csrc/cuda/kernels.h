@@ -7,6 +7,8 @@
 
 namespace terrazzo { namespace cuda {
 
+cudaError_t chunk_scan_fwd_cuda(const ChunkScanCudaParams& p, cudaStream_t stream);
+cudaError_t chunk_scan_bwd_cuda(const ChunkScanCudaParams& p, cudaStream_t stream);
 cudaError_t rmsnorm_gated_fwd_cuda(const RmsnormGatedCudaParams& p, cudaStream_t stream);
 cudaError_t rmsnorm_gated_bwd_cuda(const RmsnormGatedCudaParams& p, cudaStream_t stream);
 cudaError_t causal_conv1d_fwd_cuda(const CausalConv1dCudaParams& p, cudaStream_t stream);

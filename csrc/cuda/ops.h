@@ -9,6 +9,8 @@
   X(causal_conv1d_update)           \
   X(causal_conv1d_varlen_states)    \
   /* Mamba-2 */                     \
+  X(chunk_scan_fwd)                 \
+  X(chunk_scan_bwd)                 \
   X(selective_state_update)         \
   /* gated norm */                  \
   X(rmsnorm_gated_fwd)              \

@@ -19,10 +19,11 @@ def unlike(experts):
 
 def further_cases():
     """Shapes that only these kernels tell apart: every team size and vector width, groups longer than registers hold, loops over n and p;
-    widths of heads, long ways back to the patch before, many empty patches."""
+    widths of heads, long ways back to the patch before, many empty patches; of the scan tiles beyond the first, rows not aligned to
+    16 bytes, sequences that end where chunks do, more of them than threads."""
     yield from conv_cases()
     yield from routing_and_byte_cases()
-    norm, update = cases.norm, cases.state_update
+    norm, update, scan, packed = cases.norm, cases.state_update, cases.scan, cases.packed
     norms = {
         "a_warp": norm(shape=(9, 256)),
         "128_threads": norm(shape=(3, 1024), norm_before_gate=True),
@@ -81,6 +82,16 @@ def further_cases():
     }
     yield from (cases.Case("patch_cross_attention", name, build, ("q", "k", "v")) for name, build in crosses.items())
     yield from (cases.Case("local_attention", name, build, ("q", "k", "v")) for name, build in locals_.items())
+    scans = {
+        "several_tiles": scan(B=1, L=70, H=2, P=72, G=1, N=80, D="HP", initial=True, final=True),
+        "several_odd_tiles": scan(B=1, L=66, H=1, P=67, G=1, N=69, initial=True, final=True),
+        "aligned_states_alone": scan(B=1, L=40, H=2, P=20, G=1, N=36, final=True),
+        "split_group": scan(B=1, L=33, H=6, P=32, G=1, N=16, final=True),
+        "new_sequences_at_chunks": scan(B=1, L=200, H=2, G=1, seq_idx=packed([(0, 63), (1, 1), (2, 64), (3, 1), (-1, 3), (4, 68)]), initial=True, final=True),
+        "packed_within_sequences": scan(B=1, L=100, H=2, G=1, cu=[0, 30, 30, 95, 100], seq_idx=packed([(0, 20), (1, 12), (-1, 2), (3, 66)]), initial=True, final=True),
+        "many_sequences": scan(B=1, L=90, H=1, P=4, G=1, N=4, cu=[0] * 150 + [3] * 100 + [80, 81, 90] + [90] * 40, initial=True, final=True),
+    }
+    yield from (cases.Case("mamba_chunk_scan_combined", name, build, cases.SCAN_GRADS, outputs=("y", "final_states")) for name, build in scans.items())
     yield from (cases.Case("rmsnorm_gated", name, build, ("x", "weight", "z")) for name, build in norms.items())
     yield from (cases.Case("selective_state_update", name, build, updated=("state",)) for name, build in updates.items())
 
