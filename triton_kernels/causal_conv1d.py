@@ -21,6 +21,8 @@ from .causal_conv1d_update import causal_conv1d_update_triton, causal_conv1d_var
 
 FWD = configs.Table(
     "causal_conv1d_fwd",
+    configs.Row({"BLOCK_L": 32, "BLOCK_D": 64}, num_warps=8, arch=("sm10",), up_to={"stride_d": 1}),
+    configs.Row({"BLOCK_L": 256, "BLOCK_D": 8}, num_warps=8, arch=("sm10",)),
     configs.Row({"BLOCK_L": 32, "BLOCK_D": 64}, num_warps=4, up_to={"stride_d": 1}),
     configs.Row({"BLOCK_L": 256, "BLOCK_D": 8}, num_warps=4),
 )
@@ -28,6 +30,7 @@ FWD = configs.Table(
 BWD = configs.Table(
     "causal_conv1d_bwd",
     configs.Row({"BLOCK_L": 16, "BLOCK_D": 64, "TILES": 8}, num_warps=8, up_to={"stride_d": 1}),
+    configs.Row({"BLOCK_L": 64, "BLOCK_D": 8, "TILES": 8}, num_warps=8, arch=("sm8",), itemsize=4),
     configs.Row({"BLOCK_L": 128, "BLOCK_D": 8, "TILES": 4}, num_warps=8),
 )
 BLOCK_STATES = 64  # channels of a program of the kernels for states and sums

@@ -54,11 +54,12 @@ class Row:
 
 
 class Table:
-    """The configurations of one kernel. The last row must serve everything."""
+    """The configurations of one kernel. The last row must serve everything, or everything of one element size where others have such a row."""
 
     def __init__(self, kernel, *rows):
-        if rows[-1].arch or rows[-1].itemsize is not None or rows[-1].up_to:
-            raise ValueError(f"{kernel}: the last row must have no conditions")
+        free = {row.itemsize for row in rows if not row.arch and not row.up_to}
+        if rows[-1].arch or rows[-1].up_to or not (None in free or free >= {2, 4}):
+            raise ValueError(f"{kernel}: the last row must have no conditions but an element size that others complement")
         self.kernel, self.rows, self._tuned = kernel, rows, {}
         TABLES[kernel] = self
 

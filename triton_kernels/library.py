@@ -2,6 +2,8 @@
 
 torch.ops.terrazzo_triton.<name> runs <name>_triton of the family's file. These ops exist without the compiled extension.
 """
+import sys
+
 import torch
 
 from . import runtime
@@ -103,7 +105,10 @@ class _Kernels:
     def __iter__(self):
         from triton.runtime.jit import JITFunction
 
-        return (value for _, value in sorted(vars(runtime.load(self.family)).items()) if isinstance(value, JITFunction))
+        family = runtime.load(self.family)
+        files = {family.__name__} | {module for value in vars(family).values() if (module := getattr(value, "__module__", None) or "").startswith(__package__)}
+        found = {id(value): value for file in sorted(files) for value in vars(sys.modules[file]).values() if isinstance(value, JITFunction)}
+        return iter(found.values())
 
 
 def _open(name, family):
