@@ -15,12 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
+from . import configs, runtime
 from .causal_conv1d_runs import find_runs
 from .causal_conv1d_update import causal_conv1d_update_triton, causal_conv1d_varlen_states_triton  # noqa: F401  launchers of this family
 
 FWD = configs.Table(
     "causal_conv1d_fwd",
+    configs.Row({"BLOCK_L": 32, "BLOCK_D": 64}, num_warps=8, arch=("sm10",), up_to={"stride_d": 1}),
+    configs.Row({"BLOCK_L": 256, "BLOCK_D": 8}, num_warps=8, arch=("sm10",)),
     configs.Row({"BLOCK_L": 32, "BLOCK_D": 64}, num_warps=4, up_to={"stride_d": 1}),
     configs.Row({"BLOCK_L": 256, "BLOCK_D": 8}, num_warps=4),
 )
@@ -28,6 +30,7 @@ FWD = configs.Table(
 BWD = configs.Table(
     "causal_conv1d_bwd",
     configs.Row({"BLOCK_L": 16, "BLOCK_D": 64, "TILES": 8}, num_warps=8, up_to={"stride_d": 1}),
+    configs.Row({"BLOCK_L": 64, "BLOCK_D": 8, "TILES": 8}, num_warps=8, arch=("sm8",), itemsize=4),
     configs.Row({"BLOCK_L": 128, "BLOCK_D": 8, "TILES": 4}, num_warps=8),
 )
 BLOCK_STATES = 64  # channels of a program of the kernels for states and sums
@@ -306,7 +309,7 @@ def _strides(tensor, dims):
 def _like_layout(x):
     B, D, L = x.shape
     channel_last = x.stride(1) == 1 and x.stride(2) != 1
-    return x.new_empty(B, L, D).transpose(1, 2) if channel_last else x.new_empty(B, D, L)
+    return x.new_empty_strided((B, D, L), (L * D, 1, D) if channel_last else (D * L, L, 1))
 
 
 def causal_conv1d_fwd_triton(x, weight, bias, seq_idx, cu_seqlens, initial_states, return_final_states, silu):
@@ -322,7 +325,7 @@ def causal_conv1d_fwd_triton(x, weight, bias, seq_idx, cu_seqlens, initial_state
 
     def run(BLOCK_L, BLOCK_D, **options):
         num_l, num_d = triton.cdiv(L, BLOCK_L), triton.cdiv(D, BLOCK_D)
-        causal_conv1d_fwd_kernel[(B * num_l * num_d,)](
+        runtime.visible(causal_conv1d_fwd_kernel)[(B * num_l * num_d,)](
             x, weight, bias, initial_states, runs.reach, runs.before, y, D, L, num_l, num_d,
             *x.stride(), *weight.stride(), *_strides(bias, 1), *_strides(initial_states, 3), *y.stride(),
             HAS_BIAS=bias is not None, SILU=silu, BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, **flags, **options,
@@ -331,7 +334,7 @@ def causal_conv1d_fwd_triton(x, weight, bias, seq_idx, cu_seqlens, initial_state
     FWD.launch(x, run, stride_d=x.stride(1))
     if return_final_states:
         num_d = triton.cdiv(D, BLOCK_STATES)
-        causal_conv1d_fwd_states_kernel[(S * num_d,)](
+        runtime.visible(causal_conv1d_fwd_states_kernel)[(S * num_d,)](
             x, initial_states, runs.reach, runs.before, runs.cu, runs.ends, final, D, L, num_d,
             *x.stride(), *_strides(initial_states, 3),
             HAS_CU=cu_seqlens is not None, BLOCK_W=triton.next_power_of_2(W - 1), BLOCK_D=BLOCK_STATES, **flags,
@@ -354,19 +357,19 @@ def causal_conv1d_bwd_triton(dy, x, weight, bias, seq_idx, cu_seqlens, initial_s
     def run(BLOCK_L, BLOCK_D, TILES, **options):
         num_l, num_d = triton.cdiv(L, BLOCK_L * TILES), triton.cdiv(D, BLOCK_D)
         partial = torch.empty(B * num_l, W + (bias is not None), D, dtype=torch.float32, device=x.device)
-        causal_conv1d_bwd_kernel[(B * num_l * num_d,)](
+        runtime.visible(causal_conv1d_bwd_kernel)[(B * num_l * num_d,)](
             dy, x, weight, bias, initial_states, dfinal_states, runs.reach, runs.before, runs.sequence, runs.ends, dx, partial,
             D, L, num_l, num_d, *strides, *dx.stride(),
             HAS_INIT=initial_states is not None, BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, TILES=TILES, **flags, **options,
         )
-        causal_conv1d_bwd_sums_kernel[(triton.cdiv(D, BLOCK_STATES), partial.shape[1])](
+        runtime.visible(causal_conv1d_bwd_sums_kernel)[(triton.cdiv(D, BLOCK_STATES), partial.shape[1])](
             partial, dweight, dbias, partial.shape[0], D, W=W, HAS_BIAS=bias is not None, BLOCK_M=16, BLOCK_D=BLOCK_STATES,
         )
 
     BWD.launch(x, run, stride_d=x.stride(1))
     if initial_states is not None:
         num_d = triton.cdiv(D, BLOCK_STATES)
-        causal_conv1d_bwd_states_kernel[(initial_states.shape[0] * num_d,)](
+        runtime.visible(causal_conv1d_bwd_states_kernel)[(initial_states.shape[0] * num_d,)](
             dy, x, weight, bias, initial_states, dfinal_states, runs.reach, runs.before, runs.cu, runs.ends, dinitial, D, L, num_d, *strides,
             HAS_CU=cu_seqlens is not None, BLOCK_W=triton.next_power_of_2(W - 1), BLOCK_D=BLOCK_STATES, **flags,
         )

@@ -5,6 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import runtime
+
 BLOCK_L = 256
 BLOCK_ENDS = 1024
 
@@ -89,10 +91,10 @@ def find_runs(B, L, W, seq_idx, cu_seqlens, ends):
     cu = None if cu_seqlens is None else cu_seqlens.contiguous()
     S = B if cu is None else cu.shape[0] - 1
     device = (cu if seq_idx is None else seq_idx).device
-    reach, before, sequence = torch.empty(3, B, L, dtype=torch.int32, device=device)
+    reach, before, sequence = (torch.empty(B, L, dtype=torch.int32, device=device) for _ in range(3))
     strides = (0, 0) if seq_idx is None else seq_idx.stride()
     num_l = triton.cdiv(L, BLOCK_L)
-    causal_conv1d_runs_kernel[(B * num_l,)](
+    runtime.visible(causal_conv1d_runs_kernel)[(B * num_l,)](
         seq_idx, cu, reach, before, sequence, L, S, num_l, *strides,
         W=W, HAS_SEQ=seq_idx is not None, HAS_CU=cu is not None, STEPS=S.bit_length(), BLOCK_L=BLOCK_L,
     )
@@ -101,5 +103,5 @@ def find_runs(B, L, W, seq_idx, cu_seqlens, ends):
         last = cu[1:]
     elif ends:
         last = torch.empty(S, dtype=torch.int32, device=device)
-        causal_conv1d_ends_kernel[(S,)](seq_idx, cu, last, L, *strides, HAS_CU=cu is not None, BLOCK_L=BLOCK_ENDS)
+        runtime.visible(causal_conv1d_ends_kernel)[(S,)](seq_idx, cu, last, L, *strides, HAS_CU=cu is not None, BLOCK_L=BLOCK_ENDS)
     return Runs(reach, before, sequence, cu, last)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
+from . import configs, runtime
 
 UPDATE = configs.Table("causal_conv1d_update", configs.Row({"BLOCK_D": 64}, num_warps=2))
 STATES = configs.Table("causal_conv1d_varlen_states", configs.Row({"BLOCK_L": 8, "BLOCK_D": 128}, num_warps=4))
@@ -102,13 +102,13 @@ def causal_conv1d_update_triton(x, conv_state, weight, bias, silu, cache_seqlens
 
     def run(BLOCK_D, **options):
         num_d = triton.cdiv(D, BLOCK_D)
-        causal_conv1d_update_kernel[(B * num_d,)](
+        runtime.visible(causal_conv1d_update_kernel)[(B * num_d,)](
             x, conv_state, weight, bias, cache_seqlens, conv_state_indices, y, D, L, state_len, num_d,
             *x.stride(), *conv_state.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
             0 if cache_seqlens is None else cache_seqlens.stride(0), 0 if conv_state_indices is None else conv_state_indices.stride(0),
             W=weight.shape[1], HAS_BIAS=bias is not None, CIRCULAR=cache_seqlens is not None, HAS_INDICES=conv_state_indices is not None,
-            SILU=silu, BLOCK_L=min(BLOCK_COLUMNS, triton.next_power_of_2(L)), BLOCK_D=BLOCK_D,
-            BLOCK_S=min(BLOCK_COLUMNS, triton.next_power_of_2(state_len)), **options,
+            SILU=silu, BLOCK_L=min(BLOCK_COLUMNS, triton.next_power_of_2(int(L))), BLOCK_D=BLOCK_D,
+            BLOCK_S=min(BLOCK_COLUMNS, triton.next_power_of_2(int(state_len))), **options,
         )
 
     run(**UPDATE.pick(x))  # not launch: what is tuned runs more than once, and the state is updated in place

@@ -1,7 +1,8 @@
 """Tile sizes: static tables, one per kernel, read top down; benchmarked on the spot only on request.
 
 A Table's rows are tried in order and the first whose conditions hold is taken, so a first call never waits for tuning.
-With TERRAZZO_TRITON_AUTOTUNE=1 every row of the table that the device can hold is timed once for each new key instead.
+With TERRAZZO_TRITON_AUTOTUNE=1 every row for the architecture and the element size that the device can hold is timed once
+for each new key instead.
 """
 import os
 from contextlib import contextmanager
@@ -41,23 +42,24 @@ class Row:
     itemsize: int | None = None  # bytes of an element; None for any
     up_to: dict = field(default_factory=dict)
 
+    def suits(self, arch, itemsize):
+        """Whether it may run there at all: sizes only say where it is thought to be fast."""
+        return (not self.arch or arch.startswith(tuple(self.arch))) and (self.itemsize is None or self.itemsize == itemsize)
+
     def serves(self, arch, itemsize, sizes):
-        return (
-            (not self.arch or arch.startswith(tuple(self.arch)))
-            and (self.itemsize is None or self.itemsize == itemsize)
-            and all(sizes[name] <= bound for name, bound in self.up_to.items())
-        )
+        return self.suits(arch, itemsize) and all(sizes[name] <= bound for name, bound in self.up_to.items())
 
     def options(self):
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 class Table:
-    """The configurations of one kernel. The last row must serve everything."""
+    """The configurations of one kernel. The last row must serve everything, or everything of one element size where others have such a row."""
 
     def __init__(self, kernel, *rows):
-        if rows[-1].arch or rows[-1].itemsize is not None or rows[-1].up_to:
-            raise ValueError(f"{kernel}: the last row must have no conditions")
+        free = {row.itemsize for row in rows if not row.arch and not row.up_to}
+        if rows[-1].arch or rows[-1].up_to or not (None in free or free >= {2, 4}):
+            raise ValueError(f"{kernel}: the last row must have no conditions but an element size that others complement")
         self.kernel, self.rows, self._tuned = kernel, rows, {}
         TABLES[kernel] = self
 
@@ -68,19 +70,20 @@ class Table:
 
     def launch(self, tensor, run, **sizes):
         """run(**options) with the row that serves, or with the fastest of all where tuning was asked for."""
-        if os.environ.get("TERRAZZO_TRITON_AUTOTUNE") != "1" or tensor.device.type != "cuda":
+        if os.environ.get("TERRAZZO_TRITON_AUTOTUNE") != "1" or tensor.device.type != "cuda" or runtime.is_tracing():
             return run(**self.pick(tensor, **sizes))
-        key = (runtime.arch(tensor.device), tensor.dtype, *sizes.values())
+        arch, itemsize = runtime.arch(tensor.device), tensor.element_size()
+        key = (arch, tensor.dtype, *sizes.values())
         if key not in self._tuned:
-            self._tuned[key] = self._fastest(run)
+            self._tuned[key] = self._fastest(run, [row for row in self.rows if row.suits(arch, itemsize)])
         return run(**self._tuned[key])
 
-    def _fastest(self, run):
+    def _fastest(self, run, rows):
         from triton.runtime.errors import OutOfResources
         from triton.testing import do_bench
 
         times = []
-        for row in self.rows:
+        for row in rows:
             try:
                 times.append((do_bench(lambda row=row: run(**row.options()), warmup=5, rep=20), row))
             except OutOfResources:  # this device cannot hold it

@@ -2,6 +2,8 @@
 
 torch.ops.terrazzo_triton.<name> runs <name>_triton of the family's file. These ops exist without the compiled extension.
 """
+import sys
+
 import torch
 
 from . import runtime
@@ -74,6 +76,8 @@ SCHEMAS = {
 NAMESPACE = "terrazzo_triton"
 # op: (*args) -> the kernel it counts as, where that isn't its own name
 COUNTED_AS = {"patch_cut": lambda source, *rest: "patch_cut" if source.is_floating_point() else "patch_cut_tokens"}
+# Ops that torch.compile looks into: its graph holds their kernels' launches, see _open.
+VISIBLE = ("causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update", "selective_state_update", "rmsnorm_gated_fwd", "rmsnorm_gated_bwd")
 NAMES = {schema.partition("(")[0]: family for family, schemas in SCHEMAS.items() for schema in schemas}
 counts: dict[str, int] = {}  # name -> launches since import or dispatch.reset_counters()
 
@@ -92,9 +96,43 @@ def _implementation(name, family):
     return launch
 
 
+class _Kernels:
+    """The kernels of one family, for the keys of torch.compile's caches; looked up when first asked for, since that imports triton."""
+
+    def __init__(self, family):
+        self.family = family
+
+    def __iter__(self):
+        from triton.runtime.jit import JITFunction
+
+        family = runtime.load(self.family)
+        files = {family.__name__} | {module for value in vars(family).values() if (module := getattr(value, "__module__", None) or "").startswith(__package__)}
+        found = {id(value): value for file in sorted(files) for value in vars(sys.modules[file]).values() if isinstance(value, JITFunction)}
+        return iter(found.values())
+
+
+def _open(name, family):
+    """What torch.library.triton_op does with its ops, for one that is defined here: when AOTAutograd traces the op, the launches
+    of its kernels take its place. (triton_op itself takes schemas from annotations and imports triton on the spot.)"""
+    from torch._library.triton import triton_ops_to_kernels
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+    def in_a_graph(mode, op, types, args, kwargs):
+        if runtime.interpreting() or custom_triton_ops_decomposition_disabled():  # exported programs keep the op
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode, runtime.tracing():
+            return getattr(runtime.load(family), f"{name}_triton")(*args, **kwargs)
+
+    torch.library.register_torch_dispatch(f"{NAMESPACE}::{name}", FunctionalTensorMode, in_a_graph, lib=_library)
+    triton_ops_to_kernels[f"{NAMESPACE}::{name}"] = _Kernels(family)
+
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _family, _schemas in SCHEMAS.items():
     for _schema in _schemas:
         _library.define(_schema)
 for _name, _family in NAMES.items():
     _library.impl(_name, _implementation(_name, _family), "CompositeExplicitAutograd")
+for _name in VISIBLE:
+    _open(_name, NAMES[_name])

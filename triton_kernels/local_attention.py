@@ -19,28 +19,31 @@ from . import configs, runtime
 
 FWD = configs.Table(
     "local_attention_fwd",
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3, arch=("sm",), itemsize=2, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3, arch=("sm8", "sm9", "sm12"), itemsize=2, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 128}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=1, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 128}),
-    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 )
 BWD_QUERIES = configs.Table(
     "local_attention_bwd_queries",
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 )
 BWD_KEYS = configs.Table(
     "local_attention_bwd_keys",
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, arch=("sm",), itemsize=2, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 )
 BLOCK_POSITIONS = 256
 FLOOR = tl.constexpr(-1e30)  # the score of what is not seen: finite, so that differences of two stay numbers

@@ -136,9 +136,9 @@ def rmsnorm_gated_fwd_triton(x, weight, z, eps, group_size, norm_before_gate):
         return y
 
     def run(BLOCK_M, **options):
-        rmsnorm_gated_fwd_kernel[triton.cdiv(M, BLOCK_M), D // group_size](
+        runtime.visible(rmsnorm_gated_fwd_kernel)[triton.cdiv(M, BLOCK_M), D // group_size](
             x, weight, z, y, M, D, group_size, eps, *x.stride(), *weight.stride(), *(z.stride() if z is not None else (0, 0)),
-            HAS_Z=z is not None, NORM_FIRST=norm_before_gate, BLOCK_M=BLOCK_M, BLOCK_D=triton.next_power_of_2(group_size), **options,
+            HAS_Z=z is not None, NORM_FIRST=norm_before_gate, BLOCK_M=BLOCK_M, BLOCK_D=triton.next_power_of_2(int(group_size)), **options,
         )
 
     FWD.launch(x, run, group_size=group_size)
@@ -156,11 +156,11 @@ def rmsnorm_gated_bwd_triton(dy, x, weight, z, eps, group_size, norm_before_gate
     def run(BLOCK_M, HOLD, **options):
         programs = min(triton.cdiv(M, BLOCK_M), max(1, 4 * runtime.num_processors(x.device) // groups))
         partial = torch.empty(programs, D, dtype=torch.float32, device=x.device)
-        rmsnorm_gated_bwd_kernel[programs, groups](
+        runtime.visible(rmsnorm_gated_bwd_kernel)[programs, groups](
             dy, x, weight, z, dx, dz, partial, M, D, group_size, eps, *dy.stride(), *x.stride(), *weight.stride(), *(z.stride() if z is not None else (0, 0)),
-            HAS_Z=z is not None, NORM_FIRST=norm_before_gate, BLOCK_M=BLOCK_M, BLOCK_D=triton.next_power_of_2(group_size), HOLD=HOLD, **options,
+            HAS_Z=z is not None, NORM_FIRST=norm_before_gate, BLOCK_M=BLOCK_M, BLOCK_D=triton.next_power_of_2(int(group_size)), HOLD=HOLD, **options,
         )
-        sum_rows_kernel[(triton.cdiv(D, BLOCK_PARTIALS),)](partial, dweight, programs, D, BLOCK_M=16, BLOCK_D=BLOCK_PARTIALS)
+        runtime.visible(sum_rows_kernel)[(triton.cdiv(D, BLOCK_PARTIALS),)](partial, dweight, programs, D, BLOCK_M=16, BLOCK_D=BLOCK_PARTIALS)
 
     BWD.launch(x, run, group_size=group_size)
     return dx, dweight, dz

@@ -3,6 +3,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +12,13 @@ import torch
 SHARED_KIB = {"sm80": 163, "sm86": 99, "sm89": 99, "sm90": 227, "sm100": 227, "sm103": 227, "sm120": 99, "gfx942": 64, "gfx950": 160}
 _MISSING = None if importlib.util.find_spec("triton") else "triton is not installed: pip install 'terrazzo[triton]'"
 _pretended = None  # the architecture that `pretend` stands for
+
+
+class _Tracing(threading.local):
+    active = False  # whether launches go into the graph that this thread traces
+
+
+_tracing = _Tracing()
 
 
 def interpreting():
@@ -27,6 +35,25 @@ def pretend(arch):
         yield
     finally:
         _pretended = before
+
+
+@contextmanager
+def tracing():
+    """Launchers of this thread leave their launches in the graph that torch traces, and measure nothing."""
+    _tracing.active = True
+    try:
+        yield
+    finally:
+        _tracing.active = False
+
+
+def is_tracing():
+    return _tracing.active
+
+
+def visible(kernel):
+    """A kernel for launching: itself, or under `tracing` what stands in a graph for it."""
+    return torch.library.wrap_triton(kernel) if _tracing.active else kernel
 
 
 def why_not(*tensors):

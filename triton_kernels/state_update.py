@@ -8,7 +8,7 @@ stride 0, as Mamba-2 has them) the decay is one number per program. `out` is sum
 import triton
 import triton.language as tl
 
-from . import configs
+from . import configs, runtime
 
 # Rows x N of a program: about 8 elements of the state for a thread.
 UPDATE = configs.Table(
@@ -112,12 +112,12 @@ def selective_state_update_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softp
         return out
     options = UPDATE.pick(state, N=N)  # not launch: what is tuned runs more than once, and the state is updated in place
     num_p = triton.cdiv(P, options["BLOCK_P"])
-    selective_state_update_kernel[(batch * H * num_p,)](
+    runtime.visible(selective_state_update_kernel)[(batch * H * num_p,)](
         state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, out, H, P, N, H // B.shape[1], num_p,
         *state.stride(), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(), *_strides(D, 2), *_strides(z, 3), *_strides(dt_bias, 2),
         0 if state_batch_indices is None else state_batch_indices.stride(0),
         HAS_D=D is not None, HAS_Z=z is not None, HAS_DT_BIAS=dt_bias is not None, HAS_INDICES=state_batch_indices is not None,
         SOFTPLUS=dt_softplus, TIED=_constant(dt, 2) and _constant(A, 1, 2) and _constant(dt_bias, 1),
-        BLOCK_N=min(BLOCK_N, triton.next_power_of_2(N)), **options,
+        BLOCK_N=min(BLOCK_N, triton.next_power_of_2(int(N))), **options,
     )
     return out

@@ -6,7 +6,8 @@ import terrazzo
 import torch
 from terrazzo.cases import Unwritten
 from terrazzo.explain import tensors_at_choice
-from terrazzo.triton_kernels import configs
+from terrazzo.triton_kernels import configs, runtime
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tools import triton_aot
 from tools.triton_launches import LAUNCHES
@@ -81,3 +82,26 @@ def test_every_row_that_serves_is_compiled_once(monkeypatch):
     assert used == [3, 1, 1]  # row 1 serves another architecture; the last was compiled by the first call
     assert triton_aot.unreached(result.rows) == [f"kernel: row 1 ({rows[1]}) serves none of the calls in triton_launches.py"]
     assert table.pick(torch.empty(1), M=2)["BLOCK_M"] == 1
+
+
+def test_tuning_leaves_rows_of_other_devices_alone(monkeypatch):
+    monkeypatch.setattr(configs, "TABLES", {})
+    monkeypatch.setenv("TERRAZZO_TRITON_AUTOTUNE", "1")
+    rows = (configs.Row({"B": 1}, arch=("gfx",)), configs.Row({"B": 2}, itemsize=2), configs.Row({"B": 3}, up_to={"M": 1}),
+            configs.Row({"B": 4}, arch=("sm9",)), configs.Row({"B": 5}))  # fmt: skip
+    table, timed = configs.Table("kernel", *rows), []
+    monkeypatch.setattr(table, "_fastest", lambda run, rows: timed.extend(rows) or rows[-1].options())
+    with FakeTensorMode(), runtime.pretend("sm90"):
+        table.launch(torch.empty(4, device="cuda"), lambda **options: None, M=2)
+    assert [row.blocks["B"] for row in timed] == [3, 4, 5]  # a bound on sizes only says where a row is thought to be fast
+    with FakeTensorMode(), runtime.pretend("sm90"), runtime.tracing():
+        assert table.launch(torch.empty(4, device="cuda"), lambda **options: options["B"], M=2) == 4  # nothing is timed in a graph
+
+
+def test_a_table_serves_everything(monkeypatch):
+    monkeypatch.setattr(configs, "TABLES", {})
+    small, rest = configs.Row({"B": 1}, itemsize=4), configs.Row({"B": 2}, itemsize=2)
+    configs.Table("kernel", small, rest)
+    for rows in ((rest,), (configs.Row({"B": 1}, itemsize=4, up_to={"M": 4}), rest), (small, configs.Row({"B": 2}, arch=("sm",)))):
+        with pytest.raises(ValueError, match="the last row"):
+            configs.Table("kernel", *rows)

@@ -8,10 +8,16 @@ import pytest
 import terrazzo
 import torch
 from terrazzo import cases, native
+from terrazzo.triton_kernels import library, runtime
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._library.triton import get_triton_kernels_for_op
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import driver
 
 from test_ops import served_by
+from tools.triton_compile import _Driver
 
 # The namespace of the ops that serve a public function: CUDA kernels where the extension has them.
 NAMESPACES = {entry.name: "terrazzo" if native.CUDA_OPS.issuperset(entry.ops) else "terrazzo_triton" for entry in terrazzo.dispatch.OPS.values()}
@@ -83,3 +89,41 @@ def test_gpu_tensors_trace_whole(op):
         torch.compile(getattr(terrazzo, op), fullgraph=True, backend=keep)(**kwargs)
     (graph,) = graphs
     assert any(str(node.target).startswith(f"{NAMESPACES[served_by(case)]}.") for node in graph.graph.nodes)
+
+
+class GraphSeen(Exception):
+    """Ends a compilation once its graph is known: nothing can run here."""
+
+
+VISIBLE = [case for case in cases.CASES if f"{served_by(case)}_fwd" in library.VISIBLE or served_by(case) in library.VISIBLE]
+
+
+@pytest.mark.parametrize("case", VISIBLE, ids=str)
+def test_launches_stand_in_the_graph(case):
+    """What torch.compile hands to inductor holds the launches of the kernels in the place of the op."""
+    mode, graphs = FakeTensorMode(), []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        raise GraphSeen
+
+    active = driver._active
+    driver.set_active(_Driver("sm90"))
+    try:
+        kwargs = on_cuda(case, mode)
+        if any(isinstance(value, torch.Tensor) and 0 in value.shape for value in kwargs.values()):
+            pytest.skip("nothing is launched")
+        with torch.no_grad(), mode, runtime.pretend("sm90"), pytest.raises((GraphSeen, BackendCompilerFailed)):
+            torch.compile(getattr(terrazzo, case.op), fullgraph=True, backend=aot_autograd(fw_compiler=keep))(**kwargs, backend="triton")
+    finally:
+        driver._active = active
+    (graph,) = graphs
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert "triton_kernel_wrapper_functional" in called and not [name for name in called if "terrazzo" in name], called
+
+
+def test_caches_know_the_kernels():
+    """The keys of torch.compile's caches hold the kernels' sources, so that a new release is compiled anew."""
+    for name in library.VISIBLE:
+        kernels = {kernel.fn.__name__ for kernel in get_triton_kernels_for_op(f"{library.NAMESPACE}::{name}")}
+        assert any(found.startswith(name) for found in kernels), name
