@@ -2,7 +2,7 @@
 import pytest
 import terrazzo
 import torch
-from terrazzo import cases, cases_moe, kernels
+from terrazzo import cases, cases_bytes, cases_moe, kernels
 
 from test_ops import DTYPES, assert_matches, served_by
 from tools.emulator import SERVED
@@ -17,10 +17,40 @@ def unlike(experts):
     return build
 
 
+def patching_cases():
+    """Every team of lanes and vector width of the entropies; cuts of several tiles, whose patches and texts cross them; tiles of patch lengths."""
+    patch, lengths, text = cases_bytes.patch, cases_bytes.lengths, cases_bytes.text
+    entropies = {
+        "16_lanes": patch(B=1, L=9, V=1024, threshold=6.4),
+        "32_lanes_valid": patch(B=2, L=5, V=2000, threshold=7.1, valid=[5, 3]),
+        "32_lanes_scalar": patch(B=1, L=5, V=301, threshold=5.2),
+        "a_block_for_a_row": patch(B=2, L=3, V=4500, threshold=7.9, masked=True),
+    }
+    long_texts = [0, 3, 3, 2040, 2049, 2050, 4100, 4500]
+    cuts = {
+        "tiles_combined_next": lengths(B=2, L=4100, threshold=0.3, threshold_add=0.2, include_next=True),
+        "tiles_next_alone_in_the_last": lengths(B=1, L=2048, include_next=True, max_patch_length=9),
+        "tiles_max_length_without_starts": lengths(B=2, L=4500, threshold=99.0, max_patch_length=1000, valid=[4500, 2100]),
+        "tiles_packed_max_length": lengths(B=1, L=4500, cu=long_texts, threshold=1.5, max_patch_length=700),
+        "tiles_packed_top": lengths(B=1, L=4500, cu=long_texts, threshold=None, patch_size=4.5),
+        "tiles_top_valid": lengths(B=3, L=2500, threshold=None, patch_size=3, valid=[2500, 0, 7]),
+    }
+    tokens = {"tiles_space": text("space", L=4500), "tiles_static": text("static", L=4500, patch_size=3000, max_patch_length=1999)}
+    ids = {"tiles": cases_bytes.ids([[3, 0, 5, 1] * 150, [0] * 300 + [4, 5] * 150], 1350, exact=False)}
+    for op, builders, grads, outputs in (
+        ("entropy_patch", entropies, ("logits",), ("y", "starts", "patch_ids", "lengths", "counts")),
+        ("patch_lengths_from_entropies", cuts, (), ("lengths",)),
+        ("patch_lengths_from_tokens", tokens, (), ("lengths",)),
+        ("patch_ids_from_lengths", ids, (), ("ids",)),
+    ):
+        yield from (cases.Case(op, name, build, grads, outputs=outputs) for name, build in builders.items())
+
+
 def further_cases():
     """Shapes that only these kernels tell apart: every team size and vector width, groups longer than registers hold, loops over n and p;
     widths of heads, long ways back to the patch before, many empty patches."""
     yield from conv_cases()
+    yield from patching_cases()
     norm, update = cases.norm, cases.state_update
     norms = {
         "a_warp": norm(shape=(9, 256)),
@@ -205,3 +235,29 @@ def test_ids_and_ends_that_mean_nothing_stay_in_bounds(emulator, order):
     rest = (20, False, 0.3, None, cu_seqlens)
     y, lse = ops.local_attention_fwd(rows, rows, rows, *rest)
     assert y.isfinite().all() and all(grad.isfinite().all() for grad in ops.local_attention_bwd(y, rows, rows, rows, y, lse, *rest))
+
+
+@orders
+@pytest.mark.parametrize("rule", [dict(threshold=0.9), dict(threshold=0.4, monotonic=True), dict(threshold=0.3, threshold_add=0.2, max_patch_length=5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_of_entropies_are_cut_as_the_whole(emulator, order, rule, dtype):
+    emulator.order(order)
+    e = cases.Random(0).normal(3, 100, dtype=dtype)
+    whole = terrazzo.patches_from_entropies(e, include_next=True, backend="reference", **rule)
+    state = terrazzo.PatcherState(3, dtype=dtype, backend="cuda", **rule)
+    parts = [state.update(block) for block in e.split([0, 5, 1, 64, 30], 1)]
+    starts, ids = (torch.cat(part, 1) for part in zip(*parts))
+    assert torch.equal(starts, whole.starts[:, 1:]) and torch.equal(ids, whole.patch_ids[:, 1:])
+    assert torch.equal(state.patch_id.int(), ids[:, -1]) and state.position.tolist() == [100] * 3
+
+
+@orders
+def test_texts_that_mean_nothing_stay_in_bounds(emulator, order):
+    emulator.order(order)
+    ops, e = torch.ops.terrazzo_emulated, cases.Random(0).normal(1, 70, dtype=torch.float32)
+    for rule in range(4):
+        for cu_seqlens, valid in (([900, -4, 30, 2**31 - 1, 12, -(2**31)], None), (None, [-5]), (None, [2**31 - 1])):
+            texts = [None if v is None else torch.tensor(v, dtype=torch.int32) for v in (cu_seqlens, valid)]
+            counts = ops.patch_cut(e, 0.5, rule, 0.1, 3.0, 7, 0, *texts, False)[3]
+            assert 0 <= counts.item() <= 70
+    assert ops.patch_ids(torch.tensor([[-5, 2**40, 3, 2**62]]), 9).tolist() == [[1] * 9]
