@@ -67,9 +67,9 @@ aot: build
 
 emulated: build
 	$(BIN)/python -m pytest -q -n 2 tests/cuda
-	TERRAZZO_EMULATOR=races $(BIN)/python -m pytest -q -n 2 tests/cuda/test_emulated.py
+	TERRAZZO_EMULATOR=races $(BIN)/python -m pytest -q -n 2 tests/cuda/test_emulated*.py
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so) ASAN_OPTIONS=detect_leaks=0 TERRAZZO_EMULATOR=sanitize \
-	    $(BIN)/python -m pytest -q -p no:cacheprovider tests/cuda/test_emulated.py
+	    $(BIN)/python -m pytest -q -p no:cacheprovider tests/cuda/test_emulated*.py
 
 bench: build
 	$(BIN)/terrazzo bench --quick

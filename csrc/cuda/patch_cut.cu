@@ -19,6 +19,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / kWarp, kWords = kPatchTile / kThreads;  // words: votes of a warp
 static_assert(kWords * kThreads == kPatchTile);
 constexpr int kSelectThreads = 256, kDigits = 256;
+constexpr int kBlocksPerSm = 6;  // at most 40 registers, without spilling
 
 // Starts by the rule: the first, the last, and how many patches begin from the first to the last; first < 0: there are none.
 struct Run {
@@ -122,7 +123,7 @@ TZ_DEVICE Run run_of_tiles(const Run* runs, int begin, int end, int limit) {
 }
 
 // Grid: rows x tiles.
-template <class S> __global__ void __launch_bounds__(kThreads) patch_runs_kernel(const PatchCudaParams p, const int tiles, const int limit, const int size) {
+template <class S> __global__ void __launch_bounds__(kThreads, kBlocksPerSm) patch_runs_kernel(const PatchCudaParams p, const int tiles, const int limit, const int size) {
   const int64_t row = blockIdx.x / static_cast<unsigned>(tiles);
   const int tile = blockIdx.x % static_cast<unsigned>(tiles), warp = threadIdx.x / kWarp;
   TZ_SHARED(Run, warps_smem, kWarps);
@@ -137,7 +138,7 @@ template <class S> __global__ void __launch_bounds__(kThreads) patch_runs_kernel
   reinterpret_cast<Run*>(p.runs)[row * tiles + tile] = run;
 }
 
-template <class S> __global__ void __launch_bounds__(kThreads) patch_cut_kernel(const PatchCudaParams p, const int tiles, const int limit, const int size) {
+template <class S> __global__ void __launch_bounds__(kThreads, kBlocksPerSm) patch_cut_kernel(const PatchCudaParams p, const int tiles, const int limit, const int size) {
   const int64_t row = blockIdx.x / static_cast<unsigned>(tiles);
   const int tile = blockIdx.x % static_cast<unsigned>(tiles), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int N = static_cast<int>(p.L) + p.next, end = live_end(p, row), first = tile * static_cast<int>(kPatchTile), mine = first + warp * kWords * kWarp;
