@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from . import compare, cost_model, memory, report, roofline, suite, targets
 from .cases import DTYPES, MODES, PRESETS, select
@@ -209,6 +210,8 @@ def main(argv=None):
     if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
         argv.insert(0, "run")
     args = parser().parse_args(argv)
+    # Torch 2.13 keeps what it compiled whatever ATEN_CPU_CAPABILITY said then; run under another one, that code overruns its buffers.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{default_cache_dir()}_{torch.backends.cpu.get_cpu_capability().replace(' ', '')}")
     try:
         return COMMANDS[args.command](args, argv)
     except (ValueError, compare.Incomparable, OSError) as error:
