@@ -262,16 +262,6 @@ template <int n> TZ_DEVICE void load_columns(DType dtype, const void* base, int6
 #pragma unroll
   for (int j = 0; j < n; j++) out[j] = j < left ? load_float(dtype, base, offset + j) : 0.0f;
 }
-template <class T, int n> TZ_DEVICE void store_floats(const float (&v)[n], T* p) {
-  constexpr int kPiece = sizeof(T) * n <= kVectorBytes ? n : kVectorBytes / static_cast<int>(sizeof(T));
-#pragma unroll
-  for (int i = 0; i < n; i += kPiece) {
-    Vector<T, kPiece> piece;
-#pragma unroll
-    for (int j = 0; j < kPiece; j++) from_float(v[i + j], piece.data[j]);
-    store_vector(piece, p + i);
-  }
-}
 template <int n> TZ_DEVICE void store_columns(const float (&v)[n], DType dtype, void* base, int64_t offset, int left, bool vectors) {
   if (!vectors || left < n) {
 #pragma unroll

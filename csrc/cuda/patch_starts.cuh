@@ -49,9 +49,9 @@ static __global__ void __launch_bounds__(kStartThreads) patch_starts_kernel(cons
 
   const Nearest found = nearest_ids(id, before);
   if (id >= 0)
-    for (int64_t s = found.previous + 1; s <= id && s <= S; s++) starts[s] = static_cast<int32_t>(l);
+    for (int64_t s = int64_t{found.previous} + 1; s <= id && s <= S; s++) starts[s] = static_cast<int32_t>(l);
   if (last_tile)
-    for (int64_t s = static_cast<int64_t>(found.last) + 1 + threadIdx.x; s <= S; s += kStartThreads) starts[s] = static_cast<int32_t>(L);
+    for (int64_t s = int64_t{found.last} + 1 + threadIdx.x; s <= S; s += kStartThreads) starts[s] = static_cast<int32_t>(L);
 }
 
 inline cudaError_t find_patch_starts(const int32_t* ids, int32_t* starts, int64_t B, int64_t L, int64_t S, cudaStream_t stream) {
