@@ -199,12 +199,12 @@ calls lead to the same configuration, the largest of each. `any`: the kernel tak
 
 ## Under torch.compile
 What AOTAutograd traces of `rmsnorm_gated`, `causal_conv1d_fn`, `causal_conv1d_update` and `selective_state_update`, backward included, is the
-launches of their kernels, as with `torch.library.triton_op`: inductor launches them itself, plans their outputs and needs no copy
-of a state that is updated in place. (Seen in the graphs, with fake tensors on a GPU; not run on one.) `triton_op` itself takes schemas from
+launches of their kernels, as with `torch.library.triton_op`: inductor can launch them itself and plan their outputs. (Seen in the graphs before
+inductor, with fake tensors; inductor's code for them has not been seen, nor run.) `triton_op` itself takes schemas from
 annotations and imports triton when it is defined, so the same rule is registered on our schemas (triton_kernels/library.py). The configuration
 is chosen while tracing, from the tables even where tuning is on; alignment is then inductor's to find. `terrazzo.counters()` does not
 count launches from within such a graph. Exported programs keep the op, as torch does with its own. The other ops stay whole: their time is in
-matrix products, sorting or attention, with nothing around them for inductor to join, and some have launches that depend on each other's scratch memory.
+matrix products, sorting or attention; opening them has not been tried.
 """
 LIMITS = "Shared memory of a block, KiB: {limits}."
 
