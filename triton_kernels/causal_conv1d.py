@@ -21,8 +21,8 @@ from .causal_conv1d_update import causal_conv1d_update_triton, causal_conv1d_var
 
 FWD = configs.Table(
     "causal_conv1d_fwd",
-    configs.Row({"BLOCK_L": 32, "BLOCK_D": 64}, num_warps=8, arch=("sm10",), up_to={"stride_d": 1}),
-    configs.Row({"BLOCK_L": 256, "BLOCK_D": 8}, num_warps=8, arch=("sm10",)),
+    configs.Row({"BLOCK_L": 16, "BLOCK_D": 64}, num_warps=4, arch=("sm10",), up_to={"stride_d": 1}),
+    configs.Row({"BLOCK_L": 128, "BLOCK_D": 8}, num_warps=4, arch=("sm10",)),
     configs.Row({"BLOCK_L": 32, "BLOCK_D": 64}, num_warps=4, up_to={"stride_d": 1}),
     configs.Row({"BLOCK_L": 256, "BLOCK_D": 8}, num_warps=4),
 )

@@ -46,27 +46,31 @@ class Row:
         """Whether it may run there at all: sizes only say where it is thought to be fast."""
         return (not self.arch or arch.startswith(tuple(self.arch))) and (self.itemsize is None or self.itemsize == itemsize)
 
-    def serves(self, arch, itemsize, sizes):
-        return self.suits(arch, itemsize) and all(sizes[name] <= bound for name, bound in self.up_to.items())
+    def holds(self, sizes):
+        return all(sizes[name] <= bound for name, bound in self.up_to.items())
 
     def options(self):
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 class Table:
-    """The configurations of one kernel. The last row must serve everything, or everything of one element size where others have such a row."""
+    """The configurations of one kernel. The last row must serve everything."""
 
     def __init__(self, kernel, *rows):
-        free = {row.itemsize for row in rows if not row.arch and not row.up_to}
-        if rows[-1].arch or rows[-1].up_to or not (None in free or free >= {2, 4}):
-            raise ValueError(f"{kernel}: the last row must have no conditions but an element size that others complement")
+        if rows[-1].arch or rows[-1].itemsize is not None or rows[-1].up_to:
+            raise ValueError(f"{kernel}: the last row must have no conditions")
         self.kernel, self.rows, self._tuned = kernel, rows, {}
         TABLES[kernel] = self
 
+    def suiting(self, arch, itemsize):
+        """The rows meant for a device and element size: none behind the first that takes every size there."""
+        rows = [row for row in self.rows if row.suits(arch, itemsize)]
+        return rows[: next(i for i, row in enumerate(rows) if not row.up_to) + 1]
+
     def pick(self, tensor, **sizes):
         """Keyword arguments for the launch of `kernel`: constexprs, num_warps, num_stages."""
-        arch = runtime.arch(tensor.device)
-        return _choose(self, (row for row in self.rows if row.serves(arch, tensor.element_size(), sizes))).options()
+        rows = self.suiting(runtime.arch(tensor.device), tensor.element_size())
+        return _choose(self, (row for row in rows if row.holds(sizes))).options()
 
     def launch(self, tensor, run, **sizes):
         """run(**options) with the row that serves, or with the fastest of all where tuning was asked for."""
@@ -75,7 +79,7 @@ class Table:
         arch, itemsize = runtime.arch(tensor.device), tensor.element_size()
         key = (arch, tensor.dtype, *sizes.values())
         if key not in self._tuned:
-            self._tuned[key] = self._fastest(run, [row for row in self.rows if row.suits(arch, itemsize)])
+            self._tuned[key] = self._fastest(run, self.suiting(arch, itemsize))
         return run(**self._tuned[key])
 
     def _fastest(self, run, rows):

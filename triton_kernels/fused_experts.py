@@ -26,19 +26,19 @@ GATE = configs.Table(
     "fused_experts_fwd",
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64}, num_warps=4, num_stages=3, itemsize=4, up_to={"rows": 16}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=4, num_stages=2, itemsize=4),
-    configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=4, itemsize=2, up_to={"rows": 16}, arch=("sm",)),
-    configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=2, itemsize=2, up_to={"rows": 16}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3, itemsize=2, up_to={"rows": 64}),
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3, itemsize=2, arch=("sm80", "sm90", "sm100", "sm103"), up_to={"both": 0}),
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=2, itemsize=2, up_to={"both": 0}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3, itemsize=2),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=4, up_to={"rows": 16}, arch=("sm",)),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=2, up_to={"rows": 16}),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3, up_to={"rows": 64}),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm80", "sm90", "sm100", "sm103"), up_to={"both": 0}),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=2, up_to={"both": 0}),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3),
 )
 GATE_BWD = configs.Table(
     "fused_experts_bwd",
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=2, itemsize=4, up_to={"rows": 16}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=4, num_stages=2, itemsize=4),
-    configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3, itemsize=2, up_to={"rows": 16}),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3, itemsize=2),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3, up_to={"rows": 16}),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=3),
 )
 BLOCK_PAIRS, BLOCK_PARTIALS = 16, 64
 

@@ -189,11 +189,22 @@ def examine_all(ops, dtypes, archs, jobs, console):
 
 HEAD = """# Triton kernels as compiled
 
-Written by `make aot` (Triton {triton}): every kernel, dtype and configuration, compiled through the launchers at the sizes of Bamba-9B,
-DBRX, Mixtral, BLT-1B and a few others ([tests/tools/triton_launches.py](../tests/tools/triton_launches.py)). No GPU was used: these are
-the compilers' own numbers. A cell is registers of a thread · KiB of shared memory · tensor-core, asynchronous-copy and
-matrix-load instructions; where several calls lead to the same configuration, the largest of each. No kernel spills registers
-(`make aot` fails otherwise). `any`: the kernel takes no floating-point tensor, or only float32 ones.
+Triton {triton}: kernels compiled through the launchers at the sizes of Bamba-9B, DBRX, Mixtral, BLT-1B and a few others
+([tests/tools/triton_launches.py](../tests/tools/triton_launches.py)), with every row of their tables that serves. No GPU was used: these
+are the compilers' own numbers. `make aot` compiles all dtypes for all targets, fails on spilled registers and writes this file; here stand:
+{seen}. – was not compiled, or is not served.
+
+A cell is registers of a thread · KiB of shared memory · tensor-core, asynchronous-copy and matrix-load instructions; where several
+calls lead to the same configuration, the largest of each. `any`: the kernel takes no floating-point tensor, or only float32 ones.
+
+## Under torch.compile
+What AOTAutograd traces of `rmsnorm_gated`, `causal_conv1d_fn`, `causal_conv1d_update` and `selective_state_update`, backward included, is the
+launches of their kernels, as with `torch.library.triton_op`: inductor can launch them itself and plan their outputs. (Seen in the graphs before
+inductor, with fake tensors; inductor's code for them has not been seen, nor run.) `triton_op` itself takes schemas from
+annotations and imports triton when it is defined, so the same rule is registered on our schemas (triton_kernels/library.py). The configuration
+is chosen while tracing, from the tables even where tuning is on; alignment is then inductor's to find. `terrazzo.counters()` does not
+count launches from within such a graph. Exported programs keep the op, as torch does with its own. The other ops stay whole: their time is in
+matrix products, sorting or attention; opening them has not been tried.
 """
 LIMITS = "Shared memory of a block, KiB: {limits}."
 
@@ -214,7 +225,8 @@ def document(kernels, archs):
     shown = {}  # (kernel, config) -> dtype -> arch -> [Kernel]
     for k in kernels:
         shown.setdefault(k.name, {}).setdefault(k.config, {}).setdefault(k.dtype, {}).setdefault(k.arch, []).append(k)
-    lines = [HEAD.format(triton=triton.__version__), LIMITS.format(limits=", ".join(f"{a} {runtime.SHARED_KIB[a]}" for a in archs))]
+    seen = ", ".join(f"{dtype} for {arch}" for dtype, arch in dict.fromkeys((k.dtype, k.arch) for k in kernels))
+    lines = [HEAD.format(triton=triton.__version__, seen=seen), LIMITS.format(limits=", ".join(f"{a} {runtime.SHARED_KIB[a]}" for a in archs))]
     ops = {k.name: dict.fromkeys(other.op for other in kernels if other.name == k.name) for k in kernels}
     for name in sorted(shown):
         lines += ["", f"## {name}", f"Of {', '.join(ops[name])}.", ""]

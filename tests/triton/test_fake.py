@@ -127,3 +127,26 @@ def test_caches_know_the_kernels():
     for name in library.VISIBLE:
         kernels = {kernel.fn.__name__ for kernel in get_triton_kernels_for_op(f"{library.NAMESPACE}::{name}")}
         assert any(found.startswith(name) for found in kernels), name
+
+
+@pytest.mark.parametrize("case", [case for case in {c.op: c for c in reversed(VISIBLE)}.values() if case.grads], ids=str)
+def test_launches_stand_in_the_backward_graph(case):
+    """As above, of CPU tensors that stand for a GPU's, as gradients of GPU tensors need a torch built for GPUs."""
+    graphs = []
+
+    def partition(joint, inputs, **rest):
+        graphs.append(joint)
+        raise GraphSeen
+
+    kwargs = case.make(torch.bfloat16)
+    kwargs |= {name: kwargs[name].detach().requires_grad_() for name in case.grads if isinstance(kwargs.get(name), torch.Tensor)}
+    active = driver._active
+    driver.set_active(_Driver("sm90"))
+    try:
+        with runtime.pretend("sm90"), pytest.raises((GraphSeen, BackendCompilerFailed)):
+            compiled = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, partition_fn=partition)
+            torch.compile(getattr(terrazzo, case.op), fullgraph=True, backend=compiled)(**kwargs, backend="triton")
+    finally:
+        driver._active = active
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert called.count("triton_kernel_wrapper_functional") > 1 and not [name for name in called if "terrazzo" in name], called
