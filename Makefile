@@ -49,7 +49,7 @@ sanitize: $(BIN)/.ready
 # Its objects are shared with the build in place, and with the tests in tests/cuda that look at what nvcc made.
 cuda: build
 	$(BIN)/python tests/tools/nvcc.py build
-	cd build/cuda && PYTHONPATH=$(CURDIR)/build/cuda/lib:$(CURDIR)/tests $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
+	cd build/cuda && PYTHONPATH=$(CURDIR)/build/cuda/lib $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
 	    -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(addprefix $(CURDIR)/tests/,$(CUDA_TESTS))
 
 # A wheel made with no compiler at hand: the reference backend serves every op. Run without site (-S), so that the
