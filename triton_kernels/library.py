@@ -116,9 +116,10 @@ def _open(name, family):
     of its kernels take its place. (triton_op itself takes schemas from annotations and imports triton on the spot.)"""
     from torch._library.triton import triton_ops_to_kernels
     from torch._subclasses.functional_tensor import FunctionalTensorMode
-    from torch.export._trace import custom_triton_ops_decomposition_disabled
 
     def in_a_graph(mode, op, types, args, kwargs):
+        from torch.export._trace import custom_triton_ops_decomposition_disabled  # a second, and triton: not at import
+
         if runtime.interpreting() or custom_triton_ops_decomposition_disabled():  # exported programs keep the op
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode, runtime.tracing():
