@@ -38,15 +38,15 @@ template <class T> struct BackwardSmem {
 // The sum over a row of a warp's 16 x 64, of which each lane of four has a part.
 TZ_DEVICE float row_sum(float v) { return warp_sum(v, 4); }
 // Sums of two neighbours a lane, over all lanes up to this one.
-TZ_DEVICE void prefix_sums(float (&v)[2]) {
+TZ_DEVICE void prefix_sums(double (&v)[2]) {
   v[1] += v[0];
-  float sum = v[1];
+  double sum = v[1];
 #pragma unroll
   for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-    const float before = __shfl_up_sync(kAllLanes, sum, lanes);
+    const double before = __shfl_up_sync(kAllLanes, sum, lanes);
     if (lane_id() >= lanes) sum += before;
   }
-  const float before = __shfl_up_sync(kAllLanes, sum, 1);
+  const double before = __shfl_up_sync(kAllLanes, sum, 1);
   if (lane_id() > 0) v[0] += before, v[1] += before;
 }
 
@@ -205,38 +205,42 @@ template <class T> __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_x_
   block_sum<kThreads>(sums);  // and a barrier
   if (tid >= kWarp) return;
 
-  // one warp, two positions a lane: the gradient of each step's exponent, then of dt before bias, softplus and clamp
-  const float A = static_cast<const float*>(p.A)[head], passing = d[kFromStart][kChunk - 1] * sums[0];
-  float before[2], later[2], dA = 0, dbias = 0;
+  // one warp, two positions a lane: the gradient of each step's exponent, then of dt before bias, softplus and clamp. Long sums of what
+  // nearly cancels: in double, for these few
+  const float A = static_cast<const float*>(p.A)[head];
+  const double passing = static_cast<double>(d[kFromStart][kChunk - 1]) * sums[0];
+  double before[2], later[2], dA = 0;
+  float dbias = 0;
 #pragma unroll
   for (int j = 0; j < 2; j++) {
     const int l = 2 * tid + j, mirrored = kChunk - 1 - l;
-    before[j] = d[kDt][l] * smem->enter[l];
-    later[j] = smem->through[mirrored] * d[kFromStart][mirrored];
+    before[j] = static_cast<double>(d[kDt][l]) * smem->enter[l];
+    later[j] = static_cast<double>(smem->through[mirrored]) * d[kFromStart][mirrored];
   }
   prefix_sums(before);
   prefix_sums(later);  // from the end: this lane's are those of positions 63 - 2 lane and the one before it
 #pragma unroll
-  for (int j = 0; j < 2; j++) before[j] += smem->after[0][2 * tid + j] + smem->after[1][2 * tid + j];
-  const float last_before = __shfl_up_sync(kAllLanes, before[1], 1);
-  const float later_at[2] = {__shfl_sync(kAllLanes, later[1], kWarp - 1 - tid), __shfl_sync(kAllLanes, later[0], kWarp - 1 - tid)};
+  for (int j = 0; j < 2; j++) before[j] += static_cast<double>(smem->after[0][2 * tid + j]) + smem->after[1][2 * tid + j];
+  const double last_before = __shfl_up_sync(kAllLanes, before[1], 1);
+  const double later_at[2] = {__shfl_sync(kAllLanes, later[1], kWarp - 1 - tid), __shfl_sync(kAllLanes, later[0], kWarp - 1 - tid)};
 #pragma unroll
   for (int j = 0; j < 2; j++) {
     const int l = 2 * tid + j;
-    const float da = later_at[j] + (j ? before[0] : tid > 0 ? last_before : 0) + passing;
+    const double da = later_at[j] + (j ? before[0] : tid > 0 ? last_before : 0) + passing;
     float ddt = 0;
     if (real(l)) {
       float raw = load_float(p.dt_dtype, p.dt, chunk.row * p.dt_stride_b + (chunk.begin + l) * p.dt_stride_l + head * p.dt_stride_h), slope = 1;
       if (p.dt_bias) raw += static_cast<const float*>(p.dt_bias)[head];
       if (p.dt_softplus) slope = sigmoid(raw), raw = softplus(raw);
-      if (raw >= static_cast<float>(p.dt_min) && raw <= static_cast<float>(p.dt_max)) ddt = slope * (smem->direct[l] + smem->enter[l] + A * da);
+      if (raw >= static_cast<float>(p.dt_min) && raw <= static_cast<float>(p.dt_max)) ddt = slope * static_cast<float>(smem->direct[l] + smem->enter[l] + A * da);
     }
     if (chunk.begin + l < chunk.end) static_cast<float*>(p.ddt)[(chunk.row * p.L + chunk.begin + l) * H + head] = ddt;
     dA += da * d[kDt][l], dbias += ddt;
   }
-  dA = warp_sum(dA), dbias = warp_sum(dbias);
+  const float dA_sum = warp_sum(static_cast<float>(dA));
+  dbias = warp_sum(dbias);
   if (tid > 0) return;
-  static_cast<float*>(p.dA_partials)[share] = dA;
+  static_cast<float*>(p.dA_partials)[share] = dA_sum;
   static_cast<float*>(p.dbias_partials)[share] = dbias;
   if (dD && !p.D_has_p) dD[0] = sums[1];
 }

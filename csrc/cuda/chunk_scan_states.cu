@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) chunk_scan_decays_kernel(const Chunk
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       hi.data[j] = static_cast<float>(cum[j]);
-      lo.data[j] = static_cast<float>(cum[j] - static_cast<double>(hi.data[j]));
+      lo.data[j] = static_cast<float>(fma(static_cast<double>(hi.data[j]), -1.0, cum[j]));  // a difference: of two, g++ 12 makes vectors, and 0
     }
     const float last_hi = __shfl_sync(kAllLanes, hi.data[1], kWarp - 1), last_lo = __shfl_sync(kAllLanes, lo.data[1], kWarp - 1);
 #pragma unroll

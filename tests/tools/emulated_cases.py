@@ -115,7 +115,7 @@ def further_cases():
     scans = {
         "several_tiles": scan(B=1, L=70, H=2, P=72, G=1, N=80, D="HP", initial=True, final=True),
         "several_odd_tiles": scan(B=1, L=66, H=1, P=67, G=1, N=69, initial=True, final=True),
-        "aligned_states_alone": scan(B=1, L=40, H=2, P=20, G=1, N=36, final=True),
+        "aligned_states_alone": scan(B=1, L=72, H=2, P=20, G=1, N=36, final=True),
         "split_group": scan(B=1, L=33, H=6, P=32, G=1, N=16, final=True),
         "new_sequences_at_chunks": scan(B=1, L=200, H=2, G=1, seq_idx=packed([(0, 63), (1, 1), (2, 64), (3, 1), (-1, 3), (4, 68)]), initial=True, final=True),
         "packed_within_sequences": scan(B=1, L=100, H=2, G=1, cu=[0, 30, 30, 95, 100], seq_idx=packed([(0, 20), (1, 12), (-1, 2), (3, 66)]), initial=True, final=True),
