@@ -18,6 +18,8 @@ namespace {
 
 constexpr int kColumns = 32, kSumThreads = 256;  // of a block that adds up partial sums
 
+enum Held { kEnter, kThrough = 2, kPassing = 4, kHeld };  // of a lane's two rows twice, and the passing state
+
 template <class T> struct BackwardSmem {
   static constexpr int kTileN = sizeof(T) == 4 ? 16 : 32;
   static constexpr int kPitchN = pitch_of<T>(kTileN), kPitchState = pitch_of<float>(kTileN), kPitchX = pitch_of<T>(64);
@@ -33,6 +35,7 @@ template <class T> struct BackwardSmem {
   T x[kChunk * kPitchX], dy[kChunk * kPitchX];
   Decays decays;
   float direct[kChunk], enter[kChunk], through[kChunk], after[2][kChunk], columns[2][kChunk];
+  float held[kHeld][kThreads];  // sums of each thread that registers have no room for
 };
 
 // The sum over a row of a warp's 16 x 64, of which each lane of four has a part.
@@ -81,7 +84,9 @@ template <class T> __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_x_
   Accumulators scores, dscores;  // [s, l]
   clear(scores);
   clear(dscores);
-  float enter[2] = {}, through[2] = {}, sums[2] = {};  // of a lane's two rows; sums: the passing state, dD where D is [H]
+  float sum_of_D = 0;  // dD where D is [H]
+#pragma unroll
+  for (int i = 0; i < kHeld; i++) smem->held[i][tid] = 0;
   for (int p0 = 0; p0 < P; p0 += 64) {
     const auto load = [&](int stage_id, int n0) {
       auto& stage = smem->stages[stage_id];
@@ -115,10 +120,12 @@ template <class T> __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_x_
           entering, [&](int n, float (&v)[8]) { load_a_floats<false>(v, B_rows + n, Smem::kPitchN); }, stage.dstate, Smem::kPitchState, 0, depth, P - p0);
       add_product<Input<T>, Weighted<T, true>, false, kTileN>(
           leaving, [&](int n, float (&v)[8]) { load_a_floats<false>(v, C_rows + n, Smem::kPitchN); }, stage.state, Smem::kPitchState, 0, depth, P - p0);
+      float passing = 0;
       for (int i = tid; i < 64 * kTileN; i += kThreads) {
         const int at = i / kTileN * Smem::kPitchState + i % kTileN;
-        sums[0] += stage.state[at] * stage.dstate[at];
+        passing += stage.state[at] * stage.dstate[at];
       }
+      smem->held[kPassing][tid] += passing;
       __syncthreads();  // the load after the next overwrites this stage
     }
     if (p0 == 0)
@@ -129,11 +136,14 @@ template <class T> __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_x_
 
     // dx, and the products of its terms with x and dy
     const auto value = [&](const T* tile, int l, int c) { return to_float(tile[l * Smem::kPitchX + c]); };
+    float enter[2] = {}, through[2] = {};
     for_pairs(entering, first_row, [&](int i, int l, int c, float& a, float& b) {
       a *= d[kToEnd][l], b *= d[kToEnd][l];
       enter[i] += a * value(smem->x, l, c) + b * value(smem->x, l, c + 1);
     });
     for_pairs(leaving, first_row, [&](int i, int l, int c, float a, float b) { through[i] += a * value(smem->dy, l, c) + b * value(smem->dy, l, c + 1); });
+#pragma unroll
+    for (int i = 0; i < 2; i++) smem->held[kEnter + i][tid] += enter[i], smem->held[kThrough + i][tid] += through[i];
     add_product<Weighted<T, false>, Input<T>, true, kChunk>(entering, [&](int l, float (&v)[8]) { fragment_of(scores, l, v); }, smem->dy, Smem::kPitchX,
                                                             first_row, kChunk, P - p0);
     for_pairs(entering, first_row, [&](int, int l, int c, float a, float b) {
@@ -161,7 +171,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_x_
     if (p.D && tid < 64 && p0 + tid < P) {
       const float sum = smem->columns[0][tid] + smem->columns[1][tid];
       if (p.D_has_p) dD[p0 + tid] = sum;
-      else sums[1] += sum;
+      else sum_of_D += sum;
     }
   }
 
@@ -178,7 +188,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_x_
     }
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const float sums_of_row[3] = {row_sum(direct[i]), row_sum(enter[i]), row_sum(through[i])};
+    const float sums_of_row[3] = {row_sum(direct[i]), row_sum(smem->held[kEnter + i][tid]), row_sum(smem->held[kThrough + i][tid])};
     if (lane_id() % 4 == 0) {
       const int l = first_row + fragment_row(2 * i);
       smem->direct[l] = sums_of_row[0], smem->enter[l] = sums_of_row[1], smem->through[l] = sums_of_row[2];
@@ -202,6 +212,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_x_
     if (l > column) sum += column < kChunk / 2 ? lower : lower + upper;
   }
   smem->after[half][column] = sum;
+  float sums[2] = {smem->held[kPassing][tid], sum_of_D};
   block_sum<kThreads>(sums);  // and a barrier
   if (tid >= kWarp) return;
 

@@ -26,7 +26,7 @@ template <class T> struct ForwardSmem {
 };
 
 // Grid: chunks x heads (x), tiles of p (y). A warp has 16 positions.
-template <class T> __global__ void __launch_bounds__(kThreads) chunk_scan_fwd_kernel(const ChunkScanCudaParams p, const Vectors vectors) {
+template <class T> __global__ void __launch_bounds__(kThreads, 3) chunk_scan_fwd_kernel(const ChunkScanCudaParams p, const Vectors vectors) {
   using Smem = ForwardSmem<T>;
   TZ_DYNAMIC_SHARED(Smem, smem);
   const int N = static_cast<int>(p.N), P = static_cast<int>(p.P), H = static_cast<int>(p.H);

@@ -171,7 +171,7 @@ template <class T> struct StatesOperands {
 
 // Grid: sequences x heads x tiles of p x tiles of n, all in x. A warp has 16 of p.
 template <class T, bool kReverse>
-__global__ void __launch_bounds__(kThreads) chunk_scan_states_kernel(const ChunkScanCudaParams p, const StatesOperands<T> o) {
+__global__ void __launch_bounds__(kThreads, 2) chunk_scan_states_kernel(const ChunkScanCudaParams p, const StatesOperands<T> o) {
   using Smem = StatesSmem<T>;
   TZ_DYNAMIC_SHARED(Smem, smem);
   const int N = static_cast<int>(p.N), P = static_cast<int>(p.P), H = static_cast<int>(p.H);
