@@ -5,18 +5,18 @@ from . import checks, dispatch, kernels
 from .reference import local_attention as reference
 
 OP = "local_attention"
-MAX_TRITON_P = 256
+MAX_GPU_P = 256
 
 
-def triton_heads(*tensors):
-    """The limit of the attentions' triton kernels: None, or why these tensors are refused."""
+def gpu_heads(*tensors):
+    """The limit of the attentions' GPU kernels: None, or why these tensors are refused."""
     for tensor in tensors:
-        if tensor is not None and tensor.dim() == 4 and tensor.shape[3] > MAX_TRITON_P:
-            return f"heads of {tensor.shape[3]} channels are over the {MAX_TRITON_P} of the triton kernels; the reference takes them"
+        if tensor is not None and tensor.dim() == 4 and tensor.shape[3] > MAX_GPU_P:
+            return f"heads of {tensor.shape[3]} channels are over the {MAX_GPU_P} of the GPU kernels; the reference takes them"
     return dispatch.gpu_dtypes(*tensors)
 
 
-dispatch.register(OP, "local_attention", ("local_attention_fwd", "local_attention_bwd"), cpu=dispatch.cpu_dtypes, cuda=dispatch.gpu_dtypes, triton=triton_heads)
+dispatch.register(OP, "local_attention", ("local_attention_fwd", "local_attention_bwd"), cpu=dispatch.cpu_dtypes, gpu=gpu_heads)
 
 
 def local_attention(q, k, v, window, *, causal=True, cu_seqlens=None, scale=None, key_mask=None, backend=None):

@@ -2,12 +2,11 @@
 import torch
 
 from . import checks, dispatch, kernels
-from .local_attention import triton_heads
+from .local_attention import gpu_heads
 from .reference import patch_cross_attention as reference
 
 OP = "patch_cross_attention"
-dispatch.register(OP, "patch_attention", ("patch_cross_attention_fwd", "patch_cross_attention_bwd"), cpu=dispatch.cpu_dtypes,
-                  cuda=dispatch.gpu_dtypes, triton=triton_heads)
+dispatch.register(OP, "patch_attention", ("patch_cross_attention_fwd", "patch_cross_attention_bwd"), cpu=dispatch.cpu_dtypes, gpu=gpu_heads)
 
 
 def patch_cross_attention(q, k, v, patch_ids, *, queries="patches", k_per_patch=1, scale=None, num_patches=None, key_mask=None, window=None,

@@ -109,3 +109,11 @@ def test_other_devices_use_shapes_only():
     x, w = conv_args()
     out = terrazzo.causal_conv1d_fn(x.to("meta"), w.to("meta"))
     assert out.shape == x.shape and out.device.type == "meta"
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", ["local_attention", "patch_cross_attention"])
+def test_wide_heads_are_refused_before_a_launch(op, backend):
+    q = torch.empty(1, 2, 1, 257)
+    assert "heads of 257 channels are over the 256 of the GPU kernels" in dispatch.OPS[op].limits[backend](q, q, q)
+    assert dispatch.OPS[op].limits[backend](q[..., :256], q[..., :256], q[..., :256]) is None
