@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import terrazzo
 
@@ -244,16 +243,13 @@ class Bamba(loading.Pretrained, CausalGeneration):
 
         Returns: Output(logits (B, L, V), loss or None). Equivalent to: transformers' BambaForCausalLM.
         """
-        layers.check_ids(FN, "input_ids", input_ids, self.config.vocab_size)
+        valid = layers.check_call(FN, input_ids, self.config.vocab_size, attention_mask, cu_seqlens, state)
         B, L = input_ids.shape
-        valid = layers.check_valid(FN, attention_mask, B, (state.length if state is not None else 0) + L)
-        layers.check_packed(FN, cu_seqlens, B, valid, state)
         h = self.model.embed_tokens(input_ids)
         context = Context(self.config, B, L, state, valid, cu_seqlens, h.device, h.dtype)
         for i, layer in enumerate(self.model.layers):
             past = None if state is None else state.layers[i]
-            again = self.gradient_checkpointing and self.training and past is None
-            h = checkpoint(layer, h, context, past, use_reentrant=False) if again else layer(h, context, past)
+            h = layers.run(layer, h, context, past, again=self.gradient_checkpointing and self.training and past is None)
         if state is not None:
             state.length += L
         logits = self.lm_head(self.model.final_layernorm(h[:, -logits_to_keep:] if logits_to_keep else h))

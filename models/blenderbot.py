@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from . import layers, loading
 from .generation import Generation
@@ -132,8 +131,8 @@ class Stack(nn.Module):
         for i, layer in enumerate(self.layers):
             if self.training and self.layerdrop and torch.rand(()) < self.layerdrop:
                 continue
-            args = h, mask, past and past[i], question[i] if isinstance(question, list) else question, question_mask
-            h = checkpoint(layer, *args, use_reentrant=False) if again else layer(*args)
+            asked = question[i] if isinstance(question, list) else question
+            h = layers.run(layer, h, mask, past and past[i], asked, question_mask, again=again)
         return self.layer_norm(h)
 
 
@@ -188,8 +187,8 @@ class Blenderbot(loading.Pretrained, Generation):
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError(f"{FN}: give labels, or decoder_input_ids")
-            start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
-            decoder_input_ids = torch.cat([start, labels[:, :-1]], 1).masked_fill_(torch.cat([start, labels[:, :-1]], 1) == layers.IGNORED, self.config.pad_token_id)
+            said_before = F.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
+            decoder_input_ids = said_before.masked_fill(said_before == layers.IGNORED, self.config.pad_token_id)
         layers.check_ids(FN, "decoder_input_ids", decoder_input_ids, self.config.vocab_size)
         again = self.gradient_checkpointing and self.training
         question, question_mask = self._encode(input_ids, layers.check_valid(FN, attention_mask, *input_ids.shape), again)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import terrazzo
 
@@ -214,18 +213,15 @@ class Dbrx(loading.Pretrained, CausalGeneration):
         Returns: Output(logits (B, L, V), loss or None), or MoeOutput. Equivalent to: transformers' DbrxForCausalLM.
         """
         c = self.config
-        layers.check_ids(FN, "input_ids", input_ids, c.vocab_size)
-        (B, L), before = input_ids.shape, 0 if state is None else state.length
-        valid = layers.check_valid(FN, attention_mask, B, before + L)
-        layers.check_packed(FN, cu_seqlens, B, valid, state)
+        valid = layers.check_call(FN, input_ids, c.vocab_size, attention_mask, cu_seqlens, state)
+        L, before = input_ids.shape[1], 0 if state is None else state.length
         h = F.dropout(self.transformer.wte(input_ids), c.emb_pdrop, self.training)
         mask = layers.Mask.causal(L, before, valid, cu_seqlens, h.device)
         turns = layers.rotations(layers.positions_of(valid, L, before, cu_seqlens, h.device), c.d_model // c.n_heads, c.rope_theta, h.dtype)
         router_logits = []
         for i, block in enumerate(self.transformer.blocks):
             past = None if state is None else state.layers[i]
-            again = self.gradient_checkpointing and self.training and past is None
-            h, logits = checkpoint(block, h, mask, turns, past, use_reentrant=False) if again else block(h, mask, turns, past)
+            h, logits = layers.run(block, h, mask, turns, past, again=self.gradient_checkpointing and self.training and past is None)
             router_logits.append(logits)
         if state is not None:
             state.length += L

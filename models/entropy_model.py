@@ -15,6 +15,8 @@ from torch import nn
 
 import terrazzo
 
+from . import layers
+
 BOS, OFFSET = 1, 4  # the token of the begin of a text; token OFFSET + b is byte b
 SHIPPED = Path(__file__).with_name("entropy")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -90,16 +92,6 @@ class EntropyConfig:
         return {"model_type": "blt_patcher", "rope_parameters": {"rope_type": "default", "rope_theta": config.pop("rope_theta")}} | config
 
 
-class Norm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x):
-        return terrazzo.rmsnorm_gated(x, self.weight, eps=self.eps)
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -131,23 +123,12 @@ def _rotate(x, turns):
     return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2).to(x.dtype)
 
 
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.self_attn, self.mlp = Attention(config), MLP(config)
-        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn, self.mlp = Attention(config), layers.GatedMLP(config.hidden_size, config.intermediate_size, F.silu)
+        self.input_layernorm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, turns, past):
         x = x + self.self_attn(self.input_layernorm(x), turns, past)
@@ -162,7 +143,7 @@ class EntropyModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.norm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._initialise()
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import terrazzo
 
@@ -160,6 +161,11 @@ def positions_of(valid, length, past, cu_seqlens=None, device=None):
     return (valid.long().cumsum(-1) - 1).masked_fill(~valid, 1)[:, past:]
 
 
+def run(layer, h, *args, again):
+    """layer(h, *args); `again`: its inner values are computed once more in the backward pass instead of kept."""
+    return checkpoint(layer, h, *args, use_reentrant=False) if again else layer(h, *args)
+
+
 @torch.no_grad()
 def initialise(model, std):
     """Normal weights of linear, convolution and embedding layers, zero biases: transformers' initialisation."""
@@ -201,6 +207,11 @@ def check_valid(fn, attention_mask, batch, length):
     return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
 
 
-def check_packed(fn, cu_seqlens, batch, valid, state):
-    if cu_seqlens is not None and (batch != 1 or valid is not None or state is not None):
-        raise ValueError(f"{fn}: cu_seqlens goes with a batch of 1 and without attention_mask and state, got B = {batch}")
+def check_call(fn, input_ids, vocab_size, attention_mask, cu_seqlens, state):
+    """The arguments that models of one stack share -> attention_mask (B, past + L) as bool, or None when it hides nothing."""
+    check_ids(fn, "input_ids", input_ids, vocab_size)
+    B, L = input_ids.shape
+    valid = check_valid(fn, attention_mask, B, (0 if state is None else state.length) + L)
+    if cu_seqlens is not None and (B != 1 or valid is not None or state is not None):
+        raise ValueError(f"{fn}: cu_seqlens goes with a batch of 1 and without attention_mask and state, got B = {B}")
+    return valid
