@@ -56,35 +56,12 @@ TZ_DEVICE void store_rows(const float (&out)[kColumns / 8][4], float factor_a, f
   }
 }
 
-// compute(i, stage) for i < count, the tiles of load(i, stage) under way one step ahead where there are two stages.
-template <int kStages, class Load, class Compute> TZ_DEVICE void walk(int count, const Load& load, const Compute& compute) {
-  const auto start = [&](int i) {
-    load(i, kStages == 1 ? 0 : i % 2);
-    cp_async_commit();
-  };
-  if (kStages == 2 && count > 0) start(0);
-  for (int i = 0; i < count; i++) {
-    if (kStages == 1) start(i);
-    else if (i + 1 < count) start(i + 1);
-    if (kStages == 2 && i + 1 < count) cp_async_wait<1>();
-    else cp_async_wait<0>();
-    __syncthreads();
-    compute(i, kStages == 1 ? 0 : i % 2);
-    __syncthreads();  // the next load overwrites what other warps may still read
-  }
-}
-
 // ---- products ------------------------------------------------------------------------------------------------
 // A left operand: 16 rows, kStep of k.
 template <class T> constexpr int kStep = sizeof(T) == 2 ? 16 : 8;
 template <class T> struct Left { uint32_t v[4]; };
 template <> struct Left<float> { uint32_t big[4], small[4]; };
 
-// The rest is rounded by an addition: mma doesn't read the bits behind, and what isn't finite is in `big` already.
-TZ_DEVICE void split(float x, uint32_t& big, uint32_t& small) {
-  big = to_tf32(x);
-  small = __float_as_uint(x - __uint_as_float(big)) + 0x1000u;
-}
 TZ_DEVICE uint32_t pack(float low, float high, __nv_bfloat16) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   uint32_t bits;
@@ -102,7 +79,7 @@ TZ_DEVICE uint32_t pack(float low, float high, __half) {
 template <class T> TZ_DEVICE void load_left(Left<T>& a, const T* tile, int pitch) { load_a(a.v, tile, pitch); }
 TZ_DEVICE void load_left(Left<float>& a, const float* tile, int pitch) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) split(tile[(lane_id() / 4 + i % 2 * 8) * pitch + lane_id() % 4 + i / 2 * 4], a.big[i], a.small[i]);
+  for (int i = 0; i < 4; i++) split_tf32(tile[(lane_id() / 4 + i % 2 * 8) * pitch + lane_id() % 4 + i / 2 * 4], a.big[i], a.small[i]);
 }
 // From accumulators (16 x 8 each): columns 8 n on. For floats the lane's two columns stand for k = t and t + 4; add_columns reads rows of the
 // right operand in the same order.
@@ -112,7 +89,7 @@ template <class T, int n> TZ_DEVICE void to_left(Left<T>& a, const float (&acc)[
 }
 template <int n> TZ_DEVICE void to_left(Left<float>& a, const float (&acc)[n][4], int at) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) split(acc[at][i % 2 * 2 + i / 2], a.big[i], a.small[i]);
+  for (int i = 0; i < 4; i++) split_tf32(acc[at][i % 2 * 2 + i / 2], a.big[i], a.small[i]);
 }
 
 // acc (16 x 8) += a b in three products of tf32. The cross terms go in the order of the factors q k and dy v, whichever side is the left
@@ -137,7 +114,7 @@ template <bool kKeysLeft> TZ_DEVICE void add_rows(float (&acc_a)[4], float (&acc
   for (int j = 0; j < 2; j++) {
     uint32_t big[2], small[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) split(tile[(8 * j + lane_id() / 4) * pitch + lane_id() % 4 + 4 * i], big[i], small[i]);
+    for (int i = 0; i < 2; i++) split_tf32(tile[(8 * j + lane_id() / 4) * pitch + lane_id() % 4 + 4 * i], big[i], small[i]);
     multiply_tf32x3<kKeysLeft>(j ? acc_b : acc_a, a, big, small);
   }
 }
@@ -153,7 +130,7 @@ TZ_DEVICE void add_columns(float (&acc_a)[4], float (&acc_b)[4], const Left<floa
   for (int j = 0; j < 2; j++) {
     uint32_t big[2], small[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) split(tile[(2 * (lane_id() % 4) + i) * pitch + 8 * j + lane_id() / 4], big[i], small[i]);
+    for (int i = 0; i < 2; i++) split_tf32(tile[(2 * (lane_id() % 4) + i) * pitch + 8 * j + lane_id() / 4], big[i], small[i]);
     multiply_tf32x3<false>(j ? acc_b : acc_a, a, big, small);
   }
 }

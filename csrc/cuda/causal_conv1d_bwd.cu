@@ -18,7 +18,6 @@ namespace {
 constexpr int kSteps = 4;     // positions whose loads are under way at once
 constexpr int kBehind = kTaps - 1;                // positions after which an input's gradient is complete
 constexpr int kSums = kTaps + 1;                  // dweight, dbias
-constexpr int kColumns = 32, kSumThreads = 256;   // of a block that adds up partial sums
 
 TZ_DEVICE float silu_slope(float x) {
   const float s = sigmoid(x);
@@ -221,22 +220,12 @@ __global__ void __launch_bounds__(kConvThreads, 6) causal_conv1d_bwd_channel_fir
   }
 }
 
-// dweight [D, W] and dbias [D] from partials [rows, W + 1, D]: thread (i, d) adds the rows i, i + kRows, ... Grid: tiles of d x W + 1.
-__global__ void __launch_bounds__(kSumThreads) causal_conv1d_bwd_sums_kernel(const CausalConv1dCudaParams p, const int64_t rows) {
-  constexpr int kRows = kSumThreads / kColumns;
-  TZ_SHARED(float, sums_smem, kSumThreads);
-  const int column = threadIdx.x % kColumns, i = threadIdx.x / kColumns, w = static_cast<int>(blockIdx.y);
-  const int64_t d = static_cast<int64_t>(blockIdx.x) * kColumns + column;
-  const float* partials = static_cast<const float*>(p.partials) + w * p.D + d;
-  float sum = 0;
-#pragma unroll 4
-  for (int64_t r = i; r < rows; r += kRows)
-    if (d < p.D) sum += partials[r * (p.W + 1) * p.D];
-  sums_smem[threadIdx.x] = sum;
-  __syncthreads();
-  if (i > 0 || d >= p.D) return;
-#pragma unroll
-  for (int k = 1; k < kRows; k++) sum += sums_smem[k * kColumns + column];
+// dweight [D, W] and dbias [D] from partials [rows, W + 1, D]. Grid: tiles of d x W + 1.
+__global__ void __launch_bounds__(kColumnSumThreads) causal_conv1d_bwd_sums_kernel(const CausalConv1dCudaParams p, const int64_t rows) {
+  const int w = static_cast<int>(blockIdx.y);
+  const int64_t d = static_cast<int64_t>(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
+  const float sum = column_sum(static_cast<const float*>(p.partials) + w * p.D + d, rows, (p.W + 1) * p.D, d < p.D);
+  if (threadIdx.x >= kSumColumns || d >= p.D) return;
   if (w < p.W) static_cast<float*>(p.dweight)[d * p.W + w] = sum;
   else if (p.dbias) static_cast<float*>(p.dbias)[d] = sum;
 }
@@ -326,8 +315,8 @@ cudaError_t causal_conv1d_bwd_cuda(const CausalConv1dCudaParams& p, cudaStream_t
     else
       error = all_aligned && p.L % kVec == 0 ? channel_first(causal_conv1d_bwd_channel_first_kernel<T, true>) : channel_first(causal_conv1d_bwd_channel_first_kernel<T, false>);
     if (error != cudaSuccess) return error;
-    const dim3 columns(static_cast<unsigned>(ceil_div(p.D, kColumns)), static_cast<unsigned>(p.W + 1));
-    error = launch(causal_conv1d_bwd_sums_kernel, columns, kSumThreads, 0, stream, p, rows);
+    const dim3 columns(static_cast<unsigned>(ceil_div(p.D, kSumColumns)), static_cast<unsigned>(p.W + 1));
+    error = launch(causal_conv1d_bwd_sums_kernel, columns, kColumnSumThreads, 0, stream, p, rows);
     if (error != cudaSuccess || !p.initial_states || p.num_sequences == 0) return error;
     const int64_t num_d = ceil_div(p.D, kConvThreads), blocks = p.num_sequences * num_d;
     if (blocks > INT32_MAX) return cudaErrorInvalidValue;

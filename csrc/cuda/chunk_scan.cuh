@@ -155,13 +155,8 @@ template <class Factor, int n> TZ_DEVICE Tf32<Factor::kParts, n> split(const flo
   Tf32<Factor::kParts, n> out;
 #pragma unroll
   for (int i = 0; i < n; i++) {
-    if constexpr (Factor::kRound) out.parts[0][i] = to_tf32(v[i]);
-    else memcpy(&out.parts[0][i], &v[i], sizeof(float));
-    if constexpr (Factor::kParts == 2) {
-      float big;
-      memcpy(&big, &out.parts[0][i], sizeof(float));
-      out.parts[1][i] = to_tf32(v[i] - big);
-    }
+    if constexpr (Factor::kParts == 2) split_tf32(v[i], out.parts[0][i], out.parts[1][i]);
+    else out.parts[0][i] = Factor::kRound ? to_tf32(v[i]) : __float_as_uint(v[i]);
   }
   return out;
 }

@@ -16,8 +16,6 @@ namespace terrazzo { namespace cuda {
 namespace scan {
 namespace {
 
-constexpr int kColumns = 32, kSumThreads = 256;  // of a block that adds up partial sums
-
 enum Held { kEnter, kThrough = 2, kPassing = 4, kHeld };  // of a lane's two rows twice, and the passing state
 
 template <class T> struct BackwardSmem {
@@ -88,33 +86,27 @@ template <class T> __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_x_
 #pragma unroll
   for (int i = 0; i < kHeld; i++) smem->held[i][tid] = 0;
   for (int p0 = 0; p0 < P; p0 += 64) {
-    const auto load = [&](int stage_id, int n0) {
+    const auto load = [&](int step, int stage_id) {
       auto& stage = smem->stages[stage_id];
+      const int n0 = step * kTileN;
       const auto in_p = [&](int row) { return p0 + row < P; };
       load_tile<kChunk, kTileN>(stage.C, Smem::kPitchN, C + n0, p.C_stride_l, N - n0, vectors.C, real);
       load_tile<kChunk, kTileN>(stage.B, Smem::kPitchN, B + n0, p.B_stride_l, N - n0, vectors.B, real);
       const int64_t at = state_at + static_cast<int64_t>(p0) * N + n0;
       load_tile<64, kTileN>(stage.state, Smem::kPitchState, static_cast<const float*>(p.states) + at, N, N - n0, vectors.states, in_p);
       load_tile<64, kTileN>(stage.dstate, Smem::kPitchState, static_cast<const float*>(p.dstates) + at, N, N - n0, vectors.states, in_p);
-      cp_async_commit();
     };
     load_tile<kChunk, 64>(smem->x, Smem::kPitchX, x + p0, p.x_stride_l, P - p0, vectors.x, real);
     load_tile<kChunk, 64>(smem->dy, Smem::kPitchX, dy + p0, p.dy_stride_l, P - p0, vectors.dy, real);
-    load(0, 0);
 
     // what enters the state after the chunk, B dH^T, and what leaves the one before it, C H^T, both [l, p]; with the first p the scores B C^T
     Accumulators entering, leaving;
     clear(entering);
     clear(leaving);
-    for (int n0 = 0, step = 0; n0 < N; n0 += kTileN, step++) {
-      const bool more = n0 + kTileN < N;
-      if (more) load((step + 1) % 2, n0 + kTileN);
-      if (more) cp_async_wait<1>();
-      else cp_async_wait<0>();
-      __syncthreads();
-      const auto& stage = smem->stages[step % 2];
+    walk<2>(ceil_div(N, kTileN), load, [&](int step, int stage_id) {
+      const auto& stage = smem->stages[stage_id];
       const T *B_rows = stage.B + first_row * Smem::kPitchN, *C_rows = stage.C + first_row * Smem::kPitchN;
-      const int depth = rounded(N - n0);
+      const int depth = rounded(N - step * kTileN);
       if (p0 == 0) add_inputs<kTileN>(scores, B_rows, stage.C, Smem::kPitchN, depth, first_row, kChunk);
       add_product<Input<T>, Weighted<T, true>, false, kTileN>(
           entering, [&](int n, float (&v)[8]) { load_a_floats<false>(v, B_rows + n, Smem::kPitchN); }, stage.dstate, Smem::kPitchState, 0, depth, P - p0);
@@ -126,8 +118,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_x_
         passing += stage.state[at] * stage.dstate[at];
       }
       smem->held[kPassing][tid] += passing;
-      __syncthreads();  // the load after the next overwrites this stage
-    }
+    });
     if (p0 == 0)
       for_pairs(scores, first_row, [&](int, int s, int l, float& a, float& b) {
         a = s <= l ? a * between(d, l, s) : 0;
@@ -256,28 +247,16 @@ template <class T> __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_x_
   if (dD && !p.D_has_p) dD[0] = sums[1];
 }
 
-// out[i] = the sum of the partial sums of column i: thread (r, i) adds the rows r, r + kRows, ...
-__global__ void __launch_bounds__(kSumThreads) chunk_scan_sum_kernel(const float* __restrict__ partials /* [rows, columns] */,
+// out[i] = the sum of the partial sums of column i.
+__global__ void __launch_bounds__(kColumnSumThreads) chunk_scan_sum_kernel(const float* __restrict__ partials /* [rows, columns] */,
                                                                      float* __restrict__ out /* [columns] */, const int64_t rows, const int64_t columns) {
-  constexpr int kRows = kSumThreads / kColumns;
-  TZ_SHARED(float, sums_smem, kSumThreads);
-  const int column = threadIdx.x % kColumns, first = threadIdx.x / kColumns;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kColumns + column;
-  float sum = 0;
-  if (i < columns) {
-#pragma unroll 4
-    for (int64_t r = first; r < rows; r += kRows) sum += partials[r * columns + i];
-  }
-  sums_smem[threadIdx.x] = sum;
-  __syncthreads();
-  if (first > 0 || i >= columns) return;
-#pragma unroll
-  for (int r = 1; r < kRows; r++) sum += sums_smem[r * kColumns + column];
-  out[i] = sum;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
+  const float sum = column_sum(partials + i, rows, columns, i < columns);
+  if (threadIdx.x < kSumColumns && i < columns) out[i] = sum;
 }
 cudaError_t launch_sum(const void* partials, void* out, int64_t rows, int64_t columns, cudaStream_t stream) {
   if (!out || partials == out || columns == 0) return cudaSuccess;
-  return launch(chunk_scan_sum_kernel, dim3(static_cast<unsigned>(ceil_div(columns, kColumns))), kSumThreads, 0, stream, static_cast<const float*>(partials),
+  return launch(chunk_scan_sum_kernel, dim3(static_cast<unsigned>(ceil_div(columns, kSumColumns))), kColumnSumThreads, 0, stream, static_cast<const float*>(partials),
                 static_cast<float*>(out), rows, columns);
 }
 
@@ -287,7 +266,7 @@ cudaError_t launch_sum(const void* partials, void* out, int64_t rows, int64_t co
 cudaError_t chunk_scan_bwd_cuda(const ChunkScanCudaParams& p, cudaStream_t stream) {
   if (p.H == 0 || p.P == 0) return cudaSuccess;
   const int64_t chunks = scan_chunks(p), splits = scan_splits(p), width = p.H * (p.D_has_p ? p.P : 1), positions = p.B * p.L * p.G * p.N;
-  if (scan::unsupported(p) || ceil_div(positions, scan::kColumns) > INT32_MAX) return cudaErrorInvalidValue;
+  if (scan::unsupported(p) || ceil_div(positions, kSumColumns) > INT32_MAX) return cudaErrorInvalidValue;
   cudaError_t error = scan::launch_decays(p, stream);
   if (error == cudaSuccess) error = scan::launch_states(p, false, stream);
   if (error == cudaSuccess) error = scan::launch_states(p, true, stream);

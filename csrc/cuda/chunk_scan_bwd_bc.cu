@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_bc_kernel(const Chunk
   if (chunk.begin >= chunk.end) return;  // the whole block
   const auto real = [&](int l) { return is_real(chunk, l); };
 
-  const auto load = [&](int step) {
-    auto& stage = smem->stages[step % 2];
+  const auto load = [&](int step, int stage_id) {
+    auto& stage = smem->stages[stage_id];
     const int head = first_head + step / tiles, p0 = step % tiles * kTileP;
     const auto in_p = [&](int row) { return p0 + row < P; };
     const T* x = static_cast<const T*>(p.x) + chunk.row * p.x_stride_b + chunk.begin * p.x_stride_l + head * p.x_stride_h + p0;
@@ -56,7 +56,6 @@ __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_bc_kernel(const Chunk
     load_tile<kTileP, 64>(stage.state, Smem::kPitchState, static_cast<const float*>(p.states) + at, N, N - n0, vectors.states, in_p);
     load_tile<kTileP, 64>(stage.dstate, Smem::kPitchState, static_cast<const float*>(p.dstates) + at, N, N - n0, vectors.states, in_p);
     load_decays(stage.decays, decays_at(p, chunk_id, head));
-    cp_async_commit();
   };
 
   Accumulators dS, dB, dC, dscores;  // [l, s], [s, n], [l, n], [l, s] of one head
@@ -64,14 +63,8 @@ __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_bc_kernel(const Chunk
   clear(dB);
   clear(dC);
   clear(dscores);
-  load(0);
-  for (int step = 0; step < steps; step++) {
-    const bool more = step + 1 < steps;
-    if (more) load(step + 1);
-    if (more) cp_async_wait<1>();
-    else cp_async_wait<0>();
-    __syncthreads();
-    const auto& stage = smem->stages[step % 2];
+  walk<2>(steps, load, [&](int step, int stage_id) {
+    const auto& stage = smem->stages[stage_id];
     const Decays& d = stage.decays;
     const T *x_rows = stage.x + first_row * Smem::kPitchX, *dy_rows = stage.dy + first_row * Smem::kPitchX;
     const int depth = rounded(P - step % tiles * kTileP);
@@ -99,8 +92,7 @@ __global__ void __launch_bounds__(kThreads) chunk_scan_bwd_bc_kernel(const Chunk
         }
       clear(dscores);
     }
-    __syncthreads();  // the next load overwrites this stage
-  }
+  });
 
   // dC += dS B, dB += dS^T C
   auto& last = smem->last;

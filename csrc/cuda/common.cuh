@@ -163,6 +163,27 @@ template <int kThreads, int n> TZ_DEVICE void block_sum(float (&v)[n]) {
   __syncthreads();  // the next call overwrites
 }
 
+// A block that adds up partial sums has kSumColumns columns, each for kColumnSumThreads / kSumColumns threads in turn: thread (i, c) adds the
+// rows i, i + that, ... of its column, `stride` elements apart, and the first of them gets the sum.
+constexpr int kSumColumns = 32, kColumnSumThreads = 256;
+TZ_DEVICE float column_sum(const float* __restrict__ column, int64_t rows, int64_t stride, bool exists) {
+  constexpr int kRows = kColumnSumThreads / kSumColumns;
+  TZ_SHARED(float, sums_smem, kColumnSumThreads);
+  const int first = threadIdx.x / kSumColumns;
+  float sum = 0;
+  if (exists) {
+#pragma unroll 4
+    for (int64_t r = first; r < rows; r += kRows) sum += column[r * stride];
+  }
+  sums_smem[threadIdx.x] = sum;
+  __syncthreads();
+  if (first == 0) {
+#pragma unroll
+    for (int i = 1; i < kRows; i++) sum += sums_smem[i * kSumColumns + threadIdx.x];
+  }
+  return sum;
+}
+
 // ---- functions -----------------------------------------------------------------------------------------------
 TZ_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
 TZ_DEVICE float silu(float x) { return x * sigmoid(x); }

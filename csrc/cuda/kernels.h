@@ -27,6 +27,9 @@ cudaError_t expert_rows_cuda(const ExpertRowsParams& p, cudaStream_t stream);
 cudaError_t fused_experts_fwd_cuda(const FusedExpertsCudaParams& p, cudaStream_t stream);
 cudaError_t fused_experts_bwd_cuda(const FusedExpertsCudaParams& p, cudaStream_t stream);
 cudaError_t experts_wgrad_cuda(const GroupedWgradCudaParams& p, cudaStream_t stream);
+// ids [B, L], starts [B, S + 1]; live [B, L] if wanted: which bytes key_mask [B, L] (or null) shows as keys.
+cudaError_t find_patch_starts(const int32_t* ids, int32_t* starts, int64_t B, int64_t L, int64_t S, const uint8_t* key_mask, uint8_t* live,
+                              cudaStream_t stream);
 cudaError_t patch_cross_attention_fwd_cuda(const PatchCrossAttentionCudaParams& p, cudaStream_t stream);
 cudaError_t patch_cross_attention_bwd_cuda(const PatchCrossAttentionCudaParams& p, cudaStream_t stream);
 cudaError_t local_attention_fwd_cuda(const LocalAttentionCudaParams& p, cudaStream_t stream);

@@ -15,9 +15,10 @@ namespace {
 constexpr int kStartThreads = 256, kLook = 8;  // positions a lane looks at in one step back
 constexpr int64_t kMostBlocks = 65535;         // along y of a grid
 
-// starts[b, s]: the first byte whose id is s or more, L without one. live[b, l], if wanted: whether byte l is a key that may be seen.
-// A lane has one byte; that which is first to reach a patch, or several, writes where they begin. Position L ends the row with id S.
-// Ids that are not sorted leave starts that mean nothing, but inside [0, L].
+// starts[b, s]: the first byte whose id is s or more, L without one; so bytes of no patch may stand anywhere between two. A byte that is
+// first to reach a patch, or several, writes where they begin. No atomics, nothing to clear first.
+// live[b, l], if wanted: whether byte l is a key that may be seen. A lane has one byte; position L ends the row with id S. Ids that are not
+// sorted leave starts that mean nothing, but inside [0, L].
 __global__ void __launch_bounds__(kStartThreads)
 patch_starts_kernel(const int32_t* __restrict__ ids /* [B, L] */, int32_t* __restrict__ starts /* [B, S + 1] */,
                     const uint8_t* __restrict__ key_mask /* [B, L] or null */, uint8_t* __restrict__ live /* [B, L] or null */, const int64_t B,
@@ -66,12 +67,17 @@ bool fill(Attention& a, const PatchCrossAttentionCudaParams& p) {
 }
 
 cudaError_t find_starts(const PatchCrossAttentionCudaParams& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.L + 1, kStartThreads)), static_cast<unsigned>(p.B < kMostBlocks ? p.B : kMostBlocks));
-  return launch(patch_starts_kernel, grid, kStartThreads, 0, stream, p.ids, p.patch_starts, p.bytes_ask ? nullptr : p.key_mask,
-                p.bytes_ask ? nullptr : p.live, p.B, static_cast<int>(p.L), static_cast<int>(p.S));
+  return find_patch_starts(p.ids, p.patch_starts, p.B, p.L, p.S, p.bytes_ask ? nullptr : p.key_mask, p.bytes_ask ? nullptr : p.live, stream);
 }
 
 }  // namespace
+
+cudaError_t find_patch_starts(const int32_t* ids, int32_t* starts, int64_t B, int64_t L, int64_t S, const uint8_t* key_mask, uint8_t* live,
+                              cudaStream_t stream) {
+  if (L > INT32_MAX / 2 || S > INT32_MAX / 2) return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<unsigned>(ceil_div(L + 1, kStartThreads)), static_cast<unsigned>(B < kMostBlocks ? B : kMostBlocks));
+  return launch(patch_starts_kernel, grid, kStartThreads, 0, stream, ids, starts, key_mask, live, B, static_cast<int>(L), static_cast<int>(S));
+}
 
 cudaError_t patch_cross_attention_fwd_cuda(const PatchCrossAttentionCudaParams& p, cudaStream_t stream) {
   if (p.B == 0 || p.Lq == 0) return cudaSuccess;

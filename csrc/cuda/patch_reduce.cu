@@ -8,7 +8,7 @@
 // and a second one, from L1 and L2, that writes. Bytes of no patch are zeroed by a kernel of their own: there may be long runs of them.
 #include "kernels.h"
 
-#include "patch_starts.cuh"
+#include "common.cuh"
 
 namespace terrazzo { namespace cuda {
 namespace {
@@ -149,7 +149,7 @@ unsigned count(int64_t n) { return static_cast<unsigned>(n); }
 cudaError_t patch_reduce_fwd_cuda(const PatchReduceCudaParams& p, cudaStream_t stream) {
   if (p.dtype == DType::f64) return cudaErrorInvalidValue;
   if (p.B == 0 || p.S == 0) return cudaSuccess;
-  const cudaError_t error = find_patch_starts(p.ids, p.patch_starts, p.B, p.L, p.S, stream);
+  const cudaError_t error = find_patch_starts(p.ids, p.patch_starts, p.B, p.L, p.S, nullptr, nullptr, stream);
   if (error != cudaSuccess) return error;
   return with_shape(p, inputs_aligned(p), [&](auto t, auto vec, auto mean) {
     const int patches = patches_of(p.D / decltype(vec)::v);
@@ -164,7 +164,7 @@ cudaError_t patch_reduce_bwd_cuda(const PatchReduceCudaParams& p, cudaStream_t s
   const int64_t bytes = size_of(p.dtype);
   const bool rows_aligned = inputs_aligned(p) && aligned(p.dy, p.D, bytes) && aligned(p.dh, p.D, bytes);
   if (p.S > 0) {
-    cudaError_t error = find_patch_starts(p.ids, p.patch_starts, p.B, p.L, p.S, stream);
+    cudaError_t error = find_patch_starts(p.ids, p.patch_starts, p.B, p.L, p.S, nullptr, nullptr, stream);
     if (error != cudaSuccess) return error;
     error = with_shape(p, rows_aligned, [&](auto t, auto vec, auto mean) {
       const int patches = patches_of(p.D / decltype(vec)::v);

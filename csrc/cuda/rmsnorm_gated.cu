@@ -17,7 +17,6 @@ namespace {
 
 constexpr int kHeld = 2;
 __host__ __device__ constexpr int threads_of(int team) { return team < 128 ? 128 : team; }
-constexpr int kColumns = 32, kSumThreads = 256;  // of a block that adds up partial sums
 constexpr int64_t kMostBlocks = 65535;           // along y or z of a grid
 
 // Sums over the kTeam threads that share a group.
@@ -212,21 +211,12 @@ template <class T, int kVec, int kTeam> __global__ void __launch_bounds__(thread
   }
 }
 
-// dweight[d] = the sum of the partial sums of column d: thread (i, d) adds the rows i, i + kRows, ...
-__global__ void __launch_bounds__(kSumThreads) rmsnorm_gated_dweight_kernel(const float* __restrict__ partials /* [rows, D] */,
+// dweight[d] = the sum of the partial sums of column d.
+__global__ void __launch_bounds__(kColumnSumThreads) rmsnorm_gated_dweight_kernel(const float* __restrict__ partials /* [rows, D] */,
                                                                             float* __restrict__ dweight /* [D] */, const int rows, const int64_t D) {
-  constexpr int kRows = kSumThreads / kColumns;
-  TZ_SHARED(float, sums_smem, kSumThreads);
-  const int column = threadIdx.x % kColumns, i = threadIdx.x / kColumns;
-  const int64_t d = static_cast<int64_t>(blockIdx.x) * kColumns + column;
-  float sum = 0;
-  for (int r = i; r < rows && d < D; r += kRows) sum += partials[r * D + d];
-  sums_smem[threadIdx.x] = sum;
-  __syncthreads();
-  if (i > 0 || d >= D) return;
-#pragma unroll
-  for (int k = 1; k < kRows; k++) sum += sums_smem[k * kColumns + column];
-  dweight[d] = sum;
+  const int64_t d = static_cast<int64_t>(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
+  const float sum = column_sum(partials + d, rows, D, d < D);
+  if (threadIdx.x < kSumColumns && d < D) dweight[d] = sum;
 }
 
 // fn(T{}, vector width, team size) for these arguments; `rows_aligned` says whether 16-byte accesses may be used.
@@ -275,7 +265,7 @@ cudaError_t rmsnorm_gated_bwd_cuda(const RmsnormGatedCudaParams& p, cudaStream_t
     });
     if (error != cudaSuccess) return error;
   }
-  return launch(rmsnorm_gated_dweight_kernel, dim3(count(ceil_div(p.D, kColumns))), kSumThreads, 0, stream,
+  return launch(rmsnorm_gated_dweight_kernel, dim3(count(ceil_div(p.D, kSumColumns))), kColumnSumThreads, 0, stream,
                 static_cast<const float*>(p.partials), static_cast<float*>(p.dweight), static_cast<int>(programs), p.D);
 }
 

@@ -51,9 +51,28 @@ TZ_DEVICE void load_b_tf32(uint32_t (&b)[2], const float* tile, int pitch) {
 }
 
 // x as the sum of two tf32 numbers, 22 bits of it: products of floats keep their digits as big big + big small + small big.
+// The rest is rounded by an addition: mma doesn't read the bits behind, and what isn't finite is in `big` already.
 TZ_DEVICE void split_tf32(float x, uint32_t& big, uint32_t& small) {
   big = to_tf32(x);
-  small = to_tf32(x - __uint_as_float(big));
+  small = __float_as_uint(x - __uint_as_float(big)) + 0x1000u;
+}
+
+// compute(i, stage) for i < count, the tiles of load(i, stage) under way one step ahead where there are two stages.
+template <int kStages, class Load, class Compute> TZ_DEVICE void walk(int count, const Load& load, const Compute& compute) {
+  const auto start = [&](int i) {
+    load(i, kStages == 1 ? 0 : i % 2);
+    cp_async_commit();
+  };
+  if (kStages == 2 && count > 0) start(0);
+  for (int i = 0; i < count; i++) {
+    if (kStages == 1) start(i);
+    else if (i + 1 < count) start(i + 1);
+    if (kStages == 2 && i + 1 < count) cp_async_wait<1>();
+    else cp_async_wait<0>();
+    __syncthreads();
+    compute(i, kStages == 1 ? 0 : i % 2);
+    __syncthreads();  // the next load overwrites what other warps may still read
+  }
 }
 
 }}  // namespace terrazzo::cuda
