@@ -207,8 +207,7 @@ def _why(args):
     shape = None if args.shape is None else _sizes(args.shape)
     extra = dict(_setting(text) for text in args.set)
     table = _table(None, "op", "backend", "")
-    dispatch.logger.setLevel("ERROR")  # the table says what the log would
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad(), dispatch.unlogged():  # the table says what the log would
         for name in names:
             tensors = tensors_at_choice(name, arguments(name, DTYPE_NAMES[args.dtype], shape, args.device, **extra))
             chosen, reason = dispatch.pick(name, *tensors, backend=args.backend)

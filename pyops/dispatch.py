@@ -155,6 +155,19 @@ def warn_once(message, *args):
 
 
 @contextmanager
+def unlogged():
+    """Choices made inside the `with` block are not logged, and are still news to the log behind it."""
+    global _logged
+    level, logged = logger.level, set(_logged)
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        _logged = logged
+
+
+@contextmanager
 def use_backend(backend, op=None):
     """Forces `backend` for every op, or for one op or op family, inside the `with` block (process-wide)."""
     _check_backend(backend, "backend")

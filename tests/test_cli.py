@@ -40,6 +40,15 @@ def test_why_names_the_choice_and_the_reasons(capsys):
     assert "cuda:0" in out
 
 
+def test_why_leaves_the_log_as_it_was(capsys, caplog):
+    x, weight = torch.randn(1, 8, 16), torch.randn(8, 7)
+    dispatch._logged.clear()
+    run(capsys, "why", "causal_conv1d_fn", "--shape", "1,64,32", "--set", "W=7")
+    assert not caplog.records
+    terrazzo.causal_conv1d_fn(x, weight)
+    assert ["widths 2 to 4, got 7" in record.message for record in caplog.records] == [True]
+
+
 @pytest.mark.parametrize("op", sorted(explain.CALLS))
 def test_why_answers_for_every_op(capsys, op):
     names, sizes = explain.CALLS[op][1], dict(B=1, L=64, H=4, P=16, D=64, T=32, A=2, E=8, K=48, V=260)
