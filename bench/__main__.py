@@ -211,7 +211,8 @@ def main(argv=None):
         argv.insert(0, "run")
     args = parser().parse_args(argv)
     # Torch 2.13 keeps what it compiled whatever ATEN_CPU_CAPABILITY said then; run under another one, that code overruns its buffers.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{default_cache_dir()}_{torch.backends.cpu.get_cpu_capability().replace(' ', '')}")
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():  # torch itself sets it to that
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{default_cache_dir()}_{torch.backends.cpu.get_cpu_capability().replace(' ', '')}"
     try:
         return COMMANDS[args.command](args, argv)
     except (ValueError, compare.Incomparable, OSError) as error:
