@@ -2,6 +2,7 @@
 
 LAZY = {
     "Bamba": "bamba", "BambaConfig": "bamba",
+    "Blt": "blt", "BltConfig": "blt_config",
     "Blenderbot": "blenderbot", "BlenderbotConfig": "blenderbot",
     "Dbrx": "dbrx", "DbrxConfig": "dbrx",
     "EntropyConfig": "entropy_model", "EntropyModel": "entropy_model",

@@ -16,6 +16,7 @@ from torch import nn
 import terrazzo
 
 from . import layers
+from .byte_layers import Stack, check_heads
 
 BOS, OFFSET = 1, 4  # the token of the begin of a text; token OFFSET + b is byte b
 SHIPPED = Path(__file__).with_name("entropy")
@@ -54,25 +55,20 @@ class EntropyConfig:
     intermediate_size: int | None = 2048    # None: 8/3 of hidden_size
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    dropout: float = 0.0                    # transformers' name; its patcher is never in training
     sliding_window: int | None = 512        # positions that a byte sees, itself included; None: all
     patching_threshold: float | None = None  # nats
     patch_size: float | None = None          # mean bytes of a patch at that threshold, on the text held out from training
+    hidden_act = "silu"
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.intermediate_size = self.intermediate_size or int(8 * self.hidden_size / 3)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                _fail(f"{name} must be a positive integer, got {value!r}")
+        check_heads("terrazzo.EntropyModel", self)
         if self.sliding_window is not None and (not isinstance(self.sliding_window, int) or self.sliding_window < 1):
             _fail(f"sliding_window must be a positive integer or None, got {self.sliding_window!r}")
-        if self.hidden_size % (2 * self.num_attention_heads):
-            _fail(f"hidden_size must be heads of an even size, got {self.hidden_size} for num_attention_heads {self.num_attention_heads}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            _fail(f"num_key_value_heads must divide num_attention_heads {self.num_attention_heads}, got {self.num_key_value_heads}")
-        if self.vocab_size < OFFSET + 256:
-            _fail(f"vocab_size must be at least {OFFSET + 256}, special tokens and bytes, got {self.vocab_size}")
+        if not isinstance(self.vocab_size, int) or self.vocab_size < OFFSET + 256:
+            _fail(f"vocab_size must be at least {OFFSET + 256}, special tokens and bytes, got {self.vocab_size!r}")
 
     @classmethod
     def from_hf(cls, config):
@@ -92,57 +88,13 @@ class EntropyConfig:
         return {"model_type": "blt_patcher", "rope_parameters": {"rope_type": "default", "rope_theta": config.pop("rope_theta")}} | config
 
 
-class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        D, P = config.hidden_size, config.hidden_size // config.num_attention_heads
-        self.head_dim, self.window = P, config.sliding_window
-        self.q_proj = nn.Linear(D, config.num_attention_heads * P, bias=False)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * P, bias=False)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * P, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * P, D, bias=False)
-
-    def forward(self, x, turns, past):
-        """x (B, L, D), turns (L, 1, P / 2); past: None, or a list of the keys and values before x, which is brought up to date."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = _rotate(q, turns), _rotate(k, turns)
-        before = 0
-        if past is not None:
-            if past:
-                before = past[0].shape[1]
-                k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
-            keep = k.shape[1] if self.window is None else min(self.window - 1, k.shape[1])
-            past[:] = k[:, k.shape[1] - keep :].clone(), v[:, v.shape[1] - keep :].clone()
-        # Queries and keys of local_attention share their positions: queries of zeros stand before the block.
-        y = terrazzo.local_attention(F.pad(q, (0, 0, 0, 0, before, 0)), k, v, self.window or k.shape[1])
-        return self.o_proj(y[:, before:].flatten(-2))
-
-
-def _rotate(x, turns):
-    """Rotary embedding of neighbouring pairs: a product of complex numbers."""
-    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2).to(x.dtype)
-
-
-class Layer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.self_attn, self.mlp = Attention(config), layers.GatedMLP(config.hidden_size, config.intermediate_size, F.silu)
-        self.input_layernorm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x, turns, past):
-        x = x + self.self_attn(self.input_layernorm(x), turns, past)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class EntropyModel(nn.Module):
+class EntropyModel(Stack):
     """EntropyModel(config) is untrained; `EntropyModel.from_pretrained()` is the one shipped with terrazzo."""
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config, config.sliding_window)
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._initialise()
@@ -158,40 +110,32 @@ class EntropyModel(nn.Module):
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
             weight.normal_(0, std if name != "lm_head.weight" else std / 4)
 
-    def forward(self, tokens, state=None):
+    def forward(self, tokens, past=None, lengths=None):
         """Logits (B, L, vocab_size) of the byte behind each of tokens (B, L) int64.
 
-        state: None, or a dict, empty at the begin of a text, that carries what the next call needs to go on where this one
-        ended: a window of keys and values for each layer.
+        past: None, or what past() began, which carries what the next call needs to go on where this one ended: a window of keys
+        and values for each layer. lengths: (B,) int64, the tokens of each row that are no padding, or None.
         """
-        at = state.get("position", 0) if state is not None else 0
-        pasts = state.setdefault("layers", [[] for _ in self.layers]) if state is not None else [None] * len(self.layers)
-        turns = self._turns(at, tokens.shape[1])
-        x = self.embed_tokens(tokens)
-        for layer, past in zip(self.layers, pasts):
-            x = layer(x, turns, past)
-        if state is not None:
-            state["position"] = at + tokens.shape[1]
-        return self.lm_head(self.norm(x))
-
-    def _turns(self, at, length):
-        P = self.config.hidden_size // self.config.num_attention_heads
-        device = self.embed_tokens.weight.device
-        speed = 1 / self.config.rope_theta ** (torch.arange(0, P, 2, device=device).float() / P)
-        angles = torch.arange(at, at + length, device=device, dtype=torch.float64)[:, None] * speed  # exact for any length of text
-        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[:, None]
+        return self.lm_head(self.norm(self.run(self.embed_tokens(tokens), past, lengths)))
 
     @torch.no_grad()
-    def logits(self, tokens, state=None, block=4096):
+    def logits(self, tokens, past=None, lengths=None, block=4096):
         """`forward` without gradients, in blocks of positions: the same logits, with memory for one block's layers."""
-        state = {} if state is None else state
-        return torch.cat([self(part, state) for part in tokens.split(block, 1)], 1)
+        return torch.cat(list(self._blocks(tokens, past, lengths, block)), 1)
 
     @torch.no_grad()
-    def entropies(self, tokens, state=None, block=4096):
+    def entropies(self, tokens, past=None, lengths=None, block=4096):
         """Entropies (B, L) in nats of the byte behind each token, in blocks of positions."""
-        state = {} if state is None else state
-        return torch.cat([terrazzo.entropy_patch(self(part, state), 0.0).entropies for part in tokens.split(block, 1)], 1)
+        return torch.cat([terrazzo.entropy_patch(logits, 0.0).entropies for logits in self._blocks(tokens, past, lengths, block)], 1)
+
+    def _blocks(self, tokens, past, lengths, block):
+        if past is None and tokens.shape[1] <= block:
+            yield self(tokens, None, lengths)
+            return
+        past, begin = self.past() if past is None else past, 0
+        for part in tokens.split(block, 1):
+            yield self(part, past, None if lengths is None else (lengths - begin).clamp(0, part.shape[1]))
+            begin += part.shape[1]
 
     @classmethod
     def from_pretrained(cls, path=None):

@@ -243,19 +243,48 @@ class PatcherState:
     def patch_id(self):
         return self.state[:, 2]
 
-    def update(self, entropies):
-        """entropies (B, K), or (B,) for one position -> starts, patch_ids of the same shape."""
+    def update(self, entropies, lengths=None):
+        """entropies (B, K), or (B,) for one position -> starts, patch_ids of the same shape.
+
+        lengths: (B,) int64, how many of the K positions are the row's own, or None: all; behind them starts are False and ids -1.
+        """
         if isinstance(entropies, torch.Tensor) and entropies.dim() == 1:
-            return tuple(t[:, 0] for t in self.update(entropies[:, None]))
+            return tuple(t[:, 0] for t in self.update(entropies[:, None], lengths))
         checks.check_tensor(STATE, "entropies", entropies, 2, "(B, K) or (B,)", self.before)
         checks.check_shape(STATE, "entropies", entropies, (self.before.shape[0], None), "(B, K)")
         chosen, _ = dispatch.pick(STATE, entropies, self.before, backend=self.backend)
         entropies = entropies.detach()
+        if lengths is not None:
+            return self._update_some(entropies, lengths)
         if chosen != "reference":
             return kernels.ops(chosen).patcher_update(entropies, self.state, self.before, self.threshold, RULES[self.rule], self.threshold_add,
                                                      self.max_patch_length or 0)
         dispatch.count(STATE, chosen)
         return reference.update(entropies, self.state, self.before, self.rule, self.threshold, self.threshold_add, self.max_patch_length)
+
+    def _update_some(self, entropies, lengths):
+        """`update` of rows of unequal length: of all K positions, and then back to where each row ends."""
+        K = entropies.shape[1]
+        checks.check_optional(STATE, "lengths", lengths, (entropies.shape[0],), "(B,)", entropies, dtypes=(torch.int64, torch.int32))
+        if checks.has_values(lengths) and lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= K:
+            checks.fail(STATE, f"lengths must be 0 to {K}, the positions that came, got {int(lengths.min())} to {int(lengths.max())}")
+        state, before, lengths = self.state.clone(), self.before.clone(), lengths.long()
+        starts, ids = self.update(entropies)
+        position = torch.arange(K, device=entropies.device)
+        own = position < lengths[:, None]
+        starts, ids = starts & own, torch.where(own, ids, -1)
+        if K == 0:
+            return starts, ids
+        last, came = (lengths - 1).clamp(min=0)[:, None], lengths > 0
+        start = torch.where(starts, position, -1).amax(1)
+        self.state = torch.stack([state[:, 0] + lengths, torch.where(start < 0, state[:, 1] + lengths, lengths - start),
+                                  torch.where(came, ids.gather(1, last)[:, 0].long(), state[:, 2])], 1)  # fmt: skip
+        self.before = torch.where(came, entropies.gather(1, last)[:, 0].to(before.dtype), before)
+        return starts, ids
+
+    def reorder(self, rows):
+        """Row i becomes what row rows[i] was."""
+        self.state, self.before = self.state[rows], self.before[rows]
 
     def update_from_logits(self, logits):
         """logits (B, K, V), or (B, V) for one position -> starts, patch_ids, entropies, of the shape without V."""

@@ -76,9 +76,9 @@ class Rule:
 @torch.no_grad()
 def measure(model, text, on_block=lambda size: None):
     """Entropy and surprise of every byte given those before it, (bytes,) nats; on_block hears of every block of bytes done."""
-    tokens, state, entropies, surprises = tokens_of(text), {}, [], []
+    tokens, past, entropies, surprises = tokens_of(text), model.past(), [], []
     for before, byte in zip(tokens[:, :-1].split(BLOCK, 1), tokens[:, 1:].split(BLOCK, 1)):
-        logits = model(before, state)
+        logits = model(before, past)
         entropies.append(entropy_patch(logits, 0.0).entropies[0])
         surprises.append(F.cross_entropy(logits[0], byte[0], reduction="none"))
         on_block(byte.shape[1])

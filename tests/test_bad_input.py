@@ -98,8 +98,8 @@ def patch_ids(**kw):
     return terrazzo.patch_ids_from_lengths(**(dict(lengths=torch.tensor([[1, 2, 3]]), length=6) | kw))
 
 
-def patcher(block=None, **kw):
-    return terrazzo.PatcherState(**(dict(batch=2, threshold=1.0) | kw)).update(torch.rand(2, 3) if block is None else block)
+def patcher(block=None, lengths=None, **kw):
+    return terrazzo.PatcherState(**(dict(batch=2, threshold=1.0) | kw)).update(torch.rand(2, 3) if block is None else block, lengths)
 
 
 def hashes(**kw):
@@ -129,6 +129,8 @@ BAD = [
     (cut_text, dict(tokens=torch.rand(2, 6)), TypeError, "tokens must be int64, int32"),
     (patch_ids, dict(length=7), ValueError, r"lengths of every row must sum to 7, got \[6\]"),
     (patch_ids, dict(lengths=torch.tensor([[7, -1]])), ValueError, "lengths must not be negative, got -1"),
+    (patcher, dict(lengths=torch.tensor([1, 4])), ValueError, "lengths must be 0 to 3, the positions that came, got 1 to 4"),
+    (patcher, dict(lengths=torch.tensor([1])), ValueError, "lengths must be"),
     (patcher, dict(threshold=None), TypeError, "threshold is missing"),
     (patcher, dict(block=torch.rand(3, 3)), ValueError, r"entropies must be \(B, K\) = \(2, \*\)"),
     (patcher, dict(dtype=torch.int64), TypeError, "dtype must be float32"),

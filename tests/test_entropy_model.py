@@ -100,11 +100,26 @@ def test_blocks_give_the_whole_texts_logits(sizes, block):
 
 
 def test_a_state_goes_on_where_it_ended():
-    model, tokens, state = tiny(sliding_window=7), some_tokens(), {}
-    parts = [model.logits(part, state) for part in tokens.split([1, 30, 2, 17], 1)]
+    model, tokens = tiny(sliding_window=7), some_tokens()
+    past = model.past()
+    parts = [model.logits(part, past) for part in tokens.split([1, 30, 2, 1, 16], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), model.logits(tokens))
-    assert state["position"] == 50
-    assert all(kept.shape[1] == 6 for layer in state["layers"] for kept in layer)  # never more than the window
+    assert past.length == 50
+    assert all(kept.shape[2] == 7 + 1 for layer in past.kept for kept in layer)  # never more than the window, and the slot of padding
+
+
+@every_config
+@pytest.mark.parametrize("pieces", [(50,), (1, 30, 2, 1, 16), (20, 1, 1, 1, 27)], ids=str)
+def test_rows_of_unequal_length(sizes, pieces):
+    model, tokens, lengths = tiny(**sizes), some_tokens(3), torch.tensor([50, 23, 1])
+    past, begin = model.past(), 0
+    for part in tokens.split(pieces, 1):
+        logits = model.logits(part, past, (lengths - begin).clamp(0, part.shape[1]))
+        for row, length in enumerate(lengths.tolist()):
+            n = max(min(length - begin, part.shape[1]), 0)
+            torch.testing.assert_close(logits[row, :n], model.logits(tokens[row : row + 1, :length])[0, begin : begin + n])
+        begin += part.shape[1]
+    assert past.length.tolist() == [50, 23, 1] and past.longest == 50
 
 
 def test_what_is_saved_comes_back_bit_by_bit(tmp_path):
@@ -180,7 +195,7 @@ def _index(text):
         (_index("{}"), "is no index of shards"),
         (_index('{"weight_map": {"patcher.norm.weight": "model-1-of-1.safetensors"}}'), "model-1-of-1.safetensors"),
         (_config(model_type="llama"), "got model_type 'llama'"),
-        (_config(hidden_size=64), "must be (260, 64) by its config.json, got (260, 32)"),
+        (_config(hidden_size=64), "must be (64, 64) by its config.json, got (32, 32)"),
         (_config(hidden_size="32"), "hidden_size must be a positive integer, got '32'"),
         (_config(hidden_size=30), "hidden_size must be heads of an even size, got 30"),
         (_config(num_key_value_heads=3), "num_key_value_heads must divide num_attention_heads 4, got 3"),

@@ -102,6 +102,31 @@ def test_incremental_equals_batch(rule, backend, dtype):
         assert torch.equal(state.patch_id.int(), ids[:, -1]) and state.position.tolist() == [64] * 3
 
 
+@backends
+@every_rule
+def test_rows_of_unequal_length_are_rows_alone(rule, backend):
+    e, lengths = entropies(), torch.tensor([[5, 0, 20], [0, 1, 30], [31, 2, 1], [0, 0, 0]])
+    together = terrazzo.PatcherState(3, backend=backend, **rule)
+    alone = [terrazzo.PatcherState(1, backend=backend, **rule) for _ in range(3)]
+    begin = [0, 0, 0]
+    for some in lengths:
+        width = int(some.max())
+        block = torch.full((3, width), 1.7)  # what stands behind a row counts for nothing
+        for row, n in enumerate(some.tolist()):
+            block[row, :n] = e[row, begin[row] : begin[row] + n]
+        starts, ids = together.update(block, some)
+        for row, n in enumerate(some.tolist()):
+            expected = alone[row].update(e[row : row + 1, begin[row] : begin[row] + n])
+            assert torch.equal(starts[row, :n], expected[0][0]) and torch.equal(ids[row, :n], expected[1][0])
+            assert not starts[row, n:].any() and (ids[row, n:] == -1).all()
+            begin[row] += n
+        assert torch.equal(together.state, torch.cat([state.state for state in alone]))
+    together.reorder(torch.tensor([2, 0, 0, 1]))
+    assert together.position.tolist() == [51, 36, 36, 3]
+    found = together.update(e[[2, 0, 0, 1], -1])[1].tolist()
+    assert found == [alone[row].update(e[row : row + 1, -1])[1].item() if i != 2 else found[1] for i, row in enumerate((2, 0, 0, 1))]
+
+
 def test_incremental_from_logits():
     logits = torch.randn(2, 20, 260, generator=torch.Generator().manual_seed(1))
     whole = terrazzo.entropy_patch(logits, 5.06, include_next=True)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from model_pairs import BAMBA, DBRX, ids, pair
+from model_pairs import BAMBA, BLT, DBRX, ids, pair
 
 OPTIONS = {
     "bamba": {
@@ -17,6 +17,17 @@ OPTIONS = {
         "not_normalised": {"ffn_config": DBRX["ffn_config"] | {"moe_normalize_expert_weights": None}},
         "norm_2": {"ffn_config": DBRX["ffn_config"] | {"moe_normalize_expert_weights": 2.0}},
         "gelu": {"ffn_config": DBRX["ffn_config"] | {"ffn_act_fn": {"name": "gelu"}}},
+    },
+    "blt": {
+        "plain": {}, "no_window": {"local_attention_window_len": None}, "tied": {"tie_word_embeddings": True}, "bytes": {"patching_mode": "byte"},
+        "no_patcher": {"patch_in_forward": False}, "two_hashes": {"encoder_hash_byte_group_nb_functions": 2, "encoder_hash_byte_group_size": [2, 9]},
+        "one_slot": {"cross_attn_k": 1} | {name: BLT[name] | {"cross_attn_k": 1} for name in ("encoder_config", "decoder_config")},
+        "encoder_crosses_everywhere": {"encoder_config": BLT["encoder_config"] | {"cross_attn_all_layers": True}},
+        "decoder_crosses_once": {"decoder_config": BLT["decoder_config"] | {"cross_attn_all_layers": False}},
+        "no_projection": {"global_config": BLT["global_config"] | {"hidden_size": 64},
+                          "decoder_config": BLT["decoder_config"] | {"hidden_size_global": 64}},
+        "theta": {"global_config": BLT["global_config"] | {"rope_parameters": {"rope_type": "default", "rope_theta": 30.0}},
+                  "patcher_config": BLT["patcher_config"] | {"sliding_window": None}},
     },
     "blenderbot": {"plain": {}, "not_scaled": {"scale_embedding": False}, "relu": {"activation_function": "relu"}},
 }  # fmt: skip
@@ -49,13 +60,13 @@ def test_logits_loss_and_gradients(kind, option, tmp_path):
     close(found.loss, expected.loss)
     found.loss.backward()
     expected.loss.backward()
-    gradients = {name: weight.grad for name, weight in theirs.named_parameters()}
+    gradients = {name: torch.zeros_like(weight) if weight.grad is None else weight.grad for name, weight in theirs.named_parameters()}
     largest = max(gradient.abs().max().item() for gradient in gradients.values())
     for name, weight in ours.named_parameters():  # with one expert its weight is 1 and the router's gradient nothing but rounding
-        close(weight.grad, gradients[name], 2e-4, 1e-3 * largest)
+        close(torch.zeros_like(weight) if weight.grad is None else weight.grad, gradients[name], 2e-4, 1e-3 * largest)
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", [kind for kind in OPTIONS if kind != "blt"])  # its patches depend on the last digit: tests/models/test_blt.py
 def test_bfloat16(kind, tmp_path):
     """As near to the float32 model as transformers' own bfloat16 is, twice that at most."""
     exact, theirs = pair(kind, tmp_path)
@@ -148,7 +159,8 @@ def test_gradient_checkpointing(kind, tmp_path):
         ours.gradient_checkpointing = again
         torch.manual_seed(1)
         ours(ids(), labels=ids(seed=3)).loss.backward()
-        gradients.append({name: weight.grad.clone() for name, weight in ours.named_parameters()})
+        gradients.append({name: weight.grad.clone() for name, weight in ours.named_parameters() if weight.grad is not None})
+    assert len(gradients[0]) > 20
     for name, gradient in gradients[0].items():
         close(gradients[1][name], gradient, 1e-6)
 

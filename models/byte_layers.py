@@ -1,0 +1,205 @@
+"""Layers of byte models, BLT's and its patcher's: attention in a window with rotary embeddings of neighbouring pairs, gated MLP.
+
+A text may come in pieces: a Past keeps what the next piece needs. Rows of a batch may differ in length; the padding stands behind.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import terrazzo
+
+from . import layers
+
+
+class Past:
+    """Keys and values of a stack's last `window` positions (None: of all), in rings: position p lies in slot p % window.
+
+    length: positions so far, an int, or (B,) int64 where rows differ; longest: the longest row's.
+    """
+
+    def __init__(self, depth, window):
+        self.window, self.length, self.longest = window, 0, 0
+        self.kept = [[None, None] for _ in range(depth)]  # (B, Hk, slots + 1, P); the last slot takes what belongs to no row
+
+    def reorder(self, rows):
+        self.kept = [[None if t is None else t[rows] for t in pair] for pair in self.kept]
+        if isinstance(self.length, torch.Tensor):
+            self.length = self.length[rows]
+
+
+class Span:
+    """The L positions of one call, for all layers of a stack. lengths: (B,) int64, those that are no padding; None: all are."""
+
+    def __init__(self, stack, length, device, past=None, lengths=None):
+        self.window, self.past, self.lengths, self.L = stack.window, past, lengths, length
+        self.begin = 0 if past is None else past.length
+        positions = torch.arange(length, device=device) + (self.begin[:, None] if isinstance(self.begin, torch.Tensor) else self.begin)
+        self.turns = _turns(positions, stack.head_dim, stack.theta)
+        self.ragged = lengths is not None or isinstance(self.begin, torch.Tensor)
+        if past is not None:
+            self._place(device)
+
+    def _place(self, device):
+        """Where the new keys go, and what a single new position sees."""
+        past, L = self.past, self.L
+        if self.ragged:
+            count = torch.full_like(self.begin, L) if self.lengths is None else self.lengths
+            self.end = self.begin + count
+            self.longest = int(self.end.max()) if len(self.end) else 0
+        else:
+            self.end = self.longest = self.begin + L
+        self.room = self.longest if self.window is None else min(self.longest, self.window)
+        m = L if self.window is None else min(L, self.window)
+        if self.ragged:
+            self.take = count[:, None] - m + torch.arange(m, device=device)
+            self.begin = self.end - count
+            position = self.begin[:, None] + self.take
+            self.slots = torch.where(self.take < 0, -1, position if self.window is None else position % self.window)
+            self.rows = torch.arange(len(count), device=device)[:, None]
+            seen = self.end.clamp(min=1) if self.window is None else self.end.clamp(1, self.window)
+            self.sees = (torch.arange(self.room, device=device) < seen[:, None])[:, None, None]
+        else:
+            self.take, first = slice(L - m, L), self.begin + L - m
+            first = first if self.window is None else first % self.window
+            whole = self.window is None or first + m <= self.window
+            self.slots = slice(first, first + m) if whole else (first + torch.arange(m, device=device)) % self.window
+            self.sees = None
+
+    def done(self):
+        """The positions belong to the past from now on."""
+        if self.past is not None:
+            self.past.length, self.past.longest = self.end, self.longest
+
+    def attend(self, q, k, v, kept, dropout):
+        """Attention of q (B, L, H, P) over k, v (B, L, Hk, P) and what is kept -> (B, L, H, P)."""
+        if kept is None or self.past.longest == 0:
+            if kept is not None:
+                self._store(kept, k, v)
+            if dropout:
+                return dense_attention(q, k, v, causal_window(self.L, self.window, q.device), dropout)
+            return terrazzo.local_attention(q, k, v, self.window or max(self.L, 1))
+        if self.L == 1:
+            self._store(kept, k, v)
+            keys, values = (t[:, :, : self.room] for t in kept)
+            return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, self.sees, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+        keys, values, mask = self._before(kept)
+        before = keys.shape[1]
+        self._store(kept, k, v)
+        # Queries and keys of local_attention share their positions: queries of zeros stand before the piece.
+        k, v = torch.cat([keys, k], 1), torch.cat([values, v], 1)
+        y = terrazzo.local_attention(F.pad(q, (0, 0, 0, 0, before, 0)), k, v, self.window or k.shape[1], key_mask=mask)
+        return y[:, before:]
+
+    def _before(self, kept):
+        """Keys and values (B, m, Hk, P) of the last m positions before the piece in their order, and a mask (B, m + L) where rows are shorter."""
+        m = self.past.longest if self.window is None else min(self.past.longest, self.window - 1)
+        if not self.ragged:
+            position = torch.arange(self.begin - m, self.begin, device=kept[0].device)
+            slots = position if self.window is None else position % self.window
+            return *(t[:, :, slots].transpose(1, 2) for t in kept), None
+        position = self.begin[:, None] - m + torch.arange(m, device=kept[0].device)
+        slots = position if self.window is None else position % self.window
+        slots = torch.where(position < 0, 0, slots)
+        return *(t[self.rows, :, slots] for t in kept), F.pad(position >= 0, (0, self.L), value=True)
+
+    def _store(self, kept, k, v):
+        if kept[0] is None or kept[0].shape[2] <= self.room:
+            room = max(self.room + 64, 2 * self.room)
+            room = room if self.window is None else min(room, self.window)
+            for i, new in enumerate((k, v)):  # zeros: what a mask hides must be a number
+                fresh = new.new_zeros(new.shape[0], new.shape[2], room + 1, new.shape[3])
+                if kept[i] is not None:
+                    fresh[:, :, : kept[i].shape[2] - 1] = kept[i][:, :, :-1]
+                kept[i] = fresh
+        for into, new in zip(kept, (k, v)):
+            if self.ragged:
+                into[self.rows, :, self.slots] = new[self.rows, self.take.clamp(min=0)]
+            else:
+                into[:, :, self.slots] = new[:, self.take].transpose(1, 2)
+
+
+def _turns(positions, width, theta):
+    """(..., 1, width / 2) complex64 of positions (...): what turns a pair of neighbouring channels. Angles are exact for any length of text."""
+    speed = 1 / theta ** (torch.arange(0, width, 2, device=positions.device).float() / width)
+    angles = positions[..., None].double() * speed
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).unsqueeze(-2)
+
+
+def _rotate(x, turns):
+    """Rotary embedding of neighbouring pairs: a product of complex numbers."""
+    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2).to(x.dtype)
+
+
+def causal_window(length, window, device):
+    """(length, length) bool: who sees whom."""
+    behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (behind >= 0) & (behind < (window or length))
+
+
+def dense_attention(q, k, v, mask, dropout):
+    """Attention with dropout, which the kernels have not: q (B, L, H, P), mask broadcast to (B, H, L, Lk); memory L * Lk."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, self.head_dim, self.dropout = config.hidden_size, config.hidden_size // config.num_attention_heads, config.dropout
+        self.q_proj = layers.Linear(D, D, bias=False)
+        self.k_proj = layers.Linear(D, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = layers.Linear(D, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = layers.Linear(D, D, bias=False)
+
+    def forward(self, x, span, kept):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = _rotate(q, span.turns), _rotate(k, span.turns)
+        return self.o_proj(span.attend(q, k, v, kept, self.dropout if self.training else 0.0).flatten(-2))
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = layers.GatedMLP(config.hidden_size, config.intermediate_size, layers.activation("terrazzo.models", config.hidden_act))
+        self.input_layernorm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, span, kept):
+        x = x + self.self_attn(self.input_layernorm(x), span, kept)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Stack(nn.Module):
+    """`num_hidden_layers` layers in `layers`; window: positions that one sees, itself included, or None: all."""
+
+    gradient_checkpointing = False
+
+    def __init__(self, config, window):
+        super().__init__()
+        self.window, self.theta, self.head_dim = window, config.rope_theta, config.hidden_size // config.num_attention_heads
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+    def past(self):
+        return Past(len(self.layers), self.window)
+
+    def run(self, x, past=None, lengths=None, before=None):
+        """x (B, L, D) through all layers; before(i, x) -> x is called in front of layer i."""
+        span = Span(self, x.shape[1], x.device, past, lengths)
+        for i, layer in enumerate(self.layers):
+            x = x if before is None else before(i, x)
+            x = layers.run(layer, x, span, None if past is None else past.kept[i], again=self.gradient_checkpointing and self.training and past is None)
+        span.done()
+        return x
+
+
+def check_heads(fn, config):
+    """Sizes that every stack must have: positive, heads of an even width, groups of heads that are whole."""
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{fn}: {name} must be a positive integer, got {value!r}")
+    if config.hidden_size % (2 * config.num_attention_heads):
+        raise ValueError(f"{fn}: hidden_size must be heads of an even size, got {config.hidden_size} for num_attention_heads {config.num_attention_heads}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(f"{fn}: num_key_value_heads must divide num_attention_heads {config.num_attention_heads}, got {config.num_key_value_heads}")
