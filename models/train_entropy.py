@@ -6,92 +6,23 @@ patches of --patch-size bytes on average, and the share of patches that begin at
 """
 import argparse
 import json
-import lzma
 import math
 import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..text_patches import Cut, Rule, measure, starts_of
-from .entropy_model import BOS, OFFSET, EntropyConfig, EntropyModel, word_starts
+from .entropy_model import EntropyConfig, EntropyModel
+from .training import batches, progress, read_text, train
 
-DATA = Path(__file__).with_name("data")
-WARM_UP = 0.03  # of the budget
-BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
-
-
-def read_text(paths, default):
-    """The bytes of these files, .xz ones unpacked, or of the default one."""
-    if not paths and not (DATA / default).exists():
-        raise FileNotFoundError("terrazzo.models.train_entropy: the training text comes with a checkout, not with the installed package; name text files")
-    files = [Path(path) for path in paths] or [DATA / default]
-    return np.frombuffer(b"".join(lzma.open(file).read() if file.suffix == ".xz" else file.read_bytes() for file in files), np.uint8)
-
-
-def batches(text, length, size, generator):
-    """Endless (size, length + 1) token windows: BOS and text from a word's start; an epoch goes through all of it in random order."""
-    starts = np.flatnonzero(word_starts(text))
-    starts = starts[starts < len(text) - length]
-    if not len(starts):
-        raise ValueError(f"terrazzo.models.train_entropy: the text must be longer than a window of {length} bytes, got {len(text)}")
-    waiting = np.empty(0, np.int64)
-    while True:
-        while len(waiting) < size:
-            phase = int(torch.randint(length, (), generator=generator))
-            slots = np.searchsorted(starts, np.arange(phase, len(text) - length, length)) if len(text) - length > phase else np.array([0])
-            fresh = starts[slots[slots < len(starts)]]
-            waiting = np.concatenate([waiting, fresh[torch.randperm(len(fresh), generator=generator).numpy()]])
-        chosen, waiting = waiting[:size], waiting[size:]
-        window = text[chosen[:, None] + np.arange(length)]
-        yield F.pad(torch.from_numpy(window.astype(np.int64)) + OFFSET, (1, 0), value=BOS)
+FN = "terrazzo.models.train_entropy"
 
 
 def loss_of(model, tokens):
     """Mean nats of a byte."""
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def optimiser(model, lr):
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
-
-
-def factor(done):
-    """Of the learning rate, when this share of the budget is done: a short rise, then a cosine down to a fiftieth."""
-    if done < WARM_UP:
-        return max(done / WARM_UP, 0.01)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min((done - WARM_UP) / (1 - WARM_UP), 1.0)))
-
-
-def train(model, source, lr, seconds=None, steps=None, on_step=None):
-    """Trains until either budget is spent; on_step(share done, step, loss in bits per byte). Returns steps, bytes and seconds."""
-    adam, model = optimiser(model, lr), model.train()
-    begin, step, seen = time.perf_counter(), 0, 0
-    while True:
-        taken = time.perf_counter() - begin
-        done = step / steps if steps is not None else taken / seconds
-        if done >= 1:
-            model.eval()
-            return {"steps": step, "bytes": seen, "seconds": round(taken, 1)}
-        for group in adam.param_groups:
-            group["lr"] = lr * factor(done)
-        tokens = next(source)
-        loss = loss_of(model, tokens)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        adam.step()
-        adam.zero_grad(set_to_none=True)
-        step, seen = step + 1, seen + tokens.numel() - tokens.shape[0]
-        if on_step is not None:
-            on_step(done, step, loss.item() / math.log(2))
 
 
 def evaluate(model, text, patch_size):
@@ -139,25 +70,16 @@ def main(argv=None):
 
 def run(args):
     if args.minutes <= 0 or (args.steps is not None and args.steps < 1) or args.batch < 1 or args.length < 2:
-        raise ValueError("terrazzo.models.train_entropy: --minutes, --steps and --batch must be positive, --length at least 2")
-    text, held_out = read_text(args.texts, "train.txt.xz"), read_text(args.held_out, "held_out.txt.xz")
+        raise ValueError(f"{FN}: --minutes, --steps and --batch must be positive, --length at least 2")
+    text, held_out = read_text(FN, args.texts, "train.txt.xz"), read_text(FN, args.held_out, "held_out.txt.xz")
     config = EntropyConfig(hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=args.heads, sliding_window=args.window,
                            intermediate_size=math.ceil(args.width / 12) * 32)
     torch.manual_seed(args.seed)
     model = EntropyModel(config)
     untrained = evaluate(model, held_out, args.patch_size)
-    source = batches(text, args.length, args.batch, torch.Generator().manual_seed(args.seed))
-    console = Console(stderr=True)
-    columns = TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=args.json) as progress:
-        task, smooth = progress.add_task("", total=1.0), [None]
-
-        def on_step(done, step, bits):
-            smooth[0] = bits if smooth[0] is None else 0.98 * smooth[0] + 0.02 * bits
-            if step % 20 == 0:
-                progress.update(task, completed=done, description=f"step {step}, {smooth[0]:.3f} bits per byte")
-
-        spent = train(model, source, args.lr, args.minutes * 60, args.steps, on_step)
+    source = batches(FN, text, args.length, args.batch, torch.Generator().manual_seed(args.seed))
+    with progress(args.json) as on_step:
+        spent = train(model, source, loss_of, args.lr, args.minutes * 60, args.steps, on_step)
     model.half().float()  # what is stored is what is evaluated
     trained = evaluate(model, held_out, args.patch_size)
     config.patching_threshold, config.patch_size = trained["threshold"], trained["patch_size"]

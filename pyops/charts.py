@@ -1,4 +1,5 @@
-"""Small bar charts as SVG text, for the demo and the benchmark report: no drawing library needed."""
+"""Small charts as SVG text, for the demo, the benchmark report and the trainers: no drawing library needed."""
+import math
 from html import escape
 
 COLOURS = ("#1f6f78", "#c9a66b", "#7b8fa1", "#b5654a", "#5b8c5a")
@@ -32,7 +33,50 @@ def bars(title, groups, unit=""):
             parts.append(f'<text x="{LABEL + end + 8:.1f}" y="{y + 15}" {TEXT}>{escape(f"{value:.4g} {unit}".rstrip())}</text>')
             y += BAR + GAP
         y += GAP
-    width, height = LABEL + PLOT + VALUE, y + 8
+    return _svg(title, LABEL + PLOT + VALUE, y + 8, parts)
+
+
+def curves(title, series, across, up, levels=()):
+    """SVG of lines. series: [(label, [(x, y)])]; across, up: what the axes say; levels: [(label, y)], drawn as dashed lines."""
+    left, top, wide, high = 64, 40, 600, 300
+    points = [point for _, line in series for point in line]
+    right = max((x for x, _ in points), default=0) or 1
+    values = sorted([y for _, y in points] + [y for _, y in levels]) or [0, 1]
+    low, peak = min(values), max(values)
+    step = _tick(peak - low or 1)
+    low, peak = math.floor(low / step) * step, math.ceil(peak / step + 1e-9) * step
+
+    def at(x, y):
+        return f"{left + wide * x / right:.1f},{top + high * (peak - y) / (peak - low):.1f}"
+
+    parts = []
+    for i in range(round((peak - low) / step) + 1):
+        y = top + high * (1 - i * step / (peak - low))
+        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{left + wide}" y2="{y:.1f}" stroke="#e3e3e3"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" {TEXT} text-anchor="end">{low + i * step:.4g}</text>')
+    for i in range(math.floor(right / _tick(right)) + 1):
+        x = left + wide * i * _tick(right) / right
+        parts.append(f'<text x="{x:.1f}" y="{top + high + 18}" {TEXT} text-anchor="middle">{i * _tick(right):.4g}</text>')
+    for label, y in levels:
+        edge = at(right, y).split(",")[1]
+        parts.append(f'<line x1="{left}" y1="{edge}" x2="{left + wide}" y2="{edge}" stroke="#222" stroke-dasharray="5 4"/>')
+        parts.append(f'<text x="{left + wide + 8}" y="{float(edge) + 4:.1f}" {TEXT}>{escape(f"{label} {y:.3g}")}</text>')
+    for index, (label, line) in enumerate(series):
+        colour = COLOURS[index % len(COLOURS)]
+        parts.append(f'<polyline points="{" ".join(at(x, y) for x, y in line)}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+        parts.append(f'<text x="{left + 12}" y="{top + 18 + 18 * index}" {FONT.replace("#222", colour)} font-size="13">{escape(label)}</text>')
+    parts.append(f'<text x="{left + wide / 2}" y="{top + high + 38}" {TEXT} text-anchor="middle">{escape(across)}</text>')
+    parts.append(f'<text transform="translate(16 {top + high / 2}) rotate(-90)" {TEXT} text-anchor="middle">{escape(up)}</text>')
+    return _svg(title, left + wide + VALUE, top + high + 48, parts)
+
+
+def _tick(span):
+    """The round number of which `span` holds four to ten."""
+    unit = 10.0 ** math.floor(math.log10(span))
+    return next(unit * part for part in (0.1, 0.2, 0.25, 0.5, 1) if span / (unit * part) <= 10)
+
+
+def _svg(title, width, height, parts):
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img">'
     ground = f'<title>{escape(title)}</title><rect width="{width}" height="{height}" fill="white"/>'
     name = f'<text x="12" y="22" {FONT} font-size="16" font-weight="600">{escape(title)}</text>'

@@ -9,7 +9,7 @@ import pytest
 import terrazzo
 import torch
 from safetensors.torch import load_file, save_file
-from terrazzo.models import EntropyConfig, EntropyModel, train_entropy
+from terrazzo.models import EntropyConfig, EntropyModel, train_entropy, training
 from terrazzo.models.entropy_model import BOS, OFFSET, SHIPPED, tokens_of, word_starts
 from terrazzo.tolerance import check
 
@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.models.blt.configuration_blt import BltPatcherConfig  # noqa: E402
 from transformers.models.blt.modeling_blt import BltPatcher  # noqa: E402
 
-DATA = Path(train_entropy.DATA)
+DATA = Path(training.DATA)
 CONFIGS = {
     "window": dict(sliding_window=7),
     "all": dict(sliding_window=None),
@@ -229,11 +229,11 @@ def test_tokens_and_word_starts():
 
 def test_windows_go_through_all_of_the_text():
     text = np.frombuffer(b"word " * 400, np.uint8)
-    source = train_entropy.batches(text, 50, 4, torch.Generator().manual_seed(0))
+    source = training.batches("f", text, 50, 4, torch.Generator().manual_seed(0))
     windows = torch.cat([next(source) for _ in range(9)])
     assert windows.shape == (36, 51) and (windows[:, 0] == BOS).all() and (windows[:, 1] == OFFSET + ord("w")).all()
     with pytest.raises(ValueError, match="longer than a window of 50 bytes, got 20"):
-        next(train_entropy.batches(text[:20], 50, 4, torch.Generator()))
+        next(training.batches("f", text[:20], 50, 4, torch.Generator()))
 
 
 def test_training_learns_and_writes_a_model(tmp_path, capsys):

@@ -1,0 +1,149 @@
+"""Trains a small byte-level Bamba or BLT on the CPU: python -m terrazzo.models.train --model bamba|blt --out DIRECTORY [TEXT ...]
+
+AdamW, cosine schedule over a time budget or a number of steps, windows of text that begin at a word, loss in bits per byte. The
+text is models/data of the checkout unless files are named. DIRECTORY gets a checkpoint in Hugging Face's layout, in bfloat16, and the
+loss curve. At the end: bits per byte of the held-out text, beside what gzip and xz need for it. A BLT's patches are those of the
+entropy model shipped with terrazzo, whose weights are part of the checkpoint and are not trained.
+"""
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ..charts import curves
+from .entropy_model import BOS, SHIPPED, EntropyModel
+from .training import batches, bits_per_byte, compressed, progress, read_text, train
+
+FN = "terrazzo.models.train"
+PAD, EOS = 3, 2  # of the byte vocabulary: tokens 0 to 3 are special, 4 + b is byte b
+GENERATION = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 400}
+
+
+def bamba(args):
+    from .bamba import Bamba, BambaConfig
+
+    attends = [args.layers // 2] if args.layers > 1 else []
+    heads = args.width // args.head_size
+    config = BambaConfig(vocab_size=260, hidden_size=args.width, intermediate_size=args.inner or 2 * args.width, num_hidden_layers=args.layers,
+                         num_attention_heads=heads, num_key_value_heads=heads // 2 or 1, attn_layer_indices=attends, mamba_n_heads=2 * heads,
+                         mamba_d_state=args.state, max_position_embeddings=4096, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)  # fmt: skip
+    model = Bamba(config)
+    initialise(model, args.layers)
+    return model
+
+
+MODELS = {"bamba": bamba}
+
+
+@torch.no_grad()
+def initialise(model, layers):
+    """Normal weights of variance 1 / width; what enters the residual stream is smaller by the root of its inputs' number, the head by four.
+    Steps of the scan between 0.001 and 0.1, decay rates between 1 and 16, as Mamba-2 has them."""
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            std = weight.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * layers)
+            weight.normal_(0, std / 4 if name == "lm_head.weight" else std)
+        elif name.endswith("conv1d.weight"):
+            weight.uniform_(-0.5, 0.5)
+        elif name.endswith("A_log"):
+            weight.uniform_(1, 16).log_()
+        elif name.endswith("dt_bias"):
+            step = torch.empty_like(weight).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+            weight.copy_(step + torch.log(-torch.expm1(-step)))
+
+
+def loss_of(model, tokens):
+    """Mean nats of a byte."""
+    return model(tokens, labels=tokens).loss
+
+
+def parser():
+    top = argparse.ArgumentParser(prog=f"python -m {FN}", description=__doc__.splitlines()[0])
+    top.add_argument("texts", nargs="*", metavar="TEXT", help="text files, .xz ones too (default: the public-domain text of the checkout)")
+    top.add_argument("--model", required=True, choices=MODELS)
+    top.add_argument("--out", required=True, help="directory for config.json, model.safetensors and loss.svg")
+    top.add_argument("--held-out", action="append", default=[], metavar="TEXT", help="text files to evaluate on (default: the checkout's)")
+    top.add_argument("--minutes", type=float, default=25.0, help="time budget of the training; the schedule follows the clock (default 25)")
+    top.add_argument("--steps", type=int, help="a number of steps instead: the same model on every run")
+    top.add_argument("--layers", type=int, default=4, help="(default 4; of a Bamba the middle one attends)")
+    top.add_argument("--width", type=int, default=256)
+    top.add_argument("--inner", type=int, help="width of the gated MLPs (default: twice --width)")
+    top.add_argument("--head-size", type=int, default=64)
+    top.add_argument("--state", type=int, default=64, help="of the scan (default 64)")
+    top.add_argument("--length", type=int, default=512, help="bytes of a training window (default 512)")
+    top.add_argument("--batch", type=int, default=4, help="windows of a step (default 4: many small steps suit a short budget)")
+    top.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (default 3e-3)")
+    top.add_argument("--seed", type=int, default=1776)
+    top.add_argument("--compile", action="store_true", help="torch.compile the training step; needs a C++ compiler")
+    top.add_argument("--json", action="store_true")
+    return top
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run(args):
+    for name in ("minutes", "steps", "layers", "width", "inner", "head_size", "state", "length", "batch", "lr"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise ValueError(f"{FN}: --{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if args.width % args.head_size:
+        raise ValueError(f"{FN}: --width must be a multiple of --head-size {args.head_size}, got {args.width}")
+    text, held_out = read_text(FN, args.texts, "train.txt.xz"), read_text(FN, args.held_out, "held_out.txt.xz")
+    torch.manual_seed(args.seed)
+    torch.set_flush_denormal(True)  # decays underflow, and CPUs crawl through subnormal numbers
+    model = MODELS[args.model](args)
+    source = batches(FN, text, args.length, args.batch, torch.Generator().manual_seed(args.seed))
+    history = []
+    with progress(args.json) as show:
+
+        def on_step(done, step, bits):
+            show(done, step, bits)
+            history.append(bits)
+
+        step = torch.compile(loss_of) if args.compile else loss_of
+        spent = train(model, source, step, args.lr, args.minutes * 60, args.steps, on_step)
+    model.bfloat16().float()  # what is stored is what is evaluated
+    model.generation_config = GENERATION
+    model.save_pretrained(args.out, torch.bfloat16)
+    report = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()), "text_bytes": len(text), **spent,
+              "held_out_bytes": len(held_out), "bits_per_byte": round(bits_per_byte(model, held_out, 2 * args.length), 4), **compressed(held_out)}  # fmt: skip
+    Path(args.out, "loss.svg").write_text(loss_curve(history, args.batch * args.length / 1e6, report))
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        describe(report, args.out)
+    return 0
+
+
+def loss_curve(history, megabytes, report):
+    """SVG of the loss over the bytes seen: means over a hundredth of the steps; megabytes: of one step."""
+    group = math.ceil(len(history) / 100)
+    means = [(min(end, len(history)) * megabytes, sum(part := history[end - group : end]) / len(part)) for end in range(group, len(history) + group, group)]
+    levels = [(name, report[name]) for name in ("gzip", "xz")] + [("held out", report["bits_per_byte"])]
+    return curves(f"A {report['parameters'] / 1e6:.1f} M parameter {report['model'].title()} learns to read", [("training loss", means)],
+                  "million bytes seen", "bits per byte", levels)  # fmt: skip
+
+
+def describe(report, out):
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    rate = report["bytes"] / report["seconds"] / 1e3
+    console.print(f"{report['parameters'] / 1e6:.2f} M parameters, {report['steps']} steps over {report['bytes'] / 1e6:.2f} MB in {report['seconds']:.0f} s "
+                  f"({rate:.1f} kB/s)", highlight=False)  # fmt: skip
+    console.print(f"held out: {report['bits_per_byte']:.3f} bits per byte; of the same {report['held_out_bytes'] / 1e3:.0f} kB gzip needs {report['gzip']:.3f}, "
+                  f"xz {report['xz']:.3f}\nwritten: {out}", highlight=False)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
