@@ -232,7 +232,7 @@ packages = subpackages()
 setup(
     packages=list(packages),
     package_dir=packages,
-    package_data={"terrazzo": ["*.txt", "*.json", "*.typed", "templates/*.html"], "terrazzo.models": ["entropy/*"]},
+    package_data={"terrazzo": ["*.txt", "*.json", "*.typed", "templates/*.html"], "terrazzo.models": ["entropy/*", "tiny_bamba/*", "tiny_blt/*"]},
     ext_modules=[] if reason else [Extension("terrazzo._C", sources=[], py_limited_api=True)],
     cmdclass={} if reason else {"build_ext": NinjaBuild},
     options={} if reason else {"bdist_wheel": {"py_limited_api": "cp310"}},

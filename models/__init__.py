@@ -6,6 +6,7 @@ LAZY = {
     "Blenderbot": "blenderbot", "BlenderbotConfig": "blenderbot",
     "Dbrx": "dbrx", "DbrxConfig": "dbrx",
     "EntropyConfig": "entropy_model", "EntropyModel": "entropy_model",
+    "Tokenizer": "tokenizer", "from_pretrained": "auto",
 }  # fmt: skip
 __all__ = sorted(LAZY)
 

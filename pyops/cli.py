@@ -1,4 +1,4 @@
-"""The `terrazzo` command: info, doctor, why, patch, patches, bench, demo."""
+"""The `terrazzo` command: info, doctor, why, patch, patches, generate, bench, demo."""
 import argparse
 import json
 import os
@@ -250,7 +250,15 @@ def _patches(args):
     return main(args)
 
 
+def _generate(args):
+    from .generate import main
+
+    return main(args)
+
+
 def parser():
+    from .generate import add_arguments as add_generate_arguments
+
     top = argparse.ArgumentParser(prog="terrazzo", description=terrazzo.__doc__)
     top.add_argument("--version", action="version", version=f"terrazzo {terrazzo.__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -296,6 +304,10 @@ def parser():
     patches.add_argument("--png", metavar="FILE", help="write a picture")
     patches.add_argument("--json", action="store_true", help="starts, lengths, entropies and statistics for machines")
     patches.set_defaults(run=_patches)
+
+    generate = commands.add_parser("generate", help="text from a checkpoint or a shipped model, streamed; a chat with Blenderbot")
+    add_generate_arguments(generate)
+    generate.set_defaults(run=_generate)
 
     demo = commands.add_parser("demo", help="a Hugging Face Bamba on real text, as it is and patched, side by side")
     demo.add_argument("--bytes", type=int, default=4096, help="length of the prompt (default 4096)")
