@@ -5,7 +5,7 @@ from pathlib import Path
 from .loading import CONFIG, read_json
 
 FN = "terrazzo.models.from_pretrained"
-MODELS = {"bamba": "Bamba", "blenderbot": "Blenderbot", "dbrx": "Dbrx"}  # model_type -> class; the module has the type's name
+MODELS = {"bamba": "Bamba", "blenderbot": "Blenderbot", "blt": "Blt", "dbrx": "Dbrx"}  # model_type -> class; the module has the type's name
 SHIPPED = {path.name.replace("_", "-"): path for path in sorted(Path(__file__).parent.glob("tiny_*")) if (path / CONFIG).exists()}
 
 

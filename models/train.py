@@ -15,20 +15,22 @@ import torch
 from rich.console import Console
 
 from ..charts import curves
-from .entropy_model import BOS, SHIPPED, EntropyModel
+from .entropy_model import BOS, EntropyModel
 from .training import batches, bits_per_byte, compressed, progress, read_text, train
 
 FN = "terrazzo.models.train"
+NAMES = {"bamba": "Bamba", "blt": "BLT"}
 PAD, EOS = 3, 2  # of the byte vocabulary: tokens 0 to 3 are special, 4 + b is byte b
 GENERATION = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 400}
 
 
 def bamba(args):
+    """--layers, the middle one attends, the others scan."""
     from .bamba import Bamba, BambaConfig
 
     attends = [args.layers // 2] if args.layers > 1 else []
     heads = args.width // args.head_size
-    config = BambaConfig(vocab_size=260, hidden_size=args.width, intermediate_size=args.inner or 2 * args.width, num_hidden_layers=args.layers,
+    config = BambaConfig(vocab_size=260, hidden_size=args.width, intermediate_size=2 * args.width, num_hidden_layers=args.layers,
                          num_attention_heads=heads, num_key_value_heads=heads // 2 or 1, attn_layer_indices=attends, mamba_n_heads=2 * heads,
                          mamba_d_state=args.state, max_position_embeddings=4096, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)  # fmt: skip
     model = Bamba(config)
@@ -36,7 +38,26 @@ def bamba(args):
     return model
 
 
-MODELS = {"bamba": bamba}
+def blt(args):
+    """--layers of the decoder, one of the encoder, two of the global model, which is twice as wide; patches of the shipped entropy model."""
+    from .blt import Blt
+    from .blt_config import BltConfig, StackConfig
+
+    patcher = EntropyModel.from_pretrained()
+    heads, inner = args.width // args.head_size, math.ceil(args.width / 12) * 32
+    local = dict(hidden_size=args.width, num_attention_heads=heads, intermediate_size=inner, rope_theta=10000.0, max_position_embeddings=4096)
+    whole = dict(hidden_size=2 * args.width, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=2 * inner, rope_theta=10000.0)
+    config = BltConfig(patch_size=round(patcher.config.patch_size), patching_threshold=patcher.config.patching_threshold, local_attention_window_len=256,
+                       encoder_hash_byte_group_vocab=args.hashes, bos_token_id=BOS, eos_token_id=EOS, encoder=StackConfig(**local, num_hidden_layers=1),
+                       decoder=StackConfig(**local, num_hidden_layers=args.layers, cross_attn_all_layers=True),
+                       global_=StackConfig(**whole, max_position_embeddings=4096), patcher=patcher.config)  # fmt: skip
+    model = Blt(config)
+    initialise(model, args.layers)
+    model.model.patcher.load_state_dict(patcher.bfloat16().state_dict())  # as it is stored: the patches that the model learns on are those it will meet
+    return model
+
+
+MODELS = {"bamba": (bamba, {"layers": 4, "width": 256, "head_size": 64}), "blt": (blt, {"layers": 3, "width": 128, "head_size": 32})}
 
 
 @torch.no_grad()
@@ -71,11 +92,11 @@ def parser():
     top.add_argument("--held-out", action="append", default=[], metavar="TEXT", help="text files to evaluate on (default: the checkout's)")
     top.add_argument("--minutes", type=float, default=25.0, help="time budget of the training; the schedule follows the clock (default 25)")
     top.add_argument("--steps", type=int, help="a number of steps instead: the same model on every run")
-    top.add_argument("--layers", type=int, default=4, help="(default 4; of a Bamba the middle one attends)")
-    top.add_argument("--width", type=int, default=256)
-    top.add_argument("--inner", type=int, help="width of the gated MLPs (default: twice --width)")
-    top.add_argument("--head-size", type=int, default=64)
-    top.add_argument("--state", type=int, default=64, help="of the scan (default 64)")
+    top.add_argument("--layers", type=int, help="(default: 4, of which one attends; of a BLT's decoder: 3)")
+    top.add_argument("--width", type=int, help="(default: 256; of a BLT's bytes: 128)")
+    top.add_argument("--head-size", type=int, help="(default: 64; BLT: 32)")
+    top.add_argument("--state", type=int, default=64, help="of a Bamba's scan (default 64)")
+    top.add_argument("--hashes", type=int, default=2048, help="rows of a BLT's table for n-grams of one length (default 2048)")
     top.add_argument("--length", type=int, default=512, help="bytes of a training window (default 512)")
     top.add_argument("--batch", type=int, default=4, help="windows of a step (default 4: many small steps suit a short budget)")
     top.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (default 3e-3)")
@@ -87,6 +108,8 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    for name, value in MODELS[args.model][1].items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     try:
         return run(args)
     except (ValueError, OSError) as error:
@@ -95,7 +118,7 @@ def main(argv=None):
 
 
 def run(args):
-    for name in ("minutes", "steps", "layers", "width", "inner", "head_size", "state", "length", "batch", "lr"):
+    for name in ("minutes", "steps", "layers", "width", "head_size", "state", "hashes", "length", "batch", "lr"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"{FN}: --{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     if args.width % args.head_size:
@@ -103,7 +126,7 @@ def run(args):
     text, held_out = read_text(FN, args.texts, "train.txt.xz"), read_text(FN, args.held_out, "held_out.txt.xz")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)  # decays underflow, and CPUs crawl through subnormal numbers
-    model = MODELS[args.model](args)
+    model = MODELS[args.model][0](args)
     source = batches(FN, text, args.length, args.batch, torch.Generator().manual_seed(args.seed))
     history = []
     with progress(args.json) as show:
@@ -117,7 +140,8 @@ def run(args):
     model.bfloat16().float()  # what is stored is what is evaluated
     model.generation_config = GENERATION
     model.save_pretrained(args.out, torch.bfloat16)
-    report = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()), "text_bytes": len(text), **spent,
+    report = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
+              "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "text_bytes": len(text), **spent,
               "held_out_bytes": len(held_out), "bits_per_byte": round(bits_per_byte(model, held_out, 2 * args.length), 4), **compressed(held_out)}  # fmt: skip
     Path(args.out, "loss.svg").write_text(loss_curve(history, args.batch * args.length / 1e6, report))
     if args.json:
@@ -132,14 +156,14 @@ def loss_curve(history, megabytes, report):
     group = math.ceil(len(history) / 100)
     means = [(min(end, len(history)) * megabytes, sum(part := history[end - group : end]) / len(part)) for end in range(group, len(history) + group, group)]
     levels = [(name, report[name]) for name in ("gzip", "xz")] + [("held out", report["bits_per_byte"])]
-    return curves(f"A {report['parameters'] / 1e6:.1f} M parameter {report['model'].title()} learns to read", [("training loss", means)],
+    return curves(f"A {NAMES[report['model']]} of {report['parameters'] / 1e6:.1f} M parameters learns to read", [("training loss", means)],
                   "million bytes seen", "bits per byte", levels)  # fmt: skip
 
 
 def describe(report, out):
     console = Console(width=None if sys.stdout.isatty() else 120)
     rate = report["bytes"] / report["seconds"] / 1e3
-    console.print(f"{report['parameters'] / 1e6:.2f} M parameters, {report['steps']} steps over {report['bytes'] / 1e6:.2f} MB in {report['seconds']:.0f} s "
+    console.print(f"{report['trained_parameters'] / 1e6:.2f} M trained parameters of {report['parameters'] / 1e6:.2f} M, {report['steps']} steps over {report['bytes'] / 1e6:.2f} MB in {report['seconds']:.0f} s "
                   f"({rate:.1f} kB/s)", highlight=False)  # fmt: skip
     console.print(f"held out: {report['bits_per_byte']:.3f} bits per byte; of the same {report['held_out_bytes'] / 1e3:.0f} kB gzip needs {report['gzip']:.3f}, "
                   f"xz {report['xz']:.3f}\nwritten: {out}", highlight=False)  # fmt: skip
