@@ -1,5 +1,6 @@
 """`terrazzo generate`: text from a checkpoint or a shipped model, streamed; a chat with Blenderbot."""
 import json
+import os
 import secrets
 import sys
 import time
@@ -87,6 +88,9 @@ def main(args):
     except KeyboardInterrupt:
         print(flush=True)
         return 130
+    except BrokenPipeError:  # such as head, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _once(speaker, args):
