@@ -18,6 +18,7 @@ from . import (
     low_precision,
     model,
     moe,
+    own_models,
     patch_cross_attention,
     patch_reduce,
     rmsnorm_gated,
@@ -43,6 +44,7 @@ OPS = {
     "model": model,
     "low_precision": low_precision,
     "byte_model": byte_model,
+    "own_models": own_models,
 }
 PROVIDERS = ("terrazzo", "terrazzo-packed", "terrazzo-int8", "reference", "reference-compiled", "torch", "hf", "hf-compiled", "hf-grouped")
 CACHE_BYTES = 32 << 20       # a last-level cache; cold runs rotate over three of them

@@ -53,7 +53,7 @@ def _targets(op, sizes, mode, dtype, **bars):
 
 
 GROUPED, EXPERTS, LINEAR = "grouped_mm", "fused_experts", "linear"
-CROSS = "patch_cross_attention"
+CROSS, OWN = "patch_cross_attention", "terrazzo.models"
 DBRX = "1024x1792 16x4 balanced"
 SCAN, CONV, CONV_UPDATE, UPDATE = "mamba_chunk_scan_combined", "causal_conv1d_fn", "causal_conv1d_update", "selective_state_update"
 TARGETS = (
@@ -118,6 +118,20 @@ TARGETS = (
     *_targets("blt_model", ("forward 8192 bytes hidden 256",), "model", "fp32", hf=2.5),
     Target("blt_model", "forward 8192 bytes hidden 256", "model", "fp32", HF_MEMORY, 0.333),
     *_targets("blt_model", ("forward 4096 bytes hidden 256", "forward 8192 bytes hidden 256"), "model", "bf16", hf=5),
+    # the models defined here
+    *_targets(OWN, ("bamba prefill 1x512",), "model", "fp32", hf=1.5),
+    *_targets(OWN, ("bamba decode 1x1",), "model", "fp32", hf=1.4),
+    *_targets(OWN, ("bamba training step 1x512",), "model", "fp32", hf=1.8),
+    *_targets(OWN, ("bamba prefill 1x512",), "model", "bf16", hf=5),
+    *_targets(OWN, ("bamba decode 1x1",), "model", "bf16", hf=3),
+    *_targets(OWN, ("bamba training step 1x512",), "model", "bf16", hf=4),
+    *_targets(OWN, ("dbrx prefill 1x256",), "model", "fp32", hf=1.4),
+    *_targets(OWN, ("dbrx decode 1x1",), "model", "fp32", hf=1.3),
+    *_targets(OWN, ("dbrx prefill 1x256",), "model", "bf16", hf=20),
+    *_targets(OWN, ("dbrx decode 1x1",), "model", "bf16", hf=8),
+    *_targets(OWN, ("blt decode behind 512 1x1",), "model", "fp32", hf=40, limit=2),
+    *_targets(OWN, ("blt decode behind 1024 1x1",), "model", "fp32", hf=80, limit=2),
+    *_targets(OWN, ("blenderbot generate 1x32",), "model", "fp32", hf=1.3),
 )  # fmt: skip
 
 
