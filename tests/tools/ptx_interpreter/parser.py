@@ -1,8 +1,9 @@
-"""PTX text -> Module: its variables, and its kernels as lists of Instructions with resolved operands.
+"""PTX text -> its entries, each as a Kernel: variables, and a list of Instructions with resolved operands.
 
 Scopes in braces (inline assembly declares registers of its own in them) are resolved here; .loc lines become the source
 position of the instructions behind them.
 """
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -95,22 +96,28 @@ PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.([a-z]+\d+)\s+(?:\.p
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{;]*)\{", re.S)
 
 
-def parse(ptx):
-    """{name: Kernel} of every entry."""
+@functools.lru_cache(maxsize=64)
+def entries(ptx):
+    """{name: (its parameters' text, its body's), ...} of every entry, the text outside of them, and the names of the source files."""
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', ptx, re.M))
     text = COMMENT.sub("", re.sub(r'^\s*\.file.*$', "", ptx, flags=re.M))
     files = {number: path.rpartition("/")[2] for number, path in files.items()}
-    kernels, outside, end = {}, "", 0
+    found, outside, end = {}, "", 0
     for match in ENTRY.finditer(text):
         outside += text[end:match.start()]
         end = _closing_brace(text, match.end())
-        kernels[match[1]] = _Body(Kernel(match[1], [_parameter(p) for p in match[2].split(",") if p.strip()]), files), text[match.end():end]
-    outside = re.sub(r"\.section\b.*", "", outside + text[end + 1:], flags=re.S)
-    variables = dict(v for v in map(_variable, outside.split(";")) if v)
-    for body, inside in kernels.values():
-        body.kernel.variables.update(variables)
-        body.parse(inside)
-    return {name: body.kernel for name, (body, _) in kernels.items()}
+        found[match[1]] = match[2], text[match.end():end]
+    return found, re.sub(r"\.section\b.*", "", outside + text[end + 1:], flags=re.S), files
+
+
+def parse(ptx, name):
+    """The Kernel of an entry."""
+    found, outside, files = entries(ptx)
+    parameters, inside = found[name]
+    body = _Body(Kernel(name, [_parameter(p) for p in parameters.split(",") if p.strip()]), files)
+    body.kernel.variables.update(v for v in map(_variable, outside.split(";")) if v)
+    body.parse(inside)
+    return body.kernel
 
 
 def _closing_brace(text, position):

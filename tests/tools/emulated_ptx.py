@@ -1,0 +1,128 @@
+"""The CUDA kernels' PTX, run: what nvcc makes of csrc/cuda for sm_80 takes the place of the emulator's fibers, launch by launch.
+
+    with running_ptx(emulator) as ran:
+        y = terrazzo.rmsnorm_gated(x, weight, backend="cuda")      # launchers and glue of the emulator, kernels of nvcc
+    ran                                                            # the entries, as Entry
+
+The emulator's library holds the same instantiations as functions of g++: the address it launches gives their name and source file.
+"""
+import ctypes
+import functools
+import re
+import subprocess
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import nvcc
+from .ptx_interpreter import PTXError, launch
+from .ptx_interpreter.parser import entries
+
+
+@dataclass(frozen=True)
+class Entry:
+    source: str  # "moe_permute.cu": kernels of a header have the same name in several
+    name: str    # demangled
+
+    @property
+    def kernel(self):
+        """Without namespaces, template and other arguments."""
+        return re.search(r"(\w+)(<[^()]*>)?\((?!anonymous)", self.name)[1]
+
+    @property
+    def arguments(self):
+        """Of the template: "float, 64"."""
+        return re.search(r"\w(?:<([^()]*)>)?\((?!anonymous)", self.name)[1] or ""
+
+
+def _demangled(names):
+    said = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return said.splitlines()
+
+
+@functools.cache
+def entries_of(source):
+    """{Entry: its name in the PTX} of a file of csrc/cuda."""
+    mangled = re.findall(r"\.entry ([\w$]+)", nvcc.ptx(source))
+    return {Entry(source.name, name): entry for name, entry in zip(_demangled(mangled), mangled)}
+
+
+@functools.cache
+def _functions(library):
+    """{address in a library of the emulator: Entry} of the functions of its .cu files, and the address of emulator_launches."""
+    said = subprocess.run(["readelf", "--symbols", "--wide", library], capture_output=True, text=True, check=True).stdout
+    symbols, file, base = {}, "", None
+    for line in said.splitlines():
+        fields = line.split()
+        if len(fields) < 7 or fields[3] not in ("FILE", "FUNC"):
+            continue
+        name = fields[7] if len(fields) > 7 else ""
+        if fields[3] == "FILE":
+            file = name
+        elif name == "emulator_launches":
+            base = int(fields[1], 16)
+        elif file.endswith(".cu") and "_kernel" in name:
+            symbols[int(fields[1], 16)] = file, name
+    names = _demangled([name for _, name in symbols.values()])
+    return {address: Entry(file, name) for (address, (file, _)), name in zip(symbols.items(), names)}, base
+
+
+class _Value(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("bytes", ctypes.c_size_t)]
+
+
+class _Launch(ctypes.Structure):
+    """emu::Launch."""
+
+    _fields_ = [("kernel", ctypes.c_void_p), ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("dynamic_shared", ctypes.c_uint64),
+                ("count", ctypes.c_uint64), ("values", ctypes.POINTER(_Value))]
+
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Launch))
+
+
+@contextmanager
+def running_ptx(emulator):
+    """Gives a list that every Entry that ran is appended to. A kernel may touch the tensors that are made inside, and no others."""
+    functions = emulator.functions
+    table, offset = _functions(functions._name)
+    base = ctypes.cast(functions.emulator_launches, ctypes.c_void_p).value - offset
+    ran, faults = [], []
+
+    def run(it):
+        try:
+            it = it.contents
+            entry = table[it.kernel - base]
+            source = nvcc.ROOT / "csrc/cuda" / entry.source
+            values = [ctypes.string_at(v.data, v.bytes) for v in it.values[:it.count]]
+            ran.append(entry)
+            launch(nvcc.ptx(source), entries_of(source)[entry], tuple(it.grid), tuple(it.block), values, it.dynamic_shared, regions=_tensors(functions))
+            return 0
+        except Exception as error:  # raised where the launch came from
+            faults.append(error)
+            return 1
+
+    callback = _CALLBACK(run)
+    functions.emulator_run_elsewhere(callback)
+    functions.emulator_record_allocations(1)
+    try:
+        yield ran
+    except RuntimeError:
+        if faults:
+            raise faults[0] from None
+        raise
+    finally:
+        functions.emulator_run_elsewhere(None)
+        functions.emulator_record_allocations(0)
+
+
+def _tensors(functions):
+    """(address, bytes) of the tensors that torch has made."""
+    count, room = functions.emulator_allocations(None, 0), 0
+    while count > room:
+        room = count
+        found = np.zeros((room, 2), np.uint64)
+        count = functions.emulator_allocations(found.ctypes.data_as(ctypes.c_void_p), room)
+    return [(int(address), int(size)) for address, size in found[:count]]
