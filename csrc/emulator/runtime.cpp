@@ -65,7 +65,8 @@ struct Block {
 
 char* stacks = nullptr;
 std::map<const void*, size_t> allowed_shared;
-int (*elsewhere)(const Launch*) = nullptr;  // what runs launches in the place of fibers; 0 is success
+enum Answer { ran, failed, run_here };
+int (*elsewhere)(const Launch*) = nullptr;  // asked before fibers run a launch; gives an Answer
 uint64_t random_state;
 
 Worker* me() { return static_cast<Worker*>(current); }
@@ -340,7 +341,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   statistics.launches++;
   if (elsewhere) {
     const Launch whole{kernel, {grid.x, grid.y, grid.z}, {threads.x, threads.y, threads.z}, config.dynamicSmemBytes, count_values, values};
-    return elsewhere(&whole) ? refuse(cudaErrorLaunchFailure, "it failed where launches are run instead") : cudaSuccess;
+    const int answer = elsewhere(&whole);
+    if (answer != run_here) return answer == ran ? cudaSuccess : refuse(cudaErrorLaunchFailure, "it failed where launches run instead");
   }
   prepare_workers(count);
   forget_everything();

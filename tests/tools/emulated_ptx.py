@@ -1,8 +1,8 @@
 """The CUDA kernels' PTX, run: what nvcc makes of csrc/cuda for sm_80 takes the place of the emulator's fibers, launch by launch.
 
-    with running_ptx(emulator) as ran:
+    with running_ptx(emulator) as launched:
         y = terrazzo.rmsnorm_gated(x, weight, backend="cuda")      # launchers and glue of the emulator, kernels of nvcc
-    ran                                                            # the entries, as Entry
+    launched                                                       # every Entry that ran
 
 The emulator's library holds the same instantiations as functions of g++: the address it launches gives their name and source file.
 """
@@ -12,13 +12,11 @@ import re
 import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from . import nvcc
-from .ptx_interpreter import PTXError, launch
-from .ptx_interpreter.parser import entries
+from .ptx_interpreter import launch
 
 
 @dataclass(frozen=True)
@@ -28,13 +26,13 @@ class Entry:
 
     @property
     def kernel(self):
-        """Without namespaces, template and other arguments."""
-        return re.search(r"(\w+)(<[^()]*>)?\((?!anonymous)", self.name)[1]
+        return re.search(r"\w+_kernel", self.name)[0]
 
     @property
-    def arguments(self):
-        """Of the template: "float, 64"."""
-        return re.search(r"\w(?:<([^()]*)>)?\((?!anonymous)", self.name)[1] or ""
+    def dtype(self):
+        """The first argument of the template, where that is a dtype."""
+        found = re.search(r"_kernel<(float|__nv_bfloat16|__half)\b", self.name)
+        return found and found[1]
 
 
 def _demangled(names):
@@ -81,40 +79,60 @@ class _Launch(ctypes.Structure):
 
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Launch))
+RAN, FAILED, RUN_HERE = range(3)  # the emulator's Answer
 
 
 @contextmanager
-def running_ptx(emulator):
-    """Gives a list that every Entry that ran is appended to. A kernel may touch the tensors that are made inside, and no others."""
-    functions = emulator.functions
-    table, offset = _functions(functions._name)
-    base = ctypes.cast(functions.emulator_launches, ctypes.c_void_p).value - offset
-    ran, faults = [], []
+def _asked(emulator, answer):
+    """The emulator asks answer(entry, launch) before each launch; what it raises is raised where the launch came from."""
+    table, offset = _functions(emulator.functions._name)
+    base = ctypes.cast(emulator.functions.emulator_launches, ctypes.c_void_p).value - offset
+    faults = []
 
-    def run(it):
+    def ask(launched):
         try:
-            it = it.contents
-            entry = table[it.kernel - base]
-            source = nvcc.ROOT / "csrc/cuda" / entry.source
-            values = [ctypes.string_at(v.data, v.bytes) for v in it.values[:it.count]]
-            ran.append(entry)
-            launch(nvcc.ptx(source), entries_of(source)[entry], tuple(it.grid), tuple(it.block), values, it.dynamic_shared, regions=_tensors(functions))
-            return 0
-        except Exception as error:  # raised where the launch came from
+            return answer(table[launched.contents.kernel - base], launched.contents)
+        except Exception as error:  # it cannot pass through the kernels' C++
             faults.append(error)
-            return 1
+            return FAILED
 
-    callback = _CALLBACK(run)
-    functions.emulator_run_elsewhere(callback)
-    functions.emulator_record_allocations(1)
+    callback = _CALLBACK(ask)
+    emulator.functions.emulator_run_elsewhere(callback)
     try:
-        yield ran
+        yield
     except RuntimeError:
         if faults:
             raise faults[0] from None
         raise
     finally:
-        functions.emulator_run_elsewhere(None)
+        emulator.functions.emulator_run_elsewhere(None)
+
+
+@contextmanager
+def noting(emulator):
+    """Gives a list that the Entry of every launch is appended to; the fibers run it."""
+    launched = []
+    with _asked(emulator, lambda entry, _: launched.append(entry) or RUN_HERE):
+        yield launched
+
+
+@contextmanager
+def running_ptx(emulator):
+    """The same, but the PTX runs. A kernel may touch the tensors that are made inside, and no others."""
+    functions, launched = emulator.functions, []
+
+    def run(entry, it):
+        source = nvcc.ROOT / "csrc/cuda" / entry.source
+        values = [ctypes.string_at(v.data, v.bytes) for v in it.values[:it.count]]
+        launched.append(entry)
+        launch(nvcc.ptx(source), entries_of(source)[entry], tuple(it.grid), tuple(it.block), values, it.dynamic_shared, regions=_tensors(functions))
+        return RAN
+
+    functions.emulator_record_allocations(1)
+    try:
+        with _asked(emulator, run):
+            yield launched
+    finally:
         functions.emulator_record_allocations(0)
 
 

@@ -5,7 +5,7 @@ An access of n bytes moves `words` of `word` bytes: the largest that divide it, 
 import numpy as np
 
 from .control import whole_warps
-from .memory import HOST, WORDS
+from .memory import HOST, WORDS, Fault
 from .numbers import TYPES, UNSIGNED, pack, unpack
 from .parser import Register
 from .program import Unsupported, instruction
@@ -13,10 +13,24 @@ from .program import Unsupported, instruction
 SPACES = ("param", "global", "shared", "local", "const")
 
 
+def _in_each_space(wave, addresses, access):
+    """access(space, lanes, addresses in it) for every space that generic addresses lie in."""
+    for space, lanes, inside in wave.spaces_of(addresses):
+        try:
+            access(space, lanes, inside)
+        except Fault as fault:
+            raise Fault(str(fault), np.arange(len(addresses))[lanes][fault.at]) from None
+
+
 def load(wave, space, columns, addresses, nbytes):
     """(lanes, words) or (lanes,) of what lies there, after the checks of its space."""
     if space is None:
-        space, addresses = wave.space_of(addresses)
+        found = np.empty((len(columns), nbytes // min(nbytes, 8)) if nbytes > 8 else len(columns), WORDS[min(nbytes, 8)])
+        def read(space, lanes, inside):
+            found[lanes] = load(wave, space, columns[lanes], inside, nbytes)
+
+        _in_each_space(wave, addresses, read)
+        return found
     word = min(nbytes, 8)
     words = nbytes // word
     if space == "shared":
@@ -36,7 +50,8 @@ def load(wave, space, columns, addresses, nbytes):
 
 def store(wave, space, columns, addresses, data, nbytes):
     if space is None:
-        space, addresses = wave.space_of(addresses)
+        _in_each_space(wave, addresses, lambda space, lanes, inside: store(wave, space, columns[lanes], inside, data[lanes], nbytes))
+        return
     word = min(nbytes, 8)
     words = nbytes // word
     if space == "shared":
@@ -131,7 +146,9 @@ def atom(ins, program):
         arguments = [np.broadcast_to(read(wave), wave.columns)[columns] for read in reads]
         where = space
         if where is None:
-            where, addresses = wave.space_of(addresses)
+            (where, _, addresses), *others = wave.spaces_of(addresses)
+            if others:
+                raise Fault("an atomic in two memory spaces at once")
         before = np.zeros(wave.columns, type.dtype)
         left = np.arange(len(columns))
         while len(left):  # every address once a round
