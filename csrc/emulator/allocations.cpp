@@ -1,5 +1,5 @@
 // Where torch's tensors lie while a test runs compiled kernels on their memory: the allocator of CPU tensors, with a list. It leaves room
-// around each tensor, so that what reaches beyond one doesn't land in the next.
+// between tensors, so that what reaches beyond one doesn't land in the next.
 #include <c10/core/Allocator.h>
 
 #include <cstdlib>
@@ -8,27 +8,27 @@
 
 namespace {
 
-constexpr size_t kAround = 256;
+constexpr size_t kBetween = 512, kAlignment = 64;
 std::mutex mutex;
 std::map<void*, size_t> live;  // tensor: bytes
 
-void release(void* block) {
+void release(void* data) {
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    live.erase(static_cast<char*>(block) + kAround);
+    live.erase(data);
   }
-  std::free(block);
+  std::free(data);
 }
 
 struct Recording final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    void* block = nullptr;
-    if (posix_memalign(&block, kAround, bytes + 2 * kAround)) throw std::bad_alloc();
-    void* const data = static_cast<char*>(block) + kAround;
+    void* data = nullptr;
+    if (posix_memalign(&data, kAlignment, bytes + kBetween)) throw std::bad_alloc();
     const std::lock_guard<std::mutex> lock(mutex);
     live[data] = bytes;
-    return {data, block, &release, c10::Device(c10::DeviceType::CPU)};
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 } recording;
 

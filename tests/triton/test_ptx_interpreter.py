@@ -93,6 +93,18 @@ def test_no_fault_with_barriers_and_waits():
     assert torch.equal(y, x[:64].view(2, 32).flip(0).reshape(-1))
 
 
+def test_uninitialised_shared_memory_that_is_not_chosen():
+    """nvcc loads before it asks: what was loaded in vain may be anything."""
+    x, out = torch.zeros(32), torch.ones(32, dtype=torch.int32)
+    body = (EACH + "setp.lt.u32 %p0, %r0, 40; {pragma} ld.shared.v2.u32 {{%r5, %r6}}, [smem]; selp.u32 %r7, 3, %r5, %p0; {last} add.s64 %d8, %d1, %d9; st.global.b32 [%d8], %r7;")
+    run(body.format(pragma="", last=""), x, out)
+    assert out.tolist() == [3] * 32
+    with pytest.raises(PTXError, match="read of uninitialised"):
+        run(body.format(pragma="", last="add.u32 %r7, %r7, %r6;"), x, out)
+    run(body.format(pragma='.pragma "used_bytes_mask 15";', last="mov.b32 %r6, 1; add.u32 %r7, %r7, %r6;"), x, out)
+    assert out.tolist() == [4] * 32
+
+
 def test_race_between_blocks():
     body = EACH + "add.s64 %d8, %d0, %d9; mov.u32 %r7, %ctaid.x; st.global.b32 [%d8], %r7;"
     run(body, torch.zeros(32), grid=1)

@@ -22,12 +22,12 @@ def _in_each_space(wave, addresses, access):
             raise Fault(str(fault), np.arange(len(addresses))[lanes][fault.at]) from None
 
 
-def load(wave, space, columns, addresses, nbytes):
-    """(lanes, words) or (lanes,) of what lies there, after the checks of its space."""
+def load(wave, space, columns, addresses, nbytes, unwritten_too=False):
+    """(lanes, words) or (lanes,) of what lies there, after the checks of its space. `unwritten_too`: shared memory may be what it was."""
     if space is None:
         found = np.empty((len(columns), nbytes // min(nbytes, 8)) if nbytes > 8 else len(columns), WORDS[min(nbytes, 8)])
         def read(space, lanes, inside):
-            found[lanes] = load(wave, space, columns[lanes], inside, nbytes)
+            found[lanes] = load(wave, space, columns[lanes], inside, nbytes, unwritten_too)
 
         _in_each_space(wave, addresses, read)
         return found
@@ -35,7 +35,7 @@ def load(wave, space, columns, addresses, nbytes):
     words = nbytes // word
     if space == "shared":
         wave.shared.check(addresses, nbytes)
-        return wave.shared.load(addresses, wave.block[columns], wave.warp[columns], word, words)
+        return wave.shared.load(addresses, wave.block[columns], wave.warp[columns], word, words, unwritten_too)
     if space == "local":
         wave.local.check(addresses, nbytes)
         return wave.local.data[word][wave.local.index(addresses, columns, word, words)]
@@ -78,10 +78,12 @@ def ld(ins, program):
     type, space, address = ins.types[-1], _space(ins), program.address(ins.operands[1])
     puts = [program.destination(t, type) for t in targets]
     nbytes = type.bytes * len(targets)
+    used = [t for i, t in enumerate(targets) if ins.used_bytes >> i * type.bytes & (1 << type.bytes) - 1 and isinstance(t, Register)]
+    speculative = space in ("shared", None) and program.only_chosen_from(used)
 
     def run(wave, active):
         columns = wave.columns_of(active)
-        found = load(wave, space, columns, address(wave)[columns], nbytes)
+        found = load(wave, space, columns, address(wave)[columns], nbytes, speculative)
         parts = np.ascontiguousarray(found).view(type.dtype).reshape(len(columns), -1)
         for i, put in enumerate(puts):
             if active is None:

@@ -60,16 +60,36 @@ class Instruction:
     operands: list  # vectors are lists
     text: str
     source: str  # "file.py:12", where the PTX tells
+    used_bytes: int = -1  # of a load: a bit for each byte that somebody looks at, where the PTX tells
 
     @property
     def types(self):
         return [TYPES[m] for m in self.modifiers if m in TYPES]
+
+    @property
+    def reads(self):
+        """The registers it reads, the guard's and those of addresses included."""
+        writes = self.opcode not in ("st", "red", "bra", "bar", "cp", "ret", "exit")
+        found = [*_registers(self.operands[1:] if writes else self.operands), *_registers([o for o in self.operands[:1] if isinstance(o, Address)])]
+        return [*found, self.guard] if self.guard else found
 
     def has(self, *names):
         return any(name in self.modifiers for name in names)
 
     def one_of(self, names, default=None):
         return next((m for m in self.modifiers if m in names), default)
+
+
+def _registers(operands):
+    for o in operands:
+        if isinstance(o, Register):
+            yield o
+        elif isinstance(o, Negated):
+            yield o.register
+        elif isinstance(o, Address):
+            yield from _registers([o.base])
+        elif isinstance(o, (list, tuple)):
+            yield from _registers(o)
 
 
 @dataclass
@@ -170,7 +190,7 @@ class _Body:
     TOKEN = re.compile(r"\s*(?:([{}])|([$%\w]+)\s*:(?!:)|(\.loc\b[^\n]*)|((?:[^;{}]|\{[^{};]*\})*?);)")
 
     def __init__(self, kernel, files):
-        self.kernel, self.files, self.source = kernel, files, ""
+        self.kernel, self.files, self.source, self.used_bytes = kernel, files, "", -1
         self.scopes = [{}]
 
     def parse(self, text):
@@ -195,6 +215,8 @@ class _Body:
             _, type, names = text.split(None, 2)
             for name in names.split(","):
                 self._declare(name.strip(), max(16, TYPES[type[1:]].bits) if type != ".pred" else 1)
+        elif used := re.match(r'\.pragma "used_bytes_mask (\w+)"', text):
+            self.used_bytes = int(used[1], 0)
         elif text.startswith("."):
             if variable := _variable(text):
                 self.kernel.variables[variable[0]] = variable[1]
@@ -204,7 +226,8 @@ class _Body:
             name, *modifiers = re.split(r"\.|::", opcode)
             self.kernel.instructions.append(Instruction(
                 self._register(guard[2]) if guard else None, bool(guard and guard[1]), name, tuple(modifiers),
-                [self._operand(o) for o in _split(operands)], text, self.source))
+                [self._operand(o) for o in _split(operands)], text, self.source, self.used_bytes))
+            self.used_bytes = -1
 
     def _declare(self, name, bits):
         match = re.fullmatch(r"([%\w$]+)<(\d+)>", name)
