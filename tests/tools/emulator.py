@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -38,16 +39,22 @@ class CannotBuild(RuntimeError):
     """The tests of the CUDA kernels need a compiler and CUDA's headers."""
 
 
+@functools.cache
+def _setup():
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("terrazzo_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def cuda_home():
-    """The CUDA toolkit: CUDA_HOME, CUDA_PATH, or below /usr/local, newest first."""
-    asked = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
-    found = sorted(Path("/usr/local").glob("cuda-*"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)], reverse=True)
-    places = [Path(p) for p in asked] if asked else [Path("/usr/local/cuda"), *found]
-    for place in places:
-        if (place / "include/cuda_runtime_api.h").is_file() and (place / "include/cuda_bf16.h").is_file():
-            return place
-    raise CannotBuild(f"no CUDA headers in {', '.join(map(str, places))}: set CUDA_HOME to a CUDA toolkit. The tests in tests/cuda run the "
-                      "CUDA kernels on the CPU and need its headers (no GPU, no driver)")
+    """The CUDA toolkit, where setup.py looks for it."""
+    home = _setup().cuda_home(headers_alone=True)
+    if home is None:
+        raise CannotBuild(f"no CUDA headers in {os.environ.get('CUDA_HOME') or 'CUDA_PATH, around nvcc on PATH or below /usr/local'}: set CUDA_HOME to a CUDA "
+                          "toolkit. The tests in tests/cuda run the CUDA kernels on the CPU and need its headers (no GPU, no driver)")
+    return home
 
 
 def compiler():
