@@ -308,7 +308,7 @@ def state_update(B=3, H=4, P=8, G=2, N=16, z=False, D=True, dt_bias=True, softpl
             state=r.normal(slots or B, H, P, N, dtype=sdtype),
             x=r.normal(B, H, P, dtype=dtype),
             dt=param(B, H, dims=(P,)),
-            A=-param(H, dims=(P, N)).to(acc).abs() if not expanded else -r.uniform(H, dtype=acc, low=0.1, high=4.0)[:, None, None].expand(H, P, N),
+            A=-param(H, dims=(P, N)).to(acc).abs() if not expanded else (-r.uniform(H, dtype=acc, low=0.1, high=4.0))[:, None, None].expand(H, P, N),
             B=r.normal(B, G, N, dtype=dtype),
             C=r.normal(B, G, N, dtype=dtype),
             D=param(H, dims=(P,)) if D else None,

@@ -69,7 +69,9 @@ def further_cases():
         "many_rows": update(N=8, P=300, B=1, H=2),
         "long_rows_not_expanded": update(N=160, P=5, expanded=False),
         "fp16_state": update(state_dtype=torch.float16, N=64),
+        "odd_not_expanded": update(N=10, P=5, expanded=False),
         "bf16_state_odd": update(state_dtype=torch.bfloat16, N=12, expanded=False),
+        "fp16_state_odd": update(state_dtype=torch.float16, N=12, expanded=False),
         "nothing_but_padding": update(indices=[-1, -1, -1], slots=2),
     }
     grouped, gmm, linear = cases_moe.grouped, cases_moe.gmm, cases_moe.linear
