@@ -25,7 +25,9 @@ CHOSEN = {
     "causal_conv1d_varlen_states": "mixed aligned",
     "causal_conv1d_update": "hf_layout channel_last_state width_2 width_3 odd_channels circular_several slots fp32_state_channel_last more_than_the_ring",
     "mamba_chunk_scan_combined": "packed_states gated_states varlen split_group several_odd_tiles many_sequences dt_limit",
-    "selective_state_update": "gated slots odd_sizes mamba1 not_expanded odd_not_expanded bf16_state bf16_state_odd fp16_state fp16_state_odd long_rows_not_expanded",
+    "selective_state_update": "gated slots odd_sizes mamba1 not_expanded odd_not_expanded long_rows_not_expanded bf16_state_aligned "
+                              "bf16_state_odd bf16_state_not_expanded bf16_state_odd_not_expanded fp16_state_aligned fp16_state_odd fp16_state_not_expanded "
+                              "fp16_state_odd_not_expanded",
     "rmsnorm_gated": "groups_norm_first odd_width strided_rows a_warp 128_threads 512_threads scalar_warp wide read_again",
     "grouped_mm": "bias_transposed_rows_behind strided long_sums long_sums_transposed large_tiles large_tiles_transposed converted_weights",
     "gmm": "trans_a trans_a_aligned",

@@ -68,12 +68,13 @@ def further_cases():
         "long_rows": update(N=272, P=3, B=2),
         "many_rows": update(N=8, P=300, B=1, H=2),
         "long_rows_not_expanded": update(N=160, P=5, expanded=False),
-        "fp16_state": update(state_dtype=torch.float16, N=64),
         "odd_not_expanded": update(N=10, P=5, expanded=False),
-        "bf16_state_odd": update(state_dtype=torch.bfloat16, N=12, expanded=False),
-        "fp16_state_odd": update(state_dtype=torch.float16, N=12, expanded=False),
         "nothing_but_padding": update(indices=[-1, -1, -1], slots=2),
     }
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        updates |= {f"{name}_state_aligned": update(state_dtype=dtype, N=64), f"{name}_state_odd": update(state_dtype=dtype, N=12),
+                    f"{name}_state_not_expanded": update(state_dtype=dtype, expanded=False),
+                    f"{name}_state_odd_not_expanded": update(state_dtype=dtype, N=12, expanded=False)}
     grouped, gmm, linear = cases_moe.grouped, cases_moe.gmm, cases_moe.linear
     products = {
         "large_tiles": grouped(sizes=(150, 0, 141), K=72, N=136, rest=3, bias=True),
