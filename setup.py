@@ -77,13 +77,15 @@ def ninja_command():
     return ["ninja"] if shutil.which("ninja") else None
 
 
-def cuda_home():
-    """The CUDA toolkit: CUDA_HOME, CUDA_PATH, around nvcc on PATH, or below /usr/local, newest first; None when there is none."""
+def cuda_home(headers_alone=False):
+    """The CUDA toolkit: CUDA_HOME, CUDA_PATH, around nvcc on PATH, or below /usr/local, newest first; None when there is none.
+    headers_alone: what builds nothing for GPUs will do (the tests' emulator)."""
     asked = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
     found = sorted(Path("/usr/local").glob("cuda-*"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)], reverse=True)
     on_path = [Path(nvcc).resolve().parent.parent] if (nvcc := shutil.which("nvcc")) else []  # may be a wrapper that lies elsewhere
     for place in [Path(p) for p in asked] or [*on_path, Path("/usr/local/cuda"), *found]:
-        if all((place / part).is_file() for part in ("bin/nvcc", "include/cuda_runtime_api.h")) and cudart(place):
+        headers = all((place / "include" / name).is_file() for name in ("cuda_runtime_api.h", "cuda_bf16.h"))
+        if headers and (headers_alone or (place / "bin/nvcc").is_file() and cudart(place)):
             return place
     return None
 
@@ -223,17 +225,18 @@ class NinjaBuild(build_ext):
         subprocess.run([*ninja_command(), "-f", str(recipe), *jobs], check=True, cwd=ROOT)
 
 
-reason = why_no_extension()
-if reason and os.environ.get("TERRAZZO_WITH_CPU") == "1":
-    raise SystemExit(f"terrazzo: the native extension was asked for (TERRAZZO_WITH_CPU=1) but cannot be built: {reason}")
-if reason:
-    print(f"terrazzo: installing without native kernels ({reason}); the reference backend will serve every op", file=sys.stderr)
-packages = subpackages()
-setup(
-    packages=list(packages),
-    package_dir=packages,
-    package_data={"terrazzo": ["*.txt", "*.json", "*.typed", "templates/*.html"], "terrazzo.models": ["entropy/*", "tiny_bamba/*", "tiny_blt/*"]},
-    ext_modules=[] if reason else [Extension("terrazzo._C", sources=[], py_limited_api=True)],
-    cmdclass={} if reason else {"build_ext": NinjaBuild},
-    options={} if reason else {"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":  # the tests import what is above
+    reason = why_no_extension()
+    if reason and os.environ.get("TERRAZZO_WITH_CPU") == "1":
+        raise SystemExit(f"terrazzo: the native extension was asked for (TERRAZZO_WITH_CPU=1) but cannot be built: {reason}")
+    if reason:
+        print(f"terrazzo: installing without native kernels ({reason}); the reference backend will serve every op", file=sys.stderr)
+    packages = subpackages()
+    setup(
+        packages=list(packages),
+        package_dir=packages,
+        package_data={"terrazzo": ["*.txt", "*.json", "*.typed", "templates/*.html"], "terrazzo.models": ["entropy/*", "tiny_bamba/*", "tiny_blt/*"]},
+        ext_modules=[] if reason else [Extension("terrazzo._C", sources=[], py_limited_api=True)],
+        cmdclass={} if reason else {"build_ext": NinjaBuild},
+        options={} if reason else {"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -308,7 +308,7 @@ def state_update(B=3, H=4, P=8, G=2, N=16, z=False, D=True, dt_bias=True, softpl
             state=r.normal(slots or B, H, P, N, dtype=sdtype),
             x=r.normal(B, H, P, dtype=dtype),
             dt=param(B, H, dims=(P,)),
-            A=-param(H, dims=(P, N)).to(acc).abs() if not expanded else -r.uniform(H, dtype=acc, low=0.1, high=4.0)[:, None, None].expand(H, P, N),
+            A=-param(H, dims=(P, N)).to(acc).abs() if not expanded else (-r.uniform(H, dtype=acc, low=0.1, high=4.0))[:, None, None].expand(H, P, N),
             B=r.normal(B, G, N, dtype=dtype),
             C=r.normal(B, G, N, dtype=dtype),
             D=param(H, dims=(P,)) if D else None,
@@ -379,9 +379,9 @@ def _norm_cases():
         yield Case("rmsnorm_gated", name, build, ("x", "weight", "z"))
 
 
-def _varlen_states():
+def varlen_states(D=10):
     def build(r, dtype):
-        return dict(x=r.normal(12, 10, dtype=dtype), cu_seqlens=torch.tensor([0, 1, 1, 7, 12], dtype=torch.int32), state_len=4)
+        return dict(x=r.normal(12, D, dtype=dtype), cu_seqlens=torch.tensor([0, 1, 1, 7, 12], dtype=torch.int32), state_len=4)
 
     return build
 
@@ -392,7 +392,7 @@ CASES = (
       for name, lengths, kw in (("mixed", (5, 1, 0, 2, 40), {}), ("no_initial", (3, 30), dict(initial=False)), ("one", (9,), dict(W=2)),
                                 ("odd_channels", (2, 3, 4, 70), dict(D=11)))),
     *_conv_update_cases(),
-    Case("causal_conv1d_varlen_states", "mixed", _varlen_states()),
+    Case("causal_conv1d_varlen_states", "mixed", varlen_states()),
     *_scan_cases(),
     *_state_update_cases(),
     *_norm_cases(),

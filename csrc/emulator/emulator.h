@@ -73,7 +73,19 @@ void async_wait(size_t pending);
 void fence();                                              // __threadfence: threads of different blocks may now be ordered
 uint64_t atomic(void* p, size_t bytes, uint64_t (*change)(uint64_t old, uint64_t operand, uint64_t expected), uint64_t operand, uint64_t expected = 0);
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* arguments);
+// A launch's arguments as nvcc's kernels receive them: one after the other, by value.
+struct Value {
+  const void* data;
+  size_t bytes;
+};
+struct Launch {
+  const void* kernel;  // the function
+  uint32_t grid[3], block[3];
+  uint64_t dynamic_shared;
+  uint64_t count;
+  const Value* values;
+};
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* arguments, const Value* values, size_t count);
 cudaError_t allow_shared(const void* kernel, int bytes);
 
 template <class T> uint64_t to_bits(T v) {
@@ -209,7 +221,10 @@ inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 3
 template <class... P, class... A> cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... args) {
   std::tuple<P...> values(static_cast<P>(args)...);
   auto body = [&] { std::apply(kernel, values); };
-  return emu::launch(*config, reinterpret_cast<const void*>(kernel), [](void* b) { (*static_cast<decltype(body)*>(b))(); }, &body);
+  return std::apply([&](const P&... value) {
+    const emu::Value all[] = {{&value, sizeof(P)}...};
+    return emu::launch(*config, reinterpret_cast<const void*>(kernel), [](void* b) { (*static_cast<decltype(body)*>(b))(); }, &body, all, sizeof...(P));
+  }, values);
 }
 template <class F> cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorNotSupported;

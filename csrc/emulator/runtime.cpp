@@ -65,6 +65,8 @@ struct Block {
 
 char* stacks = nullptr;
 std::map<const void*, size_t> allowed_shared;
+enum Answer { ran, failed, run_here };
+int (*elsewhere)(const Launch*) = nullptr;  // asked before fibers run a launch; gives an Answer
 uint64_t random_state;
 
 Worker* me() { return static_cast<Worker*>(current); }
@@ -320,7 +322,7 @@ cudaError_t allow_shared(const void* kernel, int bytes) {
   return cudaSuccess;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* arguments) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* arguments, const Value* values, size_t count_values) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const dim3 grid = config.gridDim, threads = config.blockDim;
@@ -336,12 +338,17 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   if (config.dynamicSmemBytes > allowed)
     return refuse(cudaErrorInvalidValue, std::to_string(config.dynamicSmemBytes) + " bytes of dynamic shared memory, allowed are " + std::to_string(allowed));
   if (config.numAttrs) return refuse(cudaErrorNotSupported, "launch attributes are not emulated");
+  statistics.launches++;
+  if (elsewhere) {
+    const Launch whole{kernel, {grid.x, grid.y, grid.z}, {threads.x, threads.y, threads.z}, config.dynamicSmemBytes, count_values, values};
+    const int answer = elsewhere(&whole);
+    if (answer != run_here) return answer == ran ? cudaSuccess : refuse(cudaErrorLaunchFailure, "it failed where launches run instead");
+  }
   prepare_workers(count);
   forget_everything();
   blockDim = threads, gridDim = grid;
   block.threads = static_cast<int>(count), block.body = body, block.arguments = arguments, block.error.clear();
   random_state = options.seed * 0x9e3779b97f4a7c15u | 1;
-  statistics.launches++;
   for (uint64_t i = 0; i < blocks && block.error.empty(); i++) {
     const uint64_t b = options.order == Order::reversed ? blocks - 1 - i : i;
     block.number = static_cast<int64_t>(b);
@@ -359,4 +366,5 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
 #define TZ_EXPORT extern "C" __attribute__((visibility("default")))
 TZ_EXPORT void emulator_order(int order, uint64_t seed) { emu::options = {static_cast<emu::Order>(order), seed}; }
 TZ_EXPORT int64_t emulator_launches() { return emu::statistics.launches; }
+TZ_EXPORT void emulator_run_elsewhere(int (*run)(const emu::Launch*)) { emu::elsewhere = run; }
 TZ_EXPORT int emulator_detects_races() { return emu::detecting_races(); }

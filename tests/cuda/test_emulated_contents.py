@@ -4,6 +4,8 @@ import terrazzo
 import torch
 from terrazzo import cases, kernels
 
+from tools.emulated_cases import check_blocks_of_entropies, check_sparse_gradient
+
 orders = pytest.mark.parametrize("order", ["forward", "reversed"])
 
 
@@ -67,18 +69,7 @@ def test_nan_bytes_are_their_patchs_result(emulator, reduce):
 
 @pytest.mark.parametrize("shape", [dict(), dict(vocab=1 << 20), dict(same=True, L=2100, vocab=3, D=4), dict(L=0)], ids=str)
 def test_sparse_gradient_is_the_dense_one(emulator, shape):
-    """The rows that occur, rising, each with its row of the dense gradient, bit for bit."""
-    kwargs = cases.cases_bytes.hashes(**shape)(cases.Random(0), torch.float32)
-    table = kwargs.pop("table").requires_grad_()
-    grads = []
-    for sparse in (False, True):
-        y = terrazzo.byte_hash_embedding(table=table, sparse_grad=sparse, backend="cuda", **kwargs)
-        grads += torch.autograd.grad(y, table, torch.ones_like(y))
-    dense, sparse = grads
-    names = sparse.indices()[0]
-    assert torch.equal(names, names.unique()) and torch.equal(sparse.to_dense(), dense)
-    ids = terrazzo.byte_hash_ids(kwargs["tokens"], kwargs["group_sizes"], kwargs["num_functions"], kwargs["vocab"], backend="reference")
-    assert torch.equal(names, ids.unique())
+    check_sparse_gradient(**shape)
 
 
 def test_contents_out_of_range_touch_nothing(emulator):
@@ -110,13 +101,7 @@ def test_contents_out_of_range_touch_nothing(emulator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_of_entropies_are_cut_as_the_whole(emulator, order, rule, dtype):
     emulator.order(order)
-    e = cases.Random(0).normal(3, 100, dtype=dtype)
-    whole = terrazzo.patches_from_entropies(e, include_next=True, backend="reference", **rule)
-    state = terrazzo.PatcherState(3, dtype=dtype, backend="cuda", **rule)
-    parts = [state.update(block) for block in e.split([0, 5, 1, 64, 30], 1)]
-    starts, ids = (torch.cat(part, 1) for part in zip(*parts))
-    assert torch.equal(starts, whole.starts[:, 1:]) and torch.equal(ids, whole.patch_ids[:, 1:])
-    assert torch.equal(state.patch_id.int(), ids[:, -1]) and state.position.tolist() == [100] * 3
+    check_blocks_of_entropies(dtype, **rule)
 
 
 @orders

@@ -1,4 +1,5 @@
 """The cases that the CUDA kernels run emulated: the case list of the ops they serve, and shapes that only these kernels tell apart."""
+import terrazzo
 import torch
 from terrazzo import cases, cases_bytes, cases_moe
 
@@ -67,10 +68,13 @@ def further_cases():
         "long_rows": update(N=272, P=3, B=2),
         "many_rows": update(N=8, P=300, B=1, H=2),
         "long_rows_not_expanded": update(N=160, P=5, expanded=False),
-        "fp16_state": update(state_dtype=torch.float16, N=64),
-        "bf16_state_odd": update(state_dtype=torch.bfloat16, N=12, expanded=False),
+        "odd_not_expanded": update(N=10, P=5, expanded=False),
         "nothing_but_padding": update(indices=[-1, -1, -1], slots=2),
     }
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        updates |= {f"{name}_state_aligned": update(state_dtype=dtype, N=64), f"{name}_state_odd": update(state_dtype=dtype, N=12),
+                    f"{name}_state_not_expanded": update(state_dtype=dtype, expanded=False),
+                    f"{name}_state_odd_not_expanded": update(state_dtype=dtype, N=12, expanded=False)}
     grouped, gmm, linear = cases_moe.grouped, cases_moe.gmm, cases_moe.linear
     products = {
         "large_tiles": grouped(sizes=(150, 0, 141), K=72, N=136, rest=3, bias=True),
@@ -147,6 +151,7 @@ def conv_cases():
     yield from (cases.Case("causal_conv1d_fn", name, build, cases.CONV_GRADS) for name, build in large.items())
     yield from (cases.Case("causal_conv1d_fn", name, build, cases.CONV_GRADS, outputs=("y", "final_states")) for name, build in states.items())
     yield cases.Case("causal_conv1d_varlen_fn", "edges", cases.conv_varlen((8, 0, 3, 16, 1, 0, 36), D=16), cases.CONV_GRADS, outputs=("y", "final_states"))
+    yield cases.Case("causal_conv1d_varlen_states", "aligned", cases.varlen_states(D=16))
     updates = {
         "short_of_a_vector": update(W=3, state_len=3, D=130),
         "fp32_state": update(state_dtype=torch.float32),
@@ -197,3 +202,31 @@ def routing_and_byte_cases():
 
 
 CASES = [case for case in cases.CASES if served_by(case) in SERVED] + list(further_cases())
+
+
+# ---- what no case calls
+
+def check_sparse_gradient(**shape):
+    """The rows that occur, rising, each with its row of the dense gradient, bit for bit."""
+    kwargs = cases_bytes.hashes(**shape)(cases.Random(0), torch.float32)
+    table = kwargs.pop("table").requires_grad_()
+    grads = []
+    for sparse in (False, True):
+        y = terrazzo.byte_hash_embedding(table=table, sparse_grad=sparse, backend="cuda", **kwargs)
+        grads += torch.autograd.grad(y, table, torch.ones_like(y))
+    dense, sparse = grads
+    names = sparse.indices()[0]
+    assert torch.equal(names, names.unique()) and torch.equal(sparse.to_dense(), dense)
+    ids = terrazzo.byte_hash_ids(kwargs["tokens"], kwargs["group_sizes"], kwargs["num_functions"], kwargs["vocab"], backend="reference")
+    assert torch.equal(names, ids.unique())
+
+
+def check_blocks_of_entropies(dtype, **rule):
+    """Patches of a text that comes in blocks are those of the whole."""
+    e = cases.Random(0).normal(3, 100, dtype=dtype)
+    whole = terrazzo.patches_from_entropies(e, include_next=True, backend="reference", **rule)
+    state = terrazzo.PatcherState(3, dtype=dtype, backend="cuda", **rule)
+    parts = [state.update(block) for block in e.split([0, 5, 1, 64, 30], 1)]
+    starts, ids = (torch.cat(part, 1) for part in zip(*parts))
+    assert torch.equal(starts, whole.starts[:, 1:]) and torch.equal(ids, whole.patch_ids[:, 1:])
+    assert torch.equal(state.patch_id.int(), ids[:, -1]) and state.position.tolist() == [100] * 3

@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -38,16 +39,22 @@ class CannotBuild(RuntimeError):
     """The tests of the CUDA kernels need a compiler and CUDA's headers."""
 
 
+@functools.cache
+def _setup():
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("terrazzo_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def cuda_home():
-    """The CUDA toolkit: CUDA_HOME, CUDA_PATH, or below /usr/local, newest first."""
-    asked = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
-    found = sorted(Path("/usr/local").glob("cuda-*"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)], reverse=True)
-    places = [Path(p) for p in asked] if asked else [Path("/usr/local/cuda"), *found]
-    for place in places:
-        if (place / "include/cuda_runtime_api.h").is_file() and (place / "include/cuda_bf16.h").is_file():
-            return place
-    raise CannotBuild(f"no CUDA headers in {', '.join(map(str, places))}: set CUDA_HOME to a CUDA toolkit. The tests in tests/cuda run the "
-                      "CUDA kernels on the CPU and need its headers (no GPU, no driver)")
+    """The CUDA toolkit, where setup.py looks for it."""
+    home = _setup().cuda_home(headers_alone=True)
+    if home is None:
+        raise CannotBuild(f"no CUDA headers in {os.environ.get('CUDA_HOME') or 'CUDA_PATH, around nvcc on PATH or below /usr/local'}: set CUDA_HOME to a CUDA "
+                          "toolkit. The tests in tests/cuda run the CUDA kernels on the CPU and need its headers (no GPU, no driver)")
+    return home
 
 
 def compiler():
@@ -112,14 +119,15 @@ def program(source, mode):
 @functools.cache
 def load(mode="plain"):
     """Loads torch.ops.terrazzo_emulated: every op that has CUDA kernels, emulated, on CPU tensors. Once a process, in one mode."""
-    glue = ["-fno-strict-aliasing", "-DTZ_CUDA_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-isystem{path}" for path in include_paths()),
-            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    with_torch = [*(f"-isystem{path}" for path in include_paths()), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    glue = ["-fno-strict-aliasing", "-DTZ_CUDA_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", *with_torch]
     with _building():
         objects = [_object(path, []) for path in [*RUNTIME, ROOT / "csrc/common/parallel.cpp"]]
         objects += [_object(path, MODES[mode]) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
         bindings = [path for path in sorted((ROOT / "csrc/bindings").glob("*.cpp")) if path.stem == "glue" or "TZ_RUN_WHERE" in path.read_text()]
         objects += [_object(path, glue) for path in [*bindings, ROOT / "csrc/emulator/library.cpp"]]
-        path = _link(f"library.{mode}.so", objects, ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", *(SANITIZERS if mode == "sanitize" else [])])
+        objects.append(_object(ROOT / "csrc/emulator/allocations.cpp", with_torch))
+        path = _link(f"library.{mode}.so", objects, ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10", *(SANITIZERS if mode == "sanitize" else [])])
     library = torch.library.Library(NAMESPACE, "DEF")
     for name in CUDA_OPS:
         schema = getattr(torch.ops.terrazzo, name).default._schema
@@ -134,17 +142,18 @@ class Emulator:
 
     def __init__(self, library, functions, mode):
         self.library = library  # torch forgets a library that nobody holds
-        self._functions = functions
+        self.functions = functions
         functions.emulator_launches.restype = ctypes.c_int64
+        functions.emulator_allocations.restype = ctypes.c_size_t
         if (mode == "races") != bool(functions.emulator_detects_races()):
             raise CannotBuild(f"{mode}: the race detector is {'off' if mode == 'races' else 'on'}")
 
     def order(self, name, seed=1):
-        self._functions.emulator_order(ORDERS[name], ctypes.c_uint64(seed))
+        self.functions.emulator_order(ORDERS[name], ctypes.c_uint64(seed))
 
     def poison(self, on):
-        self._functions.emulator_poison(int(on))
+        self.functions.emulator_poison(int(on))
 
     @property
     def launches(self):
-        return self._functions.emulator_launches()
+        return self.functions.emulator_launches()

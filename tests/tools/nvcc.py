@@ -93,17 +93,28 @@ def seconds():
 
 def compile(source, arch):
     """The cubin of a file of the tests, warnings as errors. Kept by contents, as in tests/tools/emulator.py."""
-    command = [tool("nvcc"), *FLAGS, f"-gencode=arch=compute_{arch.removeprefix('sm_')},code={arch}", "-cubin"]
+    return _made(source, [tool("nvcc"), *FLAGS, f"-gencode=arch=compute_{arch.removeprefix('sm_')},code={arch}", "-cubin"], f"{arch}.cubin")
+
+
+def _made(source, command, kind):
+    """The file that nvcc makes of a source, made once of the same contents."""
     stamp = hashlib.sha256("\0".join([emulator._headers(), version(), *map(str, command), source.read_text()]).encode()).hexdigest()[:16]
-    target = BUILD / f"{source.stem}.{arch}.{stamp}.cubin"
+    target = BUILD / f"{source.stem}.{stamp}.{kind}"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial.cubin")
+        partial = BUILD / f"{source.stem}.{stamp}.{os.getpid()}.{kind}"  # tests run in several processes
         done = subprocess.run([str(c) for c in [*command, source, "-o", partial]], capture_output=True, text=True)
         if done.returncode:
-            raise emulator.CannotBuild(f"nvcc refuses {source.name} for {arch}:\n{done.stdout}{done.stderr}")
+            raise emulator.CannotBuild(f"nvcc refuses {source.name} ({kind}):\n{done.stdout}{done.stderr}")
         partial.rename(target)
     return target
+
+
+@functools.cache
+def ptx(source):
+    """The PTX for sm_80 of a file of csrc/cuda, with source lines. Kept by contents."""
+    command = [tool("nvcc"), *FLAGS, "-arch=compute_80", "-ptx", "-lineinfo"]
+    return _made(source, command, "ptx").read_text()
 
 
 def kernels(binary, arch):

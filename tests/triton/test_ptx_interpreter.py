@@ -1,5 +1,6 @@
 """The PTX interpreter itself: planted faults are found, single instructions do what they should, nvcc's kernels run."""
 import shutil
+import struct
 import subprocess
 
 import numpy as np
@@ -90,6 +91,18 @@ def test_no_fault_with_barriers_and_waits():
     run(COPY + EACH + TURNED + "cp.async.wait_group 0; bar.sync 0; ld.shared.b32 %r6, [%r5]; bar.sync 0; st.shared.b32 [%r3], %r6;"
         "add.s64 %d8, %d1, %d9; st.global.b32 [%d8], %r6;", x, y, threads=64)
     assert torch.equal(y, x[:64].view(2, 32).flip(0).reshape(-1))
+
+
+def test_uninitialised_shared_memory_that_is_not_chosen():
+    """nvcc loads before it asks: what was loaded in vain may be anything."""
+    x, out = torch.zeros(32), torch.ones(32, dtype=torch.int32)
+    body = (EACH + "setp.lt.u32 %p0, %r0, 40; {pragma} ld.shared.v2.u32 {{%r5, %r6}}, [smem]; selp.u32 %r7, 3, %r5, %p0; {last} add.s64 %d8, %d1, %d9; st.global.b32 [%d8], %r7;")
+    run(body.format(pragma="", last=""), x, out)
+    assert out.tolist() == [3] * 32
+    with pytest.raises(PTXError, match="read of uninitialised"):
+        run(body.format(pragma="", last="add.u32 %r7, %r7, %r6;"), x, out)
+    run(body.format(pragma='.pragma "used_bytes_mask 15";', last="mov.b32 %r6, 1; add.u32 %r7, %r7, %r6;"), x, out)
+    assert out.tolist() == [4] * 32
 
 
 def test_race_between_blocks():
@@ -236,6 +249,144 @@ def test_mma(dtype):
             assert abs(out[lane, i] - expected[g + 8 * (i // 2), 2 * t + i % 2]) < 1e-5
 
 
+# ---- what nvcc makes of csrc/cuda and Triton does not
+
+def floats(code, *inputs):
+    """The same of float32: inputs in %f0, %f1, …, the result in %f7."""
+    loads = "".join(f"mov.b32 %f{i}, %r{10 + i};" for i in range(len(inputs)))
+    return evaluate(f"{loads} {code} mov.b32 %r20, %f7;", *(np.asarray(i, np.float32) for i in inputs)).view(np.float32)
+
+
+def longs(code, a, b):
+    """The same of int64: inputs in %d10 and %d11, the result in %d12."""
+    words = np.stack([a, b]).astype(np.int64).view(np.uint32).reshape(2, 32, 2).transpose(0, 2, 1).reshape(4, 32)
+    low, high = (evaluate(f"mov.b64 %d10, {{%r10, %r11}}; mov.b64 %d11, {{%r12, %r13}}; {code} mov.b64 {{%r{20 + i}, %r{21 - i}}}, %d12;", *words) for i in (0, 1))
+    return (high.astype(np.uint64) << 32 | low).view(np.int64)
+
+
+FLOAT_CODE = {
+    "add.rz.f32 %f7, %f0, 0f4B400000;": lambda x: np.floor(x.astype(np.float64) + 12582912),
+    "fma.rm.f32 %f7, %f0, 0f3DAAAAAB, 0f4B400000;": lambda x: np.floor(x.astype(np.float64) / 12 + 12582912),
+    "cvt.sat.f32.f32 %f7, %f0;": lambda x: np.clip(x, 0, 1),
+    "cvt.rni.f32.f32 %f7, %f0;": np.rint,
+    "cvt.rmi.f32.f32 %f7, %f0;": np.floor,
+    "ex2.approx.ftz.f32 %f7, %f0;": lambda x: np.exp2(x.astype(np.float64)),
+    "copysign.f32 %f7, %f0, 0f40400000;": lambda x: np.copysign(np.float32(3), x),
+    "div.approx.f32 %f7, 0f3F800000, %f0;": lambda x: 1 / x,
+    "rcp.rn.f32 %f7, %f0;": lambda x: 1 / x,
+    "setp.num.f32 %p0, %f0, %f0; selp.f32 %f7, 0f3F800000, 0f00000000, %p0;": lambda x: ~np.isnan(x),
+    "setp.nan.f32 %p0, %f0, %f0; selp.f32 %f7, 0f3F800000, 0f00000000, %p0;": np.isnan,
+    "cvt.f64.f32 %d10, %f0; fma.rn.f64 %d10, %d10, %d10, 0d3FF0000000000000; cvt.rn.f32.f64 %f7, %d10;": lambda x: x.astype(np.float64) ** 2 + 1,
+}
+
+
+@pytest.mark.parametrize("code", FLOAT_CODE)
+def test_float_instruction(code):
+    x = FLOATS[:24].repeat(2)[:32] if "f32.f64" in code or "0f4B" in code else FLOATS.copy()
+    with np.errstate(all="ignore"):
+        expected = FLOAT_CODE[code](x).astype(np.float32)
+    found = floats(code, x)
+    np.testing.assert_array_equal(found, np.nan_to_num(expected, nan=0) if "sat" in code else expected)
+
+
+def test_ex2_has_no_numbers_below_normal_ones():
+    x = np.array([-125, -126, -126.5, -127, -140, -200, 0, 1] * 4, np.float32)
+    np.testing.assert_array_equal(floats("ex2.approx.ftz.f32 %f7, %f0;", x), np.where(x >= -126, np.exp2(x.astype(np.float64)), 0).astype(np.float32))
+
+
+SHORT = {
+    "brev.b32 %r20, %r10;": lambda a, b: np.array([int(f"{x:032b}"[::-1], 2) for x in a], np.uint32),
+    "bfind.shiftamt.u32 %r20, %r10;": lambda a, b: np.array([32 - int(x).bit_length() if x else 2**32 - 1 for x in a], np.uint32),
+    "cvt.u16.u32 %h0, %r10; cvt.u16.u32 %h1, %r11; mul.lo.s16 %h2, %h0, %h1; cvt.u32.u16 %r20, %h2;": lambda a, b: (a * b) & 0xFFFF,
+    "cvt.u16.u32 %h0, %r10; cvt.u16.u32 %h1, %r11; mul.wide.u16 %r20, %h0, %h1;": lambda a, b: (a & 0xFFFF) * (b & 0xFFFF),
+    "cvt.u16.u32 %h0, %r10; shr.u16 %h1, %h0, 3; sub.s16 %h2, %h1, %h0; cvt.s32.s16 %r20, %h2;": lambda a, b: (
+        ((a & 0xFFFF) >> 3) - (a & 0xFFFF)).astype(np.uint16).view(np.int16).astype(np.int32).view(np.uint32),
+    "cvt.u16.u32 %h0, %r10; cvt.u16.u32 %h1, %r11; setp.gt.s16 %p0, %h0, %h1; selp.u16 %h2, 1, 0, %p0; cvt.u32.u16 %r20, %h2;": lambda a, b: (
+        a.astype(np.uint16).view(np.int16) > b.astype(np.uint16).view(np.int16)),
+    "setp.lt.u32 %p0, %r10, %r11; mov.pred %p1, 0; xor.pred %p2, %p0, %p1; not.pred %p3, %p2; selp.u32 %r20, 5, 7, %p3;": lambda a, b: np.where(a < b, 7, 5),
+    "setp.eq.u32 %p0, %r0, 9; vote.sync.any.pred %p1, %p0, -1; selp.u32 %r20, 1, 0, %p1;": lambda a, b: np.ones(32),
+    "mov.b32 %f0, %r10; cvt.rna.tf32.f32 %r20, %f0;": lambda a, b: np.where(np.isfinite(a.view(np.float32)), (a + 0x1000) & 0xFFFFE000, a),
+}
+
+
+@pytest.mark.parametrize("code", SHORT)
+def test_short_instruction(code):
+    words = WORDS[:2].copy()
+    words[0, :3] = 0, 1, 0x3F801000  # the last lies half way between two numbers of tf32
+    np.testing.assert_array_equal(evaluate(code, *words), SHORT[code](*words).astype(np.uint32))
+
+
+LONG = {
+    "div.s64 %d12, %d10, %d11;": lambda a, b: np.array([abs(int(x)) // abs(int(y)) * (1 if (x < 0) == (y < 0) else -1) for x, y in zip(a, b)]),
+    "rem.s64 %d12, %d10, %d11;": lambda a, b: np.fmod(a, b),
+    "mul.lo.s64 %d12, %d10, %d11;": lambda a, b: a * b,
+    "shr.s64 %d12, %d10, 35;": lambda a, b: a >> 35,
+    "neg.s64 %d12, %d10;": lambda a, b: -a,
+    "min.s64 %d12, %d10, %d11;": np.minimum,
+    "setp.lt.u64 %p0, %d10, %d11; selp.b64 %d12, %d10, %d11, %p0;": lambda a, b: np.where(a.view(np.uint64) < b.view(np.uint64), a, b),
+}
+
+
+@pytest.mark.parametrize("code", LONG)
+def test_long_instruction(code):
+    a, b = np.random.default_rng(2).integers(-2**62, 2**62, (2, 32))
+    b[::2] >>= 50
+    np.testing.assert_array_equal(longs(code, a, b), LONG[code](a, b))
+
+
+def test_atomics_of_one_place():
+    """Each thread gets what the ones before it made."""
+    out = torch.zeros(32, dtype=torch.int32)
+    run("setp.eq.u32 %p0, %r0, 0; @%p0 st.shared.b32 [smem], 100; bar.sync 0; atom.shared.add.u32 %r1, [smem], %r0;"
+        "mul.wide.u32 %d9, %r0, 4; add.s64 %d8, %d0, %d9; st.global.b32 [%d8], %r1;", out)
+    assert out.tolist() == [100 + lane * (lane - 1) // 2 for lane in range(32)]
+
+
+def test_generic_addresses_in_two_spaces_at_once():
+    """Lanes below 16 read global memory, the others shared."""
+    x, out = torch.arange(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    body = ("mov.u64 %d4, smem; cvta.shared.u64 %d4, %d4; mul.wide.u32 %d9, %r0, 4; add.s64 %d5, %d4, %d9; add.s64 %d6, %d0, %d9; add.s32 %r1, %r0, 500;"
+            "st.u32 [%d5], %r1; setp.lt.u32 %p0, %r0, 16; selp.b64 %d7, %d6, %d5, %p0; ld.u32 %r2, [%d7+OFFSET]; add.s64 %d8, %d1, %d9; st.u32 [%d8], %r2;")
+    run(body.replace("OFFSET", "0"), x, out)
+    assert out.tolist() == [*range(16), *range(516, 532)]
+    with pytest.raises(PTXError, match="thread 16: shared memory out of bounds"):
+        run(body.replace("OFFSET", "960"), torch.zeros(300), out)
+
+
+def test_local_memory():
+    out = torch.zeros(32, dtype=torch.int32)
+    run(".local .align 16 .b8 depot[64]; mov.u64 %d4, depot; and.b32 %r1, %r0, 15; mul.wide.u32 %d9, %r1, 4; add.s64 %d5, %d4, %d9; st.local.u32 [%d5], %r0;"
+        "cvta.local.u64 %d6, %d5; ld.u32 %r2, [%d6]; mul.wide.u32 %d9, %r0, 4; add.s64 %d8, %d0, %d9; st.global.u32 [%d8], %r2;", out)
+    assert out.tolist() == list(range(32))
+
+
+@pytest.mark.parametrize("nbytes, how", [(16, "cg"), (4, "ca")])
+def test_cp_async_fills_up_with_zeros(nbytes, how):
+    """Lane l copies min(l, nbytes) bytes."""
+    x, out = torch.arange(1, 513, dtype=torch.int16).view(torch.uint8).clone(), torch.full((32 * nbytes,), 9, dtype=torch.uint8)
+    moved = {16: "ld.shared.v4.u32 {%r5, %r6, %r7, %r8}, [%r3]; st.global.v4.u32 [%d8], {%r5, %r6, %r7, %r8};", 4: "ld.shared.u32 %r5, [%r3]; st.global.u32 [%d8], %r5;"}
+    run(f"mul.wide.u32 %d9, %r0, {nbytes}; cvt.u32.u64 %r1, %d9; mov.u32 %r2, smem; add.s32 %r3, %r2, %r1; add.s64 %d7, %d0, %d9; min.u32 %r4, %r0, {nbytes};"
+        f"cp.async.{how}.shared.global [%r3], [%d7], {nbytes}, %r4; cp.async.commit_group; cp.async.wait_group 0; add.s64 %d8, %d1, %d9; {moved[nbytes]}", x, out)
+    for lane in range(32):
+        taken = min(lane, nbytes)
+        assert out[lane * nbytes:][:nbytes].tolist() == x[lane * nbytes:][:taken].tolist() + [0] * (nbytes - taken)
+
+
+def test_mma_tf32():
+    """m16n8k8: lane 4 g + t holds A[g + 8 (i % 2), t + 4 (i // 2)] and B[t + 4 i, g]."""
+    torch.manual_seed(0)
+    A, B, out = torch.randn(16, 8), torch.randn(8, 8), torch.zeros(32, 4)
+    g, t = torch.arange(32) // 4, torch.arange(32) % 4
+    a, b = torch.stack([A[g + 8 * (i % 2), t + 4 * (i // 2)] for i in range(4)], 1), torch.stack([B[t + 4 * i, g] for i in range(2)], 1)
+    run("mul.wide.u32 %d9, %r0, 16; mul.wide.u32 %d8, %r0, 8; add.s64 %d3, %d0, %d9; add.s64 %d4, %d1, %d8; add.s64 %d5, %d2, %d9;"
+        "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%d3]; ld.global.v2.b32 {%r5, %r6}, [%d4]; mov.b32 %f0, 0f3F800000;"
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f0, %f0, %f0, %f0};"
+        "st.global.v4.f32 [%d5], {%f1, %f2, %f3, %f4};", a.contiguous(), b.contiguous(), out)
+    seen = [(m.view(torch.int32) & -8192).view(torch.float32).double() for m in (A, B)]  # the tensor core drops 13 bits
+    expected = seen[0] @ seen[1] + 1
+    torch.testing.assert_close(out, torch.stack([expected[g + 8 * (i // 2), 2 * t + i % 2] for i in range(4)], 1).float(), rtol=0, atol=1e-5)
+
+
 # ---- nvcc's kernels
 
 SOURCE = r"""
@@ -243,6 +394,10 @@ SOURCE = r"""
 extern "C" __global__ void add(const float* x, const float* y, float* out, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = x[i] + y[i];
+}
+struct Options { char kind; float scale[3]; long where; unsigned char last[2]; };
+extern "C" __global__ void options(Options o, short more, long* out) {
+    out[0] = o.kind, out[1] = o.scale[0] + 10 * o.scale[2], out[2] = o.where, out[3] = o.last[0] + 1000 * o.last[1], out[4] = more, out[5] = o.scale[threadIdx.x + 1];
 }
 extern "C" __global__ void sum(const float* x, float* out, int n) {
     __shared__ float warps[32];
@@ -316,6 +471,12 @@ def test_nvcc_add_with_tail(kernels):
     assert torch.equal(out, x + y)
     with pytest.raises(PTXError, match=r"add, block \(7, 0, 0\), thread 104: global memory out of bounds: 4 bytes at 4000 of a tensor of 4000"):
         launch(kernels, "add", (8,), (128,), [x, y, out, 1001])
+
+
+def test_nvcc_arguments_by_value(kernels):
+    out = torch.zeros(6, dtype=torch.int64)
+    launch(kernels, "options", (1,), (1,), [struct.pack("b3x3fq2B6x", -7, 1, 2, 3, 1 << 40, 5, 6), -300, out])
+    assert out.tolist() == [-7, 31, 1 << 40, 6005, -300, 2]
 
 
 def test_nvcc_block_reduction(kernels):

@@ -33,17 +33,17 @@ class Launch:
 
 
 @functools.lru_cache(maxsize=64)
-def programs(ptx):
-    """{name: Program} of every kernel in the text."""
-    return {name: Program(kernel) for name, kernel in parse(ptx).items()}
+def program_of(ptx, name):
+    return Program(parse(ptx, name))
 
 
-def launch(ptx, name, grid, block, arguments, dynamic_shared=0, touched=()):
-    """Runs a kernel. Arguments: tensors, numbers, or bytes for structs; the kernel may touch the tensors' storages, and
-    those of the tensors in `touched`. Returns the number of instructions, each counted once for all threads that run it together.
+def launch(ptx, name, grid, block, arguments, dynamic_shared=0, touched=(), regions=()):
+    """Runs a kernel. Arguments: tensors, numbers, or bytes for structs; the kernel may touch the tensors' storages, those
+    of the tensors in `touched`, and `regions`: (address, bytes). Returns the number of instructions, each counted once for all
+    threads that run it together.
     """
-    program = programs(ptx)[name]
-    regions = [_region(t) for t in (*arguments, *touched) if isinstance(t, torch.Tensor)] + program.regions
+    program = program_of(ptx, name)
+    regions = [_region(t) for t in (*arguments, *touched) if isinstance(t, torch.Tensor)] + program.regions + list(regions)
     grid, block = ((*sizes, 1, 1)[:3] for sizes in (grid, block))
     running = Launch(grid, block, _pack(program, arguments), GlobalMemory(regions), dynamic_shared)
     blocks = grid[0] * grid[1] * grid[2]

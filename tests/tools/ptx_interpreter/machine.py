@@ -193,12 +193,14 @@ class Wave:
     def columns_of(self, active):
         return self.everyone if active is None else np.flatnonzero(active)
 
-    def space_of(self, addresses):
-        """(space, addresses in it) of generic addresses."""
-        if not len(addresses) or addresses[0] < SHARED_WINDOW:
-            return "global", addresses
-        window, space = (SHARED_WINDOW, "shared") if addresses[0] < LOCAL_WINDOW else (LOCAL_WINDOW, "local")
-        return space, addresses - np.uint64(window)
+    @staticmethod
+    def spaces_of(addresses):
+        """(space, lanes, addresses in it) of each space that generic addresses lie in."""
+        window = np.searchsorted(np.array([SHARED_WINDOW, LOCAL_WINDOW], np.uint64), addresses, "right")
+        for i, (space, begin) in enumerate((("global", 0), ("shared", SHARED_WINDOW), ("local", LOCAL_WINDOW))):
+            if (lanes := window == i).any():
+                lanes = slice(None) if lanes.all() else np.flatnonzero(lanes)
+                yield space, lanes, addresses[lanes] - np.uint64(begin)
 
 
 NOBODY = object()  # in the place of a mask: no thread's guard holds

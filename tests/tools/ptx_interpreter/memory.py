@@ -159,7 +159,7 @@ class SharedMemory:
         own = _spread(warp + 1, word)
         return own[:, None] if words > 1 else own
 
-    def load(self, addresses, block, warp, word, words):
+    def load(self, addresses, block, warp, word, words, unwritten_too=False):
         index, own = self._index(addresses, block, word, words), self._own(warp, word, words)
         states = self.state[word][index]
         if not (states == _spread(np.array(WRITTEN), word)).all():
@@ -167,7 +167,8 @@ class SharedMemory:
             flying = (states == IN_FLIGHT).any(1)
             if flying.any():
                 raise Fault("read of shared memory that a cp.async not yet waited for will write", first(flying))
-            raise Fault("read of uninitialised shared memory", first((states != WRITTEN).any(1)))
+            if not unwritten_too:
+                raise Fault("read of uninitialised shared memory", first((states != WRITTEN).any(1)))
         at = self._foreign(self.writer[word][index], own)
         if at is not None:
             raise Fault("race in shared memory: another warp wrote here and no barrier stands between", at)

@@ -5,7 +5,7 @@ An access of n bytes moves `words` of `word` bytes: the largest that divide it, 
 import numpy as np
 
 from .control import whole_warps
-from .memory import HOST, WORDS
+from .memory import HOST, WORDS, Fault
 from .numbers import TYPES, UNSIGNED, pack, unpack
 from .parser import Register
 from .program import Unsupported, instruction
@@ -13,15 +13,29 @@ from .program import Unsupported, instruction
 SPACES = ("param", "global", "shared", "local", "const")
 
 
-def load(wave, space, columns, addresses, nbytes):
-    """(lanes, words) or (lanes,) of what lies there, after the checks of its space."""
+def _in_each_space(wave, addresses, access):
+    """access(space, lanes, addresses in it) for every space that generic addresses lie in."""
+    for space, lanes, inside in wave.spaces_of(addresses):
+        try:
+            access(space, lanes, inside)
+        except Fault as fault:
+            raise Fault(str(fault), np.arange(len(addresses))[lanes][fault.at]) from None
+
+
+def load(wave, space, columns, addresses, nbytes, unwritten_too=False):
+    """(lanes, words) or (lanes,) of what lies there, after the checks of its space. `unwritten_too`: shared memory may be what it was."""
     if space is None:
-        space, addresses = wave.space_of(addresses)
+        found = np.empty((len(columns), nbytes // min(nbytes, 8)) if nbytes > 8 else len(columns), WORDS[min(nbytes, 8)])
+        def read(space, lanes, inside):
+            found[lanes] = load(wave, space, columns[lanes], inside, nbytes, unwritten_too)
+
+        _in_each_space(wave, addresses, read)
+        return found
     word = min(nbytes, 8)
     words = nbytes // word
     if space == "shared":
         wave.shared.check(addresses, nbytes)
-        return wave.shared.load(addresses, wave.block[columns], wave.warp[columns], word, words)
+        return wave.shared.load(addresses, wave.block[columns], wave.warp[columns], word, words, unwritten_too)
     if space == "local":
         wave.local.check(addresses, nbytes)
         return wave.local.data[word][wave.local.index(addresses, columns, word, words)]
@@ -36,7 +50,8 @@ def load(wave, space, columns, addresses, nbytes):
 
 def store(wave, space, columns, addresses, data, nbytes):
     if space is None:
-        space, addresses = wave.space_of(addresses)
+        _in_each_space(wave, addresses, lambda space, lanes, inside: store(wave, space, columns[lanes], inside, data[lanes], nbytes))
+        return
     word = min(nbytes, 8)
     words = nbytes // word
     if space == "shared":
@@ -63,10 +78,12 @@ def ld(ins, program):
     type, space, address = ins.types[-1], _space(ins), program.address(ins.operands[1])
     puts = [program.destination(t, type) for t in targets]
     nbytes = type.bytes * len(targets)
+    used = [t for i, t in enumerate(targets) if ins.used_bytes >> i * type.bytes & (1 << type.bytes) - 1 and isinstance(t, Register)]
+    speculative = space in ("shared", None) and program.only_chosen_from(used)
 
     def run(wave, active):
         columns = wave.columns_of(active)
-        found = load(wave, space, columns, address(wave)[columns], nbytes)
+        found = load(wave, space, columns, address(wave)[columns], nbytes, speculative)
         parts = np.ascontiguousarray(found).view(type.dtype).reshape(len(columns), -1)
         for i, put in enumerate(puts):
             if active is None:
@@ -131,7 +148,9 @@ def atom(ins, program):
         arguments = [np.broadcast_to(read(wave), wave.columns)[columns] for read in reads]
         where = space
         if where is None:
-            where, addresses = wave.space_of(addresses)
+            (where, _, addresses), *others = wave.spaces_of(addresses)
+            if others:
+                raise Fault("an atomic in two memory spaces at once")
         before = np.zeros(wave.columns, type.dtype)
         left = np.arange(len(columns))
         while len(left):  # every address once a round

@@ -1,8 +1,9 @@
-"""PTX text -> Module: its variables, and its kernels as lists of Instructions with resolved operands.
+"""PTX text -> its entries, each as a Kernel: variables, and a list of Instructions with resolved operands.
 
 Scopes in braces (inline assembly declares registers of its own in them) are resolved here; .loc lines become the source
 position of the instructions behind them.
 """
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -59,16 +60,36 @@ class Instruction:
     operands: list  # vectors are lists
     text: str
     source: str  # "file.py:12", where the PTX tells
+    used_bytes: int = -1  # of a load: a bit for each byte that somebody looks at, where the PTX tells
 
     @property
     def types(self):
         return [TYPES[m] for m in self.modifiers if m in TYPES]
+
+    @property
+    def reads(self):
+        """The registers it reads, the guard's and those of addresses included."""
+        writes = self.opcode not in ("st", "red", "bra", "bar", "cp", "ret", "exit")
+        found = [*_registers(self.operands[1:] if writes else self.operands), *_registers([o for o in self.operands[:1] if isinstance(o, Address)])]
+        return [*found, self.guard] if self.guard else found
 
     def has(self, *names):
         return any(name in self.modifiers for name in names)
 
     def one_of(self, names, default=None):
         return next((m for m in self.modifiers if m in names), default)
+
+
+def _registers(operands):
+    for o in operands:
+        if isinstance(o, Register):
+            yield o
+        elif isinstance(o, Negated):
+            yield o.register
+        elif isinstance(o, Address):
+            yield from _registers([o.base])
+        elif isinstance(o, (list, tuple)):
+            yield from _registers(o)
 
 
 @dataclass
@@ -95,22 +116,28 @@ PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.([a-z]+\d+)\s+(?:\.p
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{;]*)\{", re.S)
 
 
-def parse(ptx):
-    """{name: Kernel} of every entry."""
+@functools.lru_cache(maxsize=64)
+def entries(ptx):
+    """{name: (its parameters' text, its body's), ...} of every entry, the text outside of them, and the names of the source files."""
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', ptx, re.M))
     text = COMMENT.sub("", re.sub(r'^\s*\.file.*$', "", ptx, flags=re.M))
     files = {number: path.rpartition("/")[2] for number, path in files.items()}
-    kernels, outside, end = {}, "", 0
+    found, outside, end = {}, "", 0
     for match in ENTRY.finditer(text):
         outside += text[end:match.start()]
         end = _closing_brace(text, match.end())
-        kernels[match[1]] = _Body(Kernel(match[1], [_parameter(p) for p in match[2].split(",") if p.strip()]), files), text[match.end():end]
-    outside = re.sub(r"\.section\b.*", "", outside + text[end + 1:], flags=re.S)
-    variables = dict(v for v in map(_variable, outside.split(";")) if v)
-    for body, inside in kernels.values():
-        body.kernel.variables.update(variables)
-        body.parse(inside)
-    return {name: body.kernel for name, (body, _) in kernels.items()}
+        found[match[1]] = match[2], text[match.end():end]
+    return found, re.sub(r"\.section\b.*", "", outside + text[end + 1:], flags=re.S), files
+
+
+def parse(ptx, name):
+    """The Kernel of an entry."""
+    found, outside, files = entries(ptx)
+    parameters, inside = found[name]
+    body = _Body(Kernel(name, [_parameter(p) for p in parameters.split(",") if p.strip()]), files)
+    body.kernel.variables.update(v for v in map(_variable, outside.split(";")) if v)
+    body.parse(inside)
+    return body.kernel
 
 
 def _closing_brace(text, position):
@@ -163,7 +190,7 @@ class _Body:
     TOKEN = re.compile(r"\s*(?:([{}])|([$%\w]+)\s*:(?!:)|(\.loc\b[^\n]*)|((?:[^;{}]|\{[^{};]*\})*?);)")
 
     def __init__(self, kernel, files):
-        self.kernel, self.files, self.source = kernel, files, ""
+        self.kernel, self.files, self.source, self.used_bytes = kernel, files, "", -1
         self.scopes = [{}]
 
     def parse(self, text):
@@ -188,6 +215,8 @@ class _Body:
             _, type, names = text.split(None, 2)
             for name in names.split(","):
                 self._declare(name.strip(), max(16, TYPES[type[1:]].bits) if type != ".pred" else 1)
+        elif used := re.match(r'\.pragma "used_bytes_mask (\w+)"', text):
+            self.used_bytes = int(used[1], 0)
         elif text.startswith("."):
             if variable := _variable(text):
                 self.kernel.variables[variable[0]] = variable[1]
@@ -197,7 +226,8 @@ class _Body:
             name, *modifiers = re.split(r"\.|::", opcode)
             self.kernel.instructions.append(Instruction(
                 self._register(guard[2]) if guard else None, bool(guard and guard[1]), name, tuple(modifiers),
-                [self._operand(o) for o in _split(operands)], text, self.source))
+                [self._operand(o) for o in _split(operands)], text, self.source, self.used_bytes))
+            self.used_bytes = -1
 
     def _declare(self, name, bits):
         match = re.fullmatch(r"([%\w$]+)<(\d+)>", name)

@@ -4,6 +4,7 @@ A builder takes (instruction, program) and returns run(wave, active), where `act
 or None for all. `program.source(operand, type)` gives read(wave) -> array; `program.destination(operand, type)` gives
 put(wave, active, values).
 """
+import functools
 from dataclasses import dataclass
 from typing import Callable
 
@@ -88,6 +89,20 @@ class Program:
 
     def _step_to_exit(self):
         return self._step(Instruction(None, False, "ret", (), [], "ret", ""))
+
+    @functools.cached_property
+    def _readers(self):
+        """{register: the instructions that read it}"""
+        readers = {}
+        for ins in self.kernel.instructions:
+            for register in ins.reads:
+                readers.setdefault(register, []).append(ins)
+        return readers
+
+    def only_chosen_from(self, registers):
+        """Whether everything that is ever done with them is to select them or others: nvcc loads ahead of the question whether to load."""
+        readers = [reader for register in registers for reader in self._readers.get(register, ())]
+        return bool(readers) and all(r.opcode == "selp" and not set(registers) & {r.guard, r.operands[3]} for r in readers)
 
     # ---- operands
 
