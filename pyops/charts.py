@@ -57,10 +57,12 @@ def curves(title, series, across, up, levels=()):
     for i in range(math.floor(right / _tick(right)) + 1):
         x = left + wide * i * _tick(right) / right
         parts.append(f'<text x="{x:.1f}" y="{top + high + 18}" {TEXT} text-anchor="middle">{i * _tick(right):.4g}</text>')
-    for label, y in levels:
-        edge = at(right, y).split(",")[1]
+    text = -math.inf  # where the last label stands: they keep their distance
+    for label, y in sorted(levels, key=lambda level: -level[1]):
+        edge = float(at(right, y).split(",")[1])
+        text = max(edge + 4, text + 15)
         parts.append(f'<line x1="{left}" y1="{edge}" x2="{left + wide}" y2="{edge}" stroke="#222" stroke-dasharray="5 4"/>')
-        parts.append(f'<text x="{left + wide + 8}" y="{float(edge) + 4:.1f}" {TEXT}>{escape(f"{label} {y:.3g}")}</text>')
+        parts.append(f'<text x="{left + wide + 8}" y="{text:.1f}" {TEXT}>{escape(f"{label} {y:.3g}")}</text>')
     for index, (label, line) in enumerate(series):
         colour = COLOURS[index % len(COLOURS)]
         parts.append(f'<polyline points="{" ".join(at(x, y) for x, y in line)}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
