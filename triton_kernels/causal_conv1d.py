@@ -21,7 +21,7 @@ from .causal_conv1d_update import causal_conv1d_update_triton, causal_conv1d_var
 
 FWD = configs.Table(
     "causal_conv1d_fwd",
-    configs.Row({"BLOCK_L": 16, "BLOCK_D": 64}, num_warps=4, arch=("sm10",), up_to={"stride_d": 1}),
+    configs.Row({"BLOCK_L": 16, "BLOCK_D": 64}, num_warps=8, arch=("sm10",), up_to={"stride_d": 1}),
     configs.Row({"BLOCK_L": 128, "BLOCK_D": 8}, num_warps=4, arch=("sm10",)),
     configs.Row({"BLOCK_L": 32, "BLOCK_D": 64}, num_warps=4, up_to={"stride_d": 1}),
     configs.Row({"BLOCK_L": 256, "BLOCK_D": 8}, num_warps=4),
@@ -371,6 +371,6 @@ def causal_conv1d_bwd_triton(dy, x, weight, bias, seq_idx, cu_seqlens, initial_s
         num_d = triton.cdiv(D, BLOCK_STATES)
         runtime.visible(causal_conv1d_bwd_states_kernel)[(initial_states.shape[0] * num_d,)](
             dy, x, weight, bias, initial_states, dfinal_states, runs.reach, runs.before, runs.cu, runs.ends, dinitial, D, L, num_d, *strides,
-            HAS_CU=cu_seqlens is not None, BLOCK_W=triton.next_power_of_2(W - 1), BLOCK_D=BLOCK_STATES, **flags,
+            HAS_CU=cu_seqlens is not None, BLOCK_W=triton.next_power_of_2(W - 1), BLOCK_D=BLOCK_STATES, **flags, num_warps=2,  # with 4 it spills on sm_90
         )
     return dx, dweight, dbias, dinitial

@@ -28,8 +28,8 @@ BWD_BC = configs.Table(
     "chunk_scan_bwd_bc",
     configs.Row({"BLOCK_P": 64, "BLOCK_N": 64}, num_warps=8, num_stages=1, arch=("sm9", "sm10"), itemsize=2),
     configs.Row({"BLOCK_P": 32, "BLOCK_N": 64}, num_warps=8, num_stages=1, arch=("gfx",), itemsize=2),
-    configs.Row({"BLOCK_P": 64, "BLOCK_N": 16}, num_warps=8, num_stages=1, itemsize=2),
-    configs.Row({"BLOCK_P": 16, "BLOCK_N": 32}, num_warps=8, num_stages=1),
+    configs.Row({"BLOCK_P": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1, itemsize=2),
+    configs.Row({"BLOCK_P": 16, "BLOCK_N": 32}, num_warps=4, num_stages=1),
 )
 
 

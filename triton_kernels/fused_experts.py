@@ -25,6 +25,7 @@ from .grouped_gemm import (
 GATE = configs.Table(
     "fused_experts_fwd",
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64}, num_warps=4, num_stages=3, itemsize=4, up_to={"rows": 16}),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16}, num_warps=4, num_stages=4, itemsize=4, arch=("sm8",)),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=4, num_stages=2, itemsize=4),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=4, up_to={"rows": 16}, arch=("sm",)),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=2, up_to={"rows": 16}),

@@ -22,11 +22,12 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 FWD = configs.Table(
     "grouped_gemm_fwd",
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3, itemsize=4, up_to={"rows": 16}),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}, num_warps=4, num_stages=4, itemsize=4, arch=("sm8",)),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=2, itemsize=4),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}, num_warps=4, num_stages=4, up_to={"rows": 16}, arch=("sm",)),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}, num_warps=4, num_stages=2, up_to={"rows": 16}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3, up_to={"rows": 64}, arch=("sm10",)),
-    configs.Row({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=4, num_stages=3, up_to={"rows": 64}),
+    configs.Row({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=4, num_stages=3, up_to={"rows": 64}, arch=("sm8", "sm9", "sm12", "gfx")),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm90",)),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=4, arch=("sm100", "sm103")),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm80",)),

@@ -17,9 +17,10 @@ import triton.language as tl
 
 from . import configs, runtime
 
+# masked: whether there is a key mask, which takes registers
 FWD = configs.Table(
     "local_attention_fwd",
-    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3, arch=("sm8", "sm9", "sm12"), itemsize=2, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3, arch=("sm8", "sm9", "sm12"), itemsize=2, up_to={"P": 64, "masked": 0}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=1, up_to={"P": 64}),
@@ -50,9 +51,9 @@ FLOOR = tl.constexpr(-1e30)  # the score of what is not seen: finite, so that di
 
 
 @triton.jit
-def load_rows(ptr, stride_l, stride_p, offs_l, mask_l, P: tl.constexpr, BLOCK_P: tl.constexpr):
-    """One head's rows as a block (rows, BLOCK_P), zeros outside; ptr stands at the head."""
-    offs_p = tl.arange(0, BLOCK_P)
+def load_rows(ptr, stride_l, stride_p, offs_l, mask_l, P: tl.constexpr, BLOCK_P: tl.constexpr, first=0):
+    """One head's rows from channel `first` on as a block (rows, BLOCK_P), zeros outside; ptr stands at the head."""
+    offs_p = first + tl.arange(0, BLOCK_P)
     mask = mask_l[:, None] & (offs_p < P)[None, :]
     return tl.load(ptr + offs_l[:, None].to(tl.int64) * stride_l + offs_p[None, :].to(tl.int64) * stride_p, mask=mask, other=0.0)
 
@@ -62,6 +63,23 @@ def store_rows(ptr, stride_l, offs_l, mask_l, value, P: tl.constexpr, BLOCK_P: t
     offs_p = tl.arange(0, BLOCK_P)
     mask = mask_l[:, None] & (offs_p < P)[None, :]
     tl.store(ptr + offs_l[:, None].to(tl.int64) * stride_l + offs_p[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scores(
+    x, y, x_ptr, y_ptr, offs_x, offs_y, mask_x, mask_y, stride_x_l, stride_x_p, stride_y_l, stride_y_p,
+    PRECISION: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """x y^T of one head, of which x and y are rows; with BLOCK_K < BLOCK_P loaded again, BLOCK_K channels at a time."""
+    if BLOCK_K == BLOCK_P:
+        s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    else:
+        s = tl.zeros((x.shape[0], y.shape[0]), tl.float32)
+        for first in range(0, P, BLOCK_K):
+            x_part = load_rows(x_ptr, stride_x_l, stride_x_p, offs_x, mask_x, P, BLOCK_K, first).to(x.dtype)
+            y_part = load_rows(y_ptr, stride_y_l, stride_y_p, offs_y, mask_y, P, BLOCK_K, first).to(x.dtype)
+            s = tl.dot(x_part, tl.trans(y_part), s, input_precision=PRECISION)
+    return s
 
 
 @triton.jit
@@ -108,15 +126,16 @@ def _edge_block(i, first, whole_first, whole_last):
 
 @triton.jit
 def _fwd_step(
-    acc, top, total, q, low, high, block, k_ptr, v_ptr, key_mask_ptr, L, unit, stride_k_l, stride_k_p, stride_v_l, stride_v_p, stride_key_mask_l,
-    MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    acc, top, total, q, low, high, block, q_ptr, k_ptr, v_ptr, key_mask_ptr, offs_m, mask_m, L, unit,
+    stride_q_l, stride_q_p, stride_k_l, stride_k_p, stride_v_l, stride_v_p, stride_key_mask_l, MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    PRECISION: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """Online softmax: one more block of keys."""
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < L
     k = load_rows(k_ptr, stride_k_l, stride_k_p, offs_n, mask_n, P, BLOCK_P).to(q.dtype)
     v = load_rows(v_ptr, stride_v_l, stride_v_p, offs_n, mask_n, P, BLOCK_P).to(q.dtype)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = _scores(q, k, q_ptr, k_ptr, offs_m, offs_n, mask_m, mask_n, stride_q_l, stride_q_p, stride_k_l, stride_k_p, PRECISION, P, BLOCK_P, BLOCK_K)
     if MASKED:
         seen = (offs_n[None, :] >= low[:, None]) & (offs_n[None, :] < high[:, None])
         if HAS_KEY_MASK:
@@ -137,14 +156,15 @@ def local_attention_fwd_kernel(
     stride_q_b, stride_q_l, stride_q_h, stride_q_p, stride_k_b, stride_k_l, stride_k_h, stride_k_p,
     stride_v_b, stride_v_l, stride_v_h, stride_v_p, stride_key_mask_b, stride_key_mask_l,
     HAS_KEY_MASK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     blocks_m = tl.cdiv(L, BLOCK_M)
     pid_m, head = tl.program_id(0) % blocks_m, tl.program_id(0) // blocks_m
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < L
-    q = load_rows(q_ptr + b * stride_q_b + h * stride_q_h, stride_q_l, stride_q_p, offs_m, mask_m, P, BLOCK_P)
+    q_ptr += b * stride_q_b + h * stride_q_h
+    q = load_rows(q_ptr, stride_q_l, stride_q_p, offs_m, mask_m, P, BLOCK_P)
     k_ptr += b * stride_k_b + h // group * stride_k_h
     v_ptr += b * stride_v_b + h // group * stride_v_h
     if HAS_KEY_MASK:
@@ -160,13 +180,15 @@ def local_attention_fwd_kernel(
     if not HAS_KEY_MASK:
         for block in range(whole_first, whole_last):
             acc, top, total = _fwd_step(
-                acc, top, total, q, low, high, block, k_ptr, v_ptr, key_mask_ptr, L, unit, stride_k_l, stride_k_p, stride_v_l, stride_v_p,
-                stride_key_mask_l, False, HAS_KEY_MASK, PRECISION, P, BLOCK_N, BLOCK_P,
+                acc, top, total, q, low, high, block, q_ptr, k_ptr, v_ptr, key_mask_ptr, offs_m, mask_m, L, unit,
+                stride_q_l, stride_q_p, stride_k_l, stride_k_p, stride_v_l, stride_v_p, stride_key_mask_l, False, HAS_KEY_MASK,
+                PRECISION, P, BLOCK_N, BLOCK_P, BLOCK_K,
             )
     for i in range(last - first - (whole_last - whole_first)):
         acc, top, total = _fwd_step(
-            acc, top, total, q, low, high, _edge_block(i, first, whole_first, whole_last), k_ptr, v_ptr, key_mask_ptr, L, unit, stride_k_l,
-            stride_k_p, stride_v_l, stride_v_p, stride_key_mask_l, True, HAS_KEY_MASK, PRECISION, P, BLOCK_N, BLOCK_P,
+            acc, top, total, q, low, high, _edge_block(i, first, whole_first, whole_last), q_ptr, k_ptr, v_ptr, key_mask_ptr, offs_m, mask_m, L, unit,
+            stride_q_l, stride_q_p, stride_k_l, stride_k_p, stride_v_l, stride_v_p, stride_key_mask_l, True, HAS_KEY_MASK,
+            PRECISION, P, BLOCK_N, BLOCK_P, BLOCK_K,
         )
     empty = total == 0
     y = acc / tl.where(empty, 1.0, total)[:, None]
@@ -176,21 +198,26 @@ def local_attention_fwd_kernel(
 
 @triton.jit
 def _bwd_queries_step(
-    dq, q, dy, lse, delta, low, high, block, k_ptr, v_ptr, key_mask_ptr, L, unit, stride_k_l, stride_k_p, stride_v_l, stride_v_p, stride_key_mask_l,
-    MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    dq, q, dy, lse, delta, low, high, block, q_ptr, dy_ptr, k_ptr, v_ptr, key_mask_ptr, offs_m, mask_m, L, unit,
+    stride_q_l, stride_q_p, stride_dy_l, stride_dy_p, stride_k_l, stride_k_p, stride_v_l, stride_v_p, stride_key_mask_l,
+    MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """dq += ds k with ds = p (dy . v - delta)."""
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < L
     k = load_rows(k_ptr, stride_k_l, stride_k_p, offs_n, mask_n, P, BLOCK_P).to(q.dtype)
     v = load_rows(v_ptr, stride_v_l, stride_v_p, offs_n, mask_n, P, BLOCK_P).to(q.dtype)
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * unit - lse[:, None])
+    s = _scores(q, k, q_ptr, k_ptr, offs_m, offs_n, mask_m, mask_n, stride_q_l, stride_q_p, stride_k_l, stride_k_p, PRECISION, P, BLOCK_P, BLOCK_K)
+    p = tl.exp2(s * unit - lse[:, None])
     if MASKED:
         seen = (offs_n[None, :] >= low[:, None]) & (offs_n[None, :] < high[:, None])
         if HAS_KEY_MASK:
             seen &= tl.load(key_mask_ptr + offs_n.to(tl.int64) * stride_key_mask_l, mask=mask_n, other=0)[None, :] != 0
         p = tl.where(seen, p, 0.0)
-    ds = p * (tl.dot(dy, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    dp = _scores(dy, v, dy_ptr, v_ptr, offs_m, offs_n, mask_m, mask_n,
+                 stride_dy_l, stride_dy_p, stride_v_l, stride_v_p, PRECISION, P, BLOCK_P, BLOCK_K)
+    ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(q.dtype), k, dq, input_precision=PRECISION)
 
 
@@ -201,15 +228,17 @@ def local_attention_bwd_queries_kernel(
     stride_k_b, stride_k_l, stride_k_h, stride_k_p, stride_v_b, stride_v_l, stride_v_h, stride_v_p,
     stride_y_b, stride_y_l, stride_y_h, stride_y_p, stride_key_mask_b, stride_key_mask_l,
     HAS_KEY_MASK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     blocks_m = tl.cdiv(L, BLOCK_M)
     pid_m, head = tl.program_id(0) % blocks_m, tl.program_id(0) // blocks_m
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < L
-    q = load_rows(q_ptr + b * stride_q_b + h * stride_q_h, stride_q_l, stride_q_p, offs_m, mask_m, P, BLOCK_P)
-    dy = load_rows(dy_ptr + b * stride_dy_b + h * stride_dy_h, stride_dy_l, stride_dy_p, offs_m, mask_m, P, BLOCK_P).to(q.dtype)
+    q_ptr += b * stride_q_b + h * stride_q_h
+    dy_ptr += b * stride_dy_b + h * stride_dy_h
+    q = load_rows(q_ptr, stride_q_l, stride_q_p, offs_m, mask_m, P, BLOCK_P)
+    dy = load_rows(dy_ptr, stride_dy_l, stride_dy_p, offs_m, mask_m, P, BLOCK_P).to(q.dtype)
     y = load_rows(y_ptr + b * stride_y_b + h * stride_y_h, stride_y_l, stride_y_p, offs_m, mask_m, P, BLOCK_P)
     at = head.to(tl.int64) * L + offs_m
     delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
@@ -228,21 +257,24 @@ def local_attention_bwd_queries_kernel(
     if not HAS_KEY_MASK:
         for block in range(whole_first, whole_last):
             dq = _bwd_queries_step(
-                dq, q, dy, lse, delta, low, high, block, k_ptr, v_ptr, key_mask_ptr, L, unit, stride_k_l, stride_k_p, stride_v_l, stride_v_p,
-                stride_key_mask_l, False, HAS_KEY_MASK, PRECISION, P, BLOCK_N, BLOCK_P,
+                dq, q, dy, lse, delta, low, high, block, q_ptr, dy_ptr, k_ptr, v_ptr, key_mask_ptr, offs_m, mask_m, L, unit,
+                stride_q_l, stride_q_p, stride_dy_l, stride_dy_p, stride_k_l, stride_k_p, stride_v_l, stride_v_p, stride_key_mask_l,
+                False, HAS_KEY_MASK, PRECISION, P, BLOCK_N, BLOCK_P, BLOCK_K,
             )
     for i in range(last - first - (whole_last - whole_first)):
         dq = _bwd_queries_step(
-            dq, q, dy, lse, delta, low, high, _edge_block(i, first, whole_first, whole_last), k_ptr, v_ptr, key_mask_ptr, L, unit, stride_k_l,
-            stride_k_p, stride_v_l, stride_v_p, stride_key_mask_l, True, HAS_KEY_MASK, PRECISION, P, BLOCK_N, BLOCK_P,
+            dq, q, dy, lse, delta, low, high, _edge_block(i, first, whole_first, whole_last), q_ptr, dy_ptr, k_ptr, v_ptr, key_mask_ptr,
+            offs_m, mask_m, L, unit, stride_q_l, stride_q_p, stride_dy_l, stride_dy_p, stride_k_l, stride_k_p, stride_v_l, stride_v_p,
+            stride_key_mask_l, True, HAS_KEY_MASK, PRECISION, P, BLOCK_N, BLOCK_P, BLOCK_K,
         )
     store_rows(dq_ptr + (b * L * H + h) * P, H * P, offs_m, mask_m, dq * scale, P, BLOCK_P)
 
 
 @triton.jit
 def _bwd_keys_step(
-    dk, dv, k, v, low, high, block, q_ptr, dy_ptr, lse_ptr, delta_ptr, L, unit, stride_q_l, stride_q_p, stride_dy_l, stride_dy_p,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    dk, dv, k, v, low, high, block, q_ptr, dy_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, offs_n, mask_n, L, unit,
+    stride_q_l, stride_q_p, stride_dy_l, stride_dy_p, stride_k_l, stride_k_p, stride_v_l, stride_v_p,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """One more block of queries; keys stand in the rows here: dv += p dy, dk += ds q."""
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -251,11 +283,14 @@ def _bwd_keys_step(
     dy = load_rows(dy_ptr, stride_dy_l, stride_dy_p, offs_m, mask_m, P, BLOCK_P).to(q.dtype)
     lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf"))
     delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * unit - lse[None, :])
+    s = _scores(k, q, k_ptr, q_ptr, offs_n, offs_m, mask_n, mask_m, stride_k_l, stride_k_p, stride_q_l, stride_q_p, PRECISION, P, BLOCK_P, BLOCK_K)
+    p = tl.exp2(s * unit - lse[None, :])
     if MASKED:
         p = tl.where((offs_m[None, :] >= low[:, None]) & (offs_m[None, :] < high[:, None]), p, 0.0)
     dv = tl.dot(p.to(q.dtype), dy, dv, input_precision=PRECISION)
-    ds = p * (tl.dot(v, tl.trans(dy), input_precision=PRECISION) - delta[None, :])
+    dp = _scores(v, dy, v_ptr, dy_ptr, offs_n, offs_m, mask_n, mask_m,
+                 stride_v_l, stride_v_p, stride_dy_l, stride_dy_p, PRECISION, P, BLOCK_P, BLOCK_K)
+    ds = p * (dp - delta[None, :])
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
@@ -265,15 +300,17 @@ def local_attention_bwd_keys_kernel(
     stride_dy_b, stride_dy_l, stride_dy_h, stride_dy_p, stride_q_b, stride_q_l, stride_q_h, stride_q_p,
     stride_k_b, stride_k_l, stride_k_h, stride_k_p, stride_v_b, stride_v_l, stride_v_h, stride_v_p, stride_key_mask_b, stride_key_mask_l,
     HAS_KEY_MASK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     blocks_n = tl.cdiv(L, BLOCK_N)
     pid_n, head = tl.program_id(0) % blocks_n, tl.program_id(0) // blocks_n
     b, kv = (head // Hk).to(tl.int64), (head % Hk).to(tl.int64)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < L
-    k = load_rows(k_ptr + b * stride_k_b + kv * stride_k_h, stride_k_l, stride_k_p, offs_n, mask_n, P, BLOCK_P).to(q_ptr.dtype.element_ty)
-    v = load_rows(v_ptr + b * stride_v_b + kv * stride_v_h, stride_v_l, stride_v_p, offs_n, mask_n, P, BLOCK_P).to(q_ptr.dtype.element_ty)
+    k_ptr += b * stride_k_b + kv * stride_k_h
+    v_ptr += b * stride_v_b + kv * stride_v_h
+    k = load_rows(k_ptr, stride_k_l, stride_k_p, offs_n, mask_n, P, BLOCK_P).to(q_ptr.dtype.element_ty)
+    v = load_rows(v_ptr, stride_v_l, stride_v_p, offs_n, mask_n, P, BLOCK_P).to(q_ptr.dtype.element_ty)
     low, high = _bands(bounds_ptr, offs_n, L, behind, before, PACKED)  # the queries that see each key
     if HAS_KEY_MASK:
         live = tl.load(key_mask_ptr + b * stride_key_mask_b + offs_n.to(tl.int64) * stride_key_mask_l, mask=mask_n, other=0) != 0
@@ -286,13 +323,15 @@ def local_attention_bwd_keys_kernel(
         at = (b * Hk * group + h) * L
         for block in range(whole_first, whole_last):
             dk, dv = _bwd_keys_step(
-                dk, dv, k, v, low, high, block, q_head, dy_head, lse_ptr + at, delta_ptr + at, L, unit, stride_q_l, stride_q_p,
-                stride_dy_l, stride_dy_p, False, PRECISION, P, BLOCK_M, BLOCK_P,
+                dk, dv, k, v, low, high, block, q_head, dy_head, k_ptr, v_ptr, lse_ptr + at, delta_ptr + at, offs_n, mask_n, L, unit,
+                stride_q_l, stride_q_p, stride_dy_l, stride_dy_p, stride_k_l, stride_k_p, stride_v_l, stride_v_p,
+                False, PRECISION, P, BLOCK_M, BLOCK_P, BLOCK_K,
             )
         for i in range(last - first - (whole_last - whole_first)):
             dk, dv = _bwd_keys_step(
-                dk, dv, k, v, low, high, _edge_block(i, first, whole_first, whole_last), q_head, dy_head, lse_ptr + at, delta_ptr + at, L, unit,
-                stride_q_l, stride_q_p, stride_dy_l, stride_dy_p, True, PRECISION, P, BLOCK_M, BLOCK_P,
+                dk, dv, k, v, low, high, _edge_block(i, first, whole_first, whole_last), q_head, dy_head, k_ptr, v_ptr, lse_ptr + at, delta_ptr + at,
+                offs_n, mask_n, L, unit, stride_q_l, stride_q_p, stride_dy_l, stride_dy_p, stride_k_l, stride_k_p, stride_v_l, stride_v_p,
+                True, PRECISION, P, BLOCK_M, BLOCK_P, BLOCK_K,
             )
     out = (b * L * Hk + kv) * P
     store_rows(dk_ptr + out, Hk * P, offs_n, mask_n, dk * scale, P, BLOCK_P)
@@ -302,6 +341,12 @@ def local_attention_bwd_keys_kernel(
 def block_P(P):
     """A head as a block: tl.dot takes powers of two from 16 on."""
     return max(16, triton.next_power_of_2(P))
+
+
+def _block_K(q):
+    """Channels of a head in one product of scores: float32 rows of 256, and their two TF32 parts, take more registers than there are."""
+    whole = block_P(q.shape[-1])
+    return 64 if q.element_size() == 4 and whole > 128 else whole
 
 
 def _bounds(cu_seqlens, L):
@@ -331,10 +376,10 @@ def local_attention_fwd_triton(q, k, v, window, causal, scale, key_mask, cu_seql
         local_attention_fwd_kernel[(triton.cdiv(L, BLOCK_M) * H * B,)](
             q, k, v, y, lse, key_mask, bounds, L, H, H // k.shape[2], window - 1, 0 if causal else window - 1, scale * math.log2(math.e),
             *q.stride(), *k.stride(), *v.stride(), *mask_strides(key_mask), HAS_KEY_MASK=key_mask is not None, PACKED=bounds is not None,
-            PRECISION=runtime.dot_precision(q.device, q.dtype), P=P, BLOCK_M=BLOCK_M, BLOCK_P=block_P(P), **options,
+            PRECISION=runtime.dot_precision(q.device, q.dtype), P=P, BLOCK_M=BLOCK_M, BLOCK_P=block_P(P), BLOCK_K=_block_K(q), **options,
         )
 
-    FWD.launch(q, run, P=block_P(P))
+    FWD.launch(q, run, P=block_P(P), masked=int(key_mask is not None))
     return y, lse
 
 
@@ -348,7 +393,7 @@ def local_attention_bwd_triton(dy, q, k, v, y, lse, window, causal, scale, key_m
     delta = torch.empty_like(lse)
     band = (window - 1, 0 if causal else window - 1, scale * math.log2(math.e), scale)
     flags = dict(HAS_KEY_MASK=key_mask is not None, PACKED=bounds is not None, PRECISION=runtime.dot_precision(q.device, q.dtype), P=P,
-                 BLOCK_P=block_P(P))
+                 BLOCK_P=block_P(P), BLOCK_K=_block_K(q))
 
     def run_queries(BLOCK_M, **options):
         local_attention_bwd_queries_kernel[(triton.cdiv(L, BLOCK_M) * H * B,)](

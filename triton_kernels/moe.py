@@ -366,7 +366,7 @@ def moe_permute_triton(indices, num_experts):
     counts = torch.zeros(blocks, E + 1, dtype=torch.int32, device=indices.device)
     totals = torch.empty(E + 1, dtype=torch.int32, device=indices.device)
     moe_permute_count_kernel[(blocks,)](indices, counts, pairs, E, BLOCK=BLOCK_PAIRS)
-    moe_permute_sum_kernel[(triton.cdiv(E + 1, BLOCK_EXPERTS),)](counts, totals, blocks, E, BLOCK_B=BLOCK_COUNTS, BLOCK_E=BLOCK_EXPERTS)
+    moe_permute_sum_kernel[(triton.cdiv(E + 1, BLOCK_EXPERTS),)](counts, totals, blocks, E, BLOCK_B=BLOCK_COUNTS, BLOCK_E=BLOCK_EXPERTS, num_warps=8)
     moe_permute_ends_kernel[(1,)](totals, offs, E, BLOCK_E=1024)
     moe_permute_place_kernel[(blocks,)](indices, counts, offs, order, inverse, pairs, E, BLOCK=BLOCK_PAIRS)
     return order, inverse, offs

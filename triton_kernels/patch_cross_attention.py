@@ -24,7 +24,8 @@ from .local_attention import FLOOR, block_P, load_rows, mask_strides, store_rows
 
 FWD = configs.Table(
     "patch_cross_attention_fwd",
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=("sm",), itemsize=2, up_to={"bytes_ask": 0, "P": 128}),  # 16 patches
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=("sm",), itemsize=2, up_to={"bytes_ask": 0, "P": 64}),  # 16 patches
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"bytes_ask": 0, "P": 128}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2, itemsize=2, up_to={"P": 128}),  # 64 bytes, 15 patches
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1),
 )

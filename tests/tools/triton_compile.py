@@ -6,10 +6,12 @@
 Inside the block every launch compiles its kernel as Triton would on that device, same specialisation, same options, and
 hands it to `seen(Launch)` in the place of running it. Tensors are only looked at for dtype and alignment.
 """
+import json
 import re
 import subprocess
 import tempfile
 import time
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import triton
 from terrazzo.triton_kernels import runtime
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 TARGETS = {
@@ -29,6 +32,7 @@ TARGETS = {
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WORTH_LOOKING = re.compile(r"mma|cp\.async|ldmatrix|tcgen05")  # in PTX: else there is none of INSTRUCTIONS, and disassembling takes a second
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDSM")
+KEPT = f"resources.{zlib.crc32(Path(__file__).read_bytes()):08x}.json"  # of this version, beside the kernel in Triton's cache
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,18 @@ def compiling(arch, seen):
 
 
 def resources(launch, arch):
-    """{"registers", "spills", "shared", "instructions": {name: count}} of a compiled launch. Spills are bytes (NVIDIA) or registers (AMD)."""
+    """{"registers", "spills", "shared", "instructions": {name: count}} of a compiled launch. Spills are bytes (NVIDIA) or registers (AMD).
+
+    Kept in Triton's cache, so that going on after an interruption repeats neither the compiling nor the disassembling.
+    """
+    cache = get_cache_manager(launch.compiled.hash)
+    path = cache.get_file(KEPT)
+    if path is None:
+        path = cache.put(json.dumps(_examine(launch, arch)), KEPT, binary=False)
+    return json.loads(Path(path).read_text())
+
+
+def _examine(launch, arch):
     asm = launch.compiled.asm
     if arch.startswith("gfx"):
         text = asm["amdgcn"]
