@@ -15,17 +15,17 @@ from torch import nn
 
 import terrazzo
 
-from . import layers
+from . import layers, loading
 from .byte_layers import Stack, check_heads
 
 BOS, OFFSET = 1, 4  # the token of the begin of a text; token OFFSET + b is byte b
+FN = "terrazzo.EntropyModel"
 SHIPPED = Path(__file__).with_name("entropy")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFIXES = ("model.patcher.", "patcher.", "")  # a whole checkpoint's, BltModel's, the patcher's own
 
 
 def _fail(message, error=ValueError):
-    raise error(f"terrazzo.EntropyModel: {message}")
+    raise error(f"{FN}: {message}")
 
 
 def tokens_of(text):
@@ -64,7 +64,7 @@ class EntropyConfig:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.intermediate_size = self.intermediate_size or int(8 * self.hidden_size / 3)
-        check_heads("terrazzo.EntropyModel", self)
+        check_heads(FN, self)
         if self.sliding_window is not None and (not isinstance(self.sliding_window, int) or self.sliding_window < 1):
             _fail(f"sliding_window must be a positive integer or None, got {self.sliding_window!r}")
         if not isinstance(self.vocab_size, int) or self.vocab_size < OFFSET + 256:
@@ -75,12 +75,8 @@ class EntropyConfig:
         """From the dict of a config.json: a patcher's, or a whole BLT's, which holds one as patcher_config."""
         whole = config if "patcher_config" in config else {}
         config = {"patching_threshold": whole.get("patching_threshold")} | (whole.get("patcher_config") or config)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", "default")
-        if kind != "default":
-            _fail(f"rope_type must be 'default', got {kind!r}")
-        theta = rope.get("rope_theta") or config.get("rope_theta") or cls.rope_theta
-        return cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config} | {"rope_theta": float(theta)})
+        theta = loading.rope_theta(FN, config, cls.rope_theta)
+        return cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config} | {"rope_theta": theta})
 
     def to_hf(self):
         """The dict of a config.json that transformers' BltPatcherConfig reads."""
@@ -144,35 +140,26 @@ class EntropyModel(Stack):
         The directory holds a BLT patcher in transformers' layout, or a whole BLT, of which only the patcher is read.
         """
         path = Path(SHIPPED if path is None else path)
-        folder = path.parent if path.suffix == ".safetensors" else path
-        if not path.exists():
-            _fail(f"{path} does not exist; give a directory with config.json and {WEIGHTS}", FileNotFoundError)
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except FileNotFoundError:
-            _fail(f"{folder} has no config.json; transformers' save_pretrained writes one", FileNotFoundError)
-        except ValueError as error:
-            _fail(f"{folder / 'config.json'} is not JSON: {error}")
-        if not isinstance(config, dict) or "blt" not in str(config.get("model_type", "blt")):
-            _fail(f"{folder / 'config.json'} must be a BLT's or a BLT patcher's, got model_type {_model_type(config)!r}")
+        folder, file = (path.parent, path.name) if path.suffix == ".safetensors" else (path, loading.WEIGHTS)
+        checkpoint = loading.Checkpoint(FN, folder, file)
+        config = loading.read_json(FN, folder / loading.CONFIG)
+        loading.check_model_type(FN, {"model_type": "blt_patcher"} | config, ("blt", "blt_patcher"))
         model = cls(EntropyConfig.from_hf(config))
-        model._load(path, folder)
+        model._load(checkpoint)
         return model.eval()
 
     @torch.no_grad()
-    def _load(self, path, folder):
-        from safetensors import SafetensorError, safe_open
-
-        names = _files(path, folder)
-        wanted = self.state_dict()
-        for file in sorted(set(names.values())) or [path if path.suffix == ".safetensors" else folder / WEIGHTS]:
-            try:
-                with safe_open(file, "pt") as tensors:
-                    _copy(tensors, wanted, file)
-            except SafetensorError as error:
-                _fail(f"{file} is not a safetensors file: {error}")
-        if wanted:
-            _fail(f"{path} lacks {len(wanted)} tensors of a BLT patcher, {next(iter(wanted))} first")
+    def _load(self, checkpoint):
+        prefix = next(prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in checkpoint.names) or not prefix)
+        names = {prefix + name: weight for name, weight in self.state_dict().items()}
+        missing = [name for name in names if name not in checkpoint.names]
+        wrong = [f"{name} must be {tuple(weight.shape)} by its config.json, got {checkpoint.shape(name)}" for name, weight in names.items()
+                 if name not in missing and checkpoint.shape(name) != tuple(weight.shape)]  # fmt: skip
+        if missing or wrong:
+            lacks = [f"lacks {len(missing)} tensors of a BLT patcher: {loading.listed(missing)}"] if missing else []
+            _fail(f"{checkpoint.folder} {'; '.join(lacks + ([loading.listed(wrong)] if wrong else []))}")
+        for name, weight in names.items():
+            weight.copy_(checkpoint[name])
 
     def save_pretrained(self, folder, dtype=None):
         """Writes config.json and model.safetensors, which `from_pretrained` and transformers' BltPatcher read."""
@@ -181,34 +168,5 @@ class EntropyModel(Stack):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: weight.to(dtype or weight.dtype).contiguous() for name, weight in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS, {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(self.config.to_hf(), indent=2) + "\n")
-
-
-def _model_type(config):
-    return config.get("model_type") if isinstance(config, dict) else type(config).__name__
-
-
-def _files(path, folder):
-    """{tensor: file} of a sharded checkpoint, of those files only that hold the patcher; empty for a single file."""
-    if path.suffix == ".safetensors" or (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        if path == folder and not (folder / WEIGHTS).exists():
-            others = sorted(file.name for file in folder.glob("*.bin")) + sorted(file.name for file in folder.glob("*.pt"))
-            _fail(f"{folder} has no {WEIGHTS}" + (f"; {others[0]} is not read: save it as safetensors" if others else ""), FileNotFoundError)
-        return {}
-    try:
-        index = json.loads((folder / INDEX).read_text())["weight_map"]
-        return {name: folder / file for name, file in index.items() if "patcher." in name}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        _fail(f"{folder / INDEX} is no index of shards: it must hold a weight_map of tensors to files")
-
-
-def _copy(tensors, wanted, file):
-    """Fills and removes from `wanted` what this file holds."""
-    names = set(tensors.keys())
-    prefix = next(prefix for prefix in PREFIXES if not prefix or any(name.startswith(prefix) for name in names))
-    for name in [name for name in wanted if prefix + name in names]:
-        found, into = tensors.get_tensor(prefix + name), wanted.pop(name)
-        if found.shape != into.shape:
-            _fail(f"{prefix + name} in {file} must be {tuple(into.shape)} by its config.json, got {tuple(found.shape)}")
-        into.copy_(found)
+        save_file(weights, folder / loading.WEIGHTS, {"format": "pt"})
+        (folder / loading.CONFIG).write_text(json.dumps(self.config.to_hf(), indent=2) + "\n")

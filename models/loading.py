@@ -42,19 +42,19 @@ def rope_theta(fn, config, default):
 
 
 class Checkpoint:
-    """The tensors of a directory by name; `names` maps each to its file."""
+    """The tensors of a directory by name, of one file or of the shards of an index; `names` maps each to its file."""
 
-    def __init__(self, fn, folder):
+    def __init__(self, fn, folder, weights=WEIGHTS):
         self.fn, self.folder, self._open = fn, Path(folder), {}
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{fn}: {folder} is not a directory; give one with {CONFIG} and {WEIGHTS}")
-        if (self.folder / WEIGHTS).exists():
-            self.names = dict.fromkeys(self.file(WEIGHTS).keys(), WEIGHTS)
+        if (self.folder / weights).exists():
+            self.names = dict.fromkeys(self.file(weights).keys(), weights)
         elif (self.folder / INDEX).exists():
             self.names = self._indexed()
         else:
             others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in self.folder.glob(pattern))
-            raise FileNotFoundError(f"{fn}: {folder} has no {WEIGHTS} and no {INDEX}" +
+            raise FileNotFoundError(f"{fn}: {folder} has no {weights} and no {INDEX}" +
                                     (f"; {others[0]} is not read, it can run code: save it as safetensors" if others else ""))  # fmt: skip
 
     def _indexed(self):

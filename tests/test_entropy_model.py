@@ -188,13 +188,13 @@ def _index(text):
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "got model_type 'list'"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "must hold a JSON object, got list"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
-        (_pickled, "pytorch_model.bin is not read: save it as safetensors"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"no tensors here"), "is not a safetensors file"),
+        (_pickled, "pytorch_model.bin is not read, it can run code: save it as safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no tensors here"), "is not a whole safetensors file"),
         (_index("{}"), "is no index of shards"),
         (_index('{"weight_map": {"patcher.norm.weight": "model-1-of-1.safetensors"}}'), "model-1-of-1.safetensors"),
-        (_config(model_type="llama"), "got model_type 'llama'"),
+        (_config(model_type="llama"), "model_type 'blt' or 'blt_patcher', got 'llama'"),
         (_config(hidden_size=64), "must be (64, 64) by its config.json, got (32, 32)"),
         (_config(hidden_size="32"), "hidden_size must be a positive integer, got '32'"),
         (_config(hidden_size=30), "hidden_size must be heads of an even size, got 30"),
@@ -202,7 +202,7 @@ def _index(text):
         (_config(vocab_size=256), "vocab_size must be at least 260"),
         (_config(sliding_window=0), "sliding_window must be a positive integer or None, got 0"),
         (_config(rope_parameters={"rope_type": "llama3"}), "rope_type must be 'default', got 'llama3'"),
-        (_weights(lambda weights: weights.pop("norm.weight")), "lacks 1 tensors of a BLT patcher, norm.weight first"),
+        (_weights(lambda weights: weights.pop("norm.weight")), "lacks 1 tensors of a BLT patcher: norm.weight"),
     ],
 )
 def test_bad_checkpoints_say_what_is_wrong(tmp_path, spoil, message):
@@ -214,7 +214,7 @@ def test_bad_checkpoints_say_what_is_wrong(tmp_path, spoil, message):
 
 
 def test_a_missing_directory_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
         EntropyModel.from_pretrained(tmp_path / "nowhere")
 
 

@@ -254,7 +254,7 @@ def test_histogram_has_no_gaps_and_one_tail():
         (("x", "--mode", "static", "--patch-size", "nan"), "must be a positive integer with --mode static, got nan"),
         (("x", "--mode", "space", "--patch-size", "2"), "--patch-size goes with --mode entropy or static, got --mode space"),
         (("x", "--mode", "bytes", "--threshold-add", "2"), "--threshold-add goes with --mode entropy, got --mode bytes"),
-        (("x", "--model", "no-such-dir"), "no-such-dir does not exist"),
+        (("x", "--model", "no-such-dir"), "no-such-dir is not a directory"),
         (("x", "--show", "-1"), "--show must not be negative"),
         (("x", "--html", "no-such-dir/page.html"), "no-such-dir/page.html"),
         (("x", "--png", "no-such-dir/page.png"), "no-such-dir/page.png"),
