@@ -208,3 +208,14 @@ def test_bad_config(changes, message):
 
     with pytest.raises(ValueError, match=message):
         BltConfig.from_hf(BLT | changes)
+
+
+def test_older_spellings():
+    """rope_theta beside an empty rope_scaling, as in checkpoints of transformers 4."""
+    from terrazzo.models import BltConfig
+
+    old = {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "default"}, "head_dim": 8}
+    config = BltConfig.from_hf(BLT | {name: BLT[name] | old | {"rope_theta": theta} for name, theta in
+                                      (("encoder_config", 7.0), ("global_config", 8.0), ("patcher_config", 9.0))})  # fmt: skip
+    assert (config.encoder.rope_theta, config.global_.rope_theta, config.patcher.rope_theta, config.decoder.rope_theta) == (7.0, 8.0, 9.0, 500000.0)
+    assert BltConfig.from_hf({}) == BltConfig() and BltConfig().global_.num_hidden_layers == 25 and BltConfig().encoder.intermediate_size == 2730
