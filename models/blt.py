@@ -49,7 +49,7 @@ class Local(Stack):
     def __init__(self, config, part, width):
         super().__init__(part, config.local_attention_window_len)
         self.k, self.dropout = config.cross_attn_k, part.dropout
-        self.patch_embedding_projection = nn.Linear(width, part.hidden_size * self.k, bias=False)
+        self.patch_embedding_projection = layers.Linear(width, part.hidden_size * self.k, bias=False)
         self.cross_attn_layers = nn.ModuleList(CrossAttention(part) for _ in range(part.num_hidden_layers if part.cross_attn_all_layers else 1))
 
 
@@ -72,7 +72,7 @@ class Global(Stack):
     def __init__(self, config):
         super().__init__(config.global_, None)
         inner, D, self.dropout = config.encoder.hidden_size * config.cross_attn_k, config.global_.hidden_size, config.global_.dropout
-        self.token_embedding_projection = nn.Identity() if inner == D else nn.Linear(inner, D, bias=False)
+        self.token_embedding_projection = nn.Identity() if inner == D else layers.Linear(inner, D, bias=False)
 
     def forward(self, patches, past, lengths):
         return self.run(F.dropout(self.token_embedding_projection(patches), self.dropout, self.training), past, lengths)

@@ -92,7 +92,7 @@ class EntropyModel(Stack):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.norm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = layers.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._initialise()
 
     @torch.no_grad()
