@@ -24,7 +24,7 @@ CHOSEN = {
     "causal_conv1d_varlen_fn": "odd_channels edges",
     "causal_conv1d_varlen_states": "mixed aligned",
     "causal_conv1d_update": "hf_layout channel_last_state width_2 width_3 odd_channels circular_several slots fp32_state_channel_last more_than_the_ring",
-    "mamba_chunk_scan_combined": "packed_states gated_states varlen split_group several_odd_tiles many_sequences dt_limit",
+    "mamba_chunk_scan_combined": "packed_states gated_states varlen split_group several_odd_tiles dt_limit",
     "selective_state_update": "gated slots odd_sizes mamba1 not_expanded odd_not_expanded long_rows_not_expanded bf16_state_aligned "
                               "bf16_state_odd bf16_state_not_expanded bf16_state_odd_not_expanded fp16_state_aligned fp16_state_odd fp16_state_not_expanded "
                               "fp16_state_odd_not_expanded",
