@@ -21,7 +21,7 @@ CHUNK = 64
 FWD = configs.Table(
     "chunk_scan_fwd",
     configs.Row({"BLOCK_P": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2, itemsize=2),
-    configs.Row({"BLOCK_P": 64, "BLOCK_N": 16}, num_warps=8, num_stages=1, arch=("sm8",), itemsize=4),
+    configs.Row({"BLOCK_P": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, arch=("sm8",), itemsize=4),
     configs.Row({"BLOCK_P": 64, "BLOCK_N": 32}, num_warps=4, num_stages=1),
 )
 

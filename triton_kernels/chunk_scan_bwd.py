@@ -20,7 +20,7 @@ from .chunk_scan_parts import Chunks, block, load_decay, load_tile, place, real_
 CHUNKS = {2: 64, 4: 32}  # by bytes of an element
 BWD_X = configs.Table(
     "chunk_scan_bwd_x",
-    configs.Row({"BLOCK_P": 64, "BLOCK_N": 32}, num_warps=8, num_stages=1, arch=("sm9", "sm10", "gfx"), itemsize=2),
+    configs.Row({"BLOCK_P": 64, "BLOCK_N": 32}, num_warps=8, num_stages=1, arch=("sm9", "sm10", "gfx94"), itemsize=2),
     configs.Row({"BLOCK_P": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, itemsize=2),
     configs.Row({"BLOCK_P": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 )
@@ -28,7 +28,7 @@ BWD_BC = configs.Table(
     "chunk_scan_bwd_bc",
     configs.Row({"BLOCK_P": 64, "BLOCK_N": 64}, num_warps=8, num_stages=1, arch=("sm9", "sm10"), itemsize=2),
     configs.Row({"BLOCK_P": 32, "BLOCK_N": 64}, num_warps=8, num_stages=1, arch=("gfx",), itemsize=2),
-    configs.Row({"BLOCK_P": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1, itemsize=2),
+    configs.Row({"BLOCK_P": 32, "BLOCK_N": 16}, num_warps=4, num_stages=1, itemsize=2),
     configs.Row({"BLOCK_P": 16, "BLOCK_N": 32}, num_warps=4, num_stages=1),
 )
 
@@ -157,7 +157,6 @@ def chunk_scan_bwd_bc_kernel(
     first = group * heads_per_group + split * split_heads
     for h in range(0, tl.minimum(split_heads, (group + 1) * heads_per_group - first)):
         head = (first + h).to(tl.int64)
-        dt, hi, lo, last_hi, last_lo = load_decay(decay_ptr, chunk, head, H, CHUNK)
         state_at = (chunk.to(tl.int64) * H + head) * P * N
         dscores = tl.zeros((CHUNK, CHUNK), tl.float32)
         from_state = tl.zeros((CHUNK, BLOCK_N), tl.float32)
@@ -172,6 +171,7 @@ def chunk_scan_bwd_bc_kernel(
             from_state += weighted_dot(state, dy, False, False, PRECISION)
             dstate = load_tile(dstates_ptr + state_at, offs_p, N, offs_p < width, offs_n, 1, mask_n)
             to_state += weighted_dot(dstate, x, False, False, PRECISION)
+        dt, hi, lo, last_hi, last_lo = load_decay(decay_ptr, chunk, head, H, CHUNK)  # in front of the loop they spill
         between = tl.where(in_chunk[:, None] >= in_chunk[None, :], (hi[:, None] - hi[None, :]) + (lo[:, None] - lo[None, :]), float("-inf"))
         dS += dscores * tl.exp(between) * dt[None, :]
         dC += from_state * tl.exp(hi)[:, None]

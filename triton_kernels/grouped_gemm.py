@@ -6,11 +6,13 @@ each finds the group of a tile by a running sum over all groups; what the host m
 behind the last group are a group of their own that sums nothing. Inside a group tiles go in bands of GROUP_M tile rows, so
 that tiles computed at the same time share their operands in the L2 cache. Weight gradients take one program for each tile of
 each group, which walks the group's rows in order: nothing is split, sums are always in the same order.
+On sm_90 and sm_100 large tiles of a and b are read through tensor descriptors (TMA) where their strides allow it.
 Limited by the tensor cores with many rows a group, by reading b with few.
 """
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, runtime
 from .activation import activation_curve
@@ -19,6 +21,7 @@ GROUP_M = 8
 PROGRAMS = 2  # programs for each processor: one loads while the other multiplies
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+# pointers: whether an operand cannot be read through a descriptor
 FWD = configs.Table(
     "grouped_gemm_fwd",
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=3, itemsize=4, up_to={"rows": 16}),
@@ -28,7 +31,10 @@ FWD = configs.Table(
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128}, num_warps=4, num_stages=2, up_to={"rows": 16}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3, up_to={"rows": 64}, arch=("sm10",)),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=4, num_stages=3, up_to={"rows": 64}, arch=("sm8", "sm9", "sm12", "gfx")),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "TMA": True}, num_warps=8, num_stages=3, arch=("sm90",), up_to={"pointers": 0}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm90",)),
+    configs.Row({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "TMA": True}, num_warps=8, num_stages=4, arch=("sm100", "sm103"),
+                up_to={"pointers": 0}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=4, arch=("sm100", "sm103")),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3, arch=("sm80",)),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, num_warps=8, num_stages=2),
@@ -97,6 +103,18 @@ def accumulate(
     return acc
 
 
+@triton.jit
+def accumulate_tma(acc, a, b, row, column, matrix, K, N_LAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """acc + a[row:] b[matrix][:, column:] by descriptors: a (T, K), b (E, K, N) or, unless N_LAST, (E, N, K); zeros outside. Rows are not masked."""
+    for k in range(0, K, BLOCK_K):
+        if N_LAST:
+            b_tile = b.load([matrix, k, column]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            b_tile = tl.trans(b.load([matrix, column, k]).reshape(BLOCK_N, BLOCK_K))
+        acc = tl.dot(a.load([row, k]), b_tile, acc)
+    return acc
+
+
 # ---- kernels -----------------------------------------------------------------------------------------------
 
 
@@ -106,9 +124,9 @@ def grouped_gemm_fwd_kernel(
     stride_a_m, stride_a_k, stride_b_e, stride_b_k, stride_b_n, stride_b2_e, stride_b2_k, stride_b2_n, stride_bias_e, stride_bias_n, stride_c_m,
     HAS_OFFS: tl.constexpr, REST: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, N_LAST: tl.constexpr,
 ):
-    """c = activation(a b + a2 b2 + bias)."""
+    """c = activation(a b + a2 b2 + bias); with TMA a and b are descriptors, and there is no second product."""
     tiles_up_to = count_tiles(offs_ptr, E, T, HAS_OFFS, REST, BLOCK_M, BLOCK_E)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tl.max(tiles_up_to, 0) * tiles_n, tl.num_programs(0)):
@@ -119,8 +137,11 @@ def grouped_gemm_fwd_kernel(
         depth = tl.where(e < E, K, 0)
         matrix = tl.minimum(e, E - 1).to(tl.int64)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc = accumulate(acc, a_ptr, b_ptr + matrix * stride_b_e, offs_m, mask_m, offs_n, mask_n, depth,
-                         stride_a_m, stride_a_k, stride_b_k, stride_b_n, DOT, PRECISION, BLOCK_K)
+        if TMA:
+            acc = accumulate_tma(acc, a_ptr, b_ptr, row, tile_n * BLOCK_N, tl.minimum(e, E - 1), depth, N_LAST, BLOCK_N, BLOCK_K)
+        else:
+            acc = accumulate(acc, a_ptr, b_ptr + matrix * stride_b_e, offs_m, mask_m, offs_n, mask_n, depth,
+                             stride_a_m, stride_a_k, stride_b_k, stride_b_n, DOT, PRECISION, BLOCK_K)
         if HAS_SECOND:
             acc = accumulate(acc, a2_ptr, b2_ptr + matrix * stride_b2_e, offs_m, mask_m, offs_n, mask_n, depth,
                              stride_a_m, stride_a_k, stride_b2_k, stride_b2_n, DOT, PRECISION, BLOCK_K)
@@ -222,6 +243,13 @@ def strides(tensor, dims):
     return tensor.stride() if tensor is not None else (0,) * dims
 
 
+def tma_reads(tensor):
+    """Whether a descriptor can stand for it: its last dimension contiguous, what lies between rows and its address multiples of 16 bytes."""
+    *outer, last = tensor.stride()
+    return (last == 1 and tensor.data_ptr() % 16 == 0 and all(n > 0 for n in tensor.shape)
+            and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in outer))
+
+
 def product(a, b, offs, bias, c, *, a2=None, b2=None, rest=True, activation=0):
     """c = activation(a b + a2 b2 + bias) by groups. offs None: one group of all rows. a2 has a's strides. rest: write zeros
     behind the last group."""
@@ -229,15 +257,24 @@ def product(a, b, offs, bias, c, *, a2=None, b2=None, rest=True, activation=0):
     if T == 0:
         return c
 
-    def run(BLOCK_M, BLOCK_N, **options):
+    n_last = b.stride(2) == 1
+    rows_of_b = b if n_last else b.mT
+    by_pointers = a.dtype != b.dtype or a2 is not None or not (tma_reads(a) and tma_reads(rows_of_b))
+
+    def run(BLOCK_M, BLOCK_N, BLOCK_K, TMA=False, **options):
+        TMA = TMA and not by_pointers  # tuning tries every row
+        a_read, b_read = a, b
+        if TMA:
+            a_read = TensorDescriptor.from_tensor(a, [BLOCK_M, BLOCK_K])
+            b_read = TensorDescriptor.from_tensor(rows_of_b, [1, BLOCK_K, BLOCK_N] if n_last else [1, BLOCK_N, BLOCK_K])
         grouped_gemm_fwd_kernel[(num_programs(T, E, N, c.device, BLOCK_M, BLOCK_N),)](
-            a, b, a2, b2, bias, c, offs, T, E, K, N, *a.stride(), *b.stride(), *strides(b2, 3), *strides(bias, 2), c.stride(0),
+            a_read, b_read, a2, b2, bias, c, offs, T, E, K, N, *a.stride(), *b.stride(), *strides(b2, 3), *strides(bias, 2), c.stride(0),
             HAS_OFFS=offs is not None, REST=rest, HAS_SECOND=a2 is not None, HAS_BIAS=bias is not None,
             ACTIVATION=activation, **dot_options(c.device, a, b, b2), BLOCK_E=block_groups(E), GROUP_M=GROUP_M,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **options,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, TMA=TMA, N_LAST=TMA and n_last, **options,
         )
 
-    FWD.launch(widest(a, b), run, rows=triton.cdiv(T, E))
+    FWD.launch(widest(a, b), run, rows=triton.cdiv(T, E), pointers=int(by_pointers))
     return c
 
 

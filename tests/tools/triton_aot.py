@@ -205,6 +205,16 @@ annotations and imports triton when it is defined, so the same rule is registere
 is chosen while tracing, from the tables even where tuning is on; alignment is then inductor's to find. `terrazzo.counters()` does not
 count launches from within such a graph. Exported programs keep the op, as torch does with its own. The other ops stay whole: their time is in
 matrix products, sorting or attention; opening them has not been tried.
+
+## Tensor descriptors, warp specialisation
+`grouped_gemm_fwd_kernel`, which `grouped_mm`, `gmm`, `linear` and the second product of `fused_experts` share, reads large tiles on sm_90 and
+sm_100 through descriptors made on the host (TMA=True below, UTMALDG); the row with pointers beside it says what that saves. Its numerics are seen in
+Triton's interpreter (tests/triton/test_numerics_moe.py); our PTX interpreter runs sm_80's code, which has none. Operands whose rows are not
+multiples of 16 bytes, gathered rows (the first product of `fused_experts`) and weight gradients, whose sums must stop at a group's end, keep pointers.
+
+Warp specialisation (`tl.range(…, warp_specialize=True)`) of the same kernel is not used. For sm_100 Triton 3.9.0 compiles it without spills (the
+loop over K: 168 registers with tiles of 128 x 256 and 8 warps, 255 with 128 x 128 and 4). For sm_90 it changes nothing with 8 warps, and with 4
+its pass breaks off ("Other parent ops are not supported"). No interpreter at hand runs the hand-over between warps: nothing would have checked it.
 """
 LIMITS = "Shared memory of a block, KiB: {limits}."
 
@@ -225,7 +235,8 @@ def document(kernels, archs):
     shown = {}  # (kernel, config) -> dtype -> arch -> [Kernel]
     for k in kernels:
         shown.setdefault(k.name, {}).setdefault(k.config, {}).setdefault(k.dtype, {}).setdefault(k.arch, []).append(k)
-    seen = ", ".join(f"{dtype} for {arch}" for dtype, arch in dict.fromkeys((k.dtype, k.arch) for k in kernels))
+    compiled = {dtype: ", ".join(arch for arch in archs if any((k.dtype, k.arch) == (dtype, arch) for k in kernels)) for dtype in DTYPES}
+    seen = "; ".join(f"{dtype} for {found}" for dtype, found in compiled.items() if found) + f": {len(kernels)} compilations"
     lines = [HEAD.format(triton=triton.__version__, seen=seen), LIMITS.format(limits=", ".join(f"{a} {runtime.SHARED_KIB[a]}" for a in archs))]
     ops = {k.name: dict.fromkeys(other.op for other in kernels if other.name == k.name) for k in kernels}
     for name in sorted(shown):

@@ -3,6 +3,7 @@ import pytest
 import terrazzo
 import torch
 from terrazzo import packing
+from terrazzo.triton_kernels import runtime
 
 
 def both(function, *args, **kwargs):
@@ -55,3 +56,23 @@ def test_nan_behind_the_groups():
     found, expected = both(terrazzo.grouped_mm, a, torch.randn(2, 24, 20), offs, torch.randn(2, 20))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (found[5:] == 0).all()
+
+
+@pytest.mark.skipif(not runtime.interpreting(), reason="pretends to be another GPU")
+@pytest.mark.parametrize("arch", ["sm90", "sm100"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("K, read", [(72, True), (70, False)])  # rows of 140 bytes cannot be described
+def test_tensor_descriptors(monkeypatch, arch, transposed, K, read):
+    """Rows of other groups and of the next matrix, read with a tile, must not show; more rows of a than groups have."""
+    torch.manual_seed(0)
+    descriptor, described = runtime.load("grouped_gemm").TensorDescriptor, []
+    make = descriptor.from_tensor
+    monkeypatch.setattr(descriptor, "from_tensor", staticmethod(lambda t, block: described.append(block) or make(t, block)))
+    a, b = torch.randn(400, K, dtype=torch.float16), torch.randn(3, *((264, K) if transposed else (K, 264)), dtype=torch.float16)
+    a[320] = float("inf")  # behind the groups
+    offs, bias = torch.tensor([150, 150, 320], dtype=torch.int32), torch.randn(3, 264, dtype=torch.float16)
+    with runtime.pretend(arch):
+        found, expected = both(terrazzo.grouped_mm, a, b.mT if transposed else b, offs, bias)
+    assert bool(described) == read
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-2)
+    assert (found[320:] == 0).all()
