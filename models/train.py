@@ -15,7 +15,9 @@ import torch
 from rich.console import Console
 
 from ..charts import curves
+from .auto import from_pretrained
 from .entropy_model import BOS, EntropyModel
+from .loading import CONFIG, read_json
 from .training import batches, bits_per_byte, compressed, progress, read_text, train
 
 FN = "terrazzo.models.train"
@@ -79,6 +81,16 @@ def initialise(model, layers):
             weight.copy_(step + torch.log(-torch.expm1(-step)))
 
 
+def begun(args):
+    """The model to train, in float32."""
+    if args.go_on_from is None:
+        return MODELS[args.model][0](args)
+    kind = read_json(FN, Path(args.go_on_from, CONFIG)).get("model_type")
+    if kind != args.model:
+        raise ValueError(f"{FN}: --go-on-from must hold a model of --model {args.model}, got {kind!r}")
+    return from_pretrained(args.go_on_from, torch.float32)
+
+
 def loss_of(model, tokens):
     """Mean nats of a byte."""
     return model(tokens, labels=tokens).loss
@@ -89,6 +101,7 @@ def parser():
     top.add_argument("texts", nargs="*", metavar="TEXT", help="text files, .xz ones too (default: the public-domain text of the checkout)")
     top.add_argument("--model", required=True, choices=MODELS)
     top.add_argument("--out", required=True, help="directory for config.json, model.safetensors and loss.svg")
+    top.add_argument("--go-on-from", metavar="DIR", help="a checkpoint, instead of random weights; its sizes count")
     top.add_argument("--held-out", action="append", default=[], metavar="TEXT", help="text files to evaluate on (default: the checkout's)")
     top.add_argument("--minutes", type=float, default=25.0, help="time budget of the training; the schedule follows the clock (default 25)")
     top.add_argument("--steps", type=int, help="a number of steps instead: the same model on every run")
@@ -126,7 +139,7 @@ def run(args):
     text, held_out = read_text(FN, args.texts, "train.txt.xz"), read_text(FN, args.held_out, "held_out.txt.xz")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)  # decays underflow, and CPUs crawl through subnormal numbers
-    model = MODELS[args.model][0](args)
+    model = begun(args)
     source = batches(FN, text, args.length, args.batch, torch.Generator().manual_seed(args.seed))
     history = []
     with progress(args.json) as show:

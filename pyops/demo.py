@@ -3,7 +3,7 @@
 The model is BambaForCausalLM, 8 layers (one of them attention), hidden 512, bytes as tokens, weights random but
 fixed, with Mamba-2's decay rates. The text is the Declaration of Independence (1776), in the public domain. Both sides run the same weights
 on the same bytes in alternating order; the logits and the greedy continuation
-of both are compared.
+of both are compared. At the end tiny-bamba, which is shipped and has learnt to read, goes on from the text's first words.
 """
 import json
 import sys
@@ -17,6 +17,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 import terrazzo
 
@@ -26,6 +27,7 @@ from .bench.timer import median
 from .charts import bars
 
 REPEATS = 2  # of every step, the sides in alternating order, after a short warm-up
+BEGUN, SAID = 60, 160  # bytes that tiny-bamba reads, and says
 VOCAB = 259  # 256 bytes, then padding, begin and end of text
 SIDES = ("transformers", "+ terrazzo")
 
@@ -170,6 +172,18 @@ def summarise(sides, length, train_length):
     }
 
 
+def _sample(text):
+    """What the shipped tiny-bamba makes of a text's first whole words: {"prompt", "text"}."""
+    from .models import Tokenizer, from_pretrained
+    from .models.auto import locate
+
+    tokenizer, model = Tokenizer.of(locate("tiny-bamba")), from_pretrained("tiny-bamba", torch.float32)
+    begun = text[:BEGUN].decode("utf-8", "ignore").rpartition(" ")[0]
+    ids = torch.tensor([tokenizer.encode(begun)])
+    said = model.generate(ids, SAID, generator=torch.Generator().manual_seed(1776))
+    return {"prompt": begun, "text": tokenizer.decode(said[0, ids.shape[1] :].tolist())}
+
+
 def _ratio(rows, key):
     """How much better the patched side is; times and bytes are better when smaller."""
     a, b = rows[SIDES[0]][key], rows[SIDES[1]][key]
@@ -219,7 +233,7 @@ def main(args):
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("building the model", total=STEPS + 1)
         sides = measure(prompt, args.new_tokens, args.train_bytes, lambda name: progress.update(task, advance=1, description=name))
-    result = summarise(sides, len(prompt), min(args.train_bytes, len(prompt)))
+    result = summarise(sides, len(prompt), min(args.train_bytes, len(prompt))) | {"sample": _sample(text)}
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -233,5 +247,7 @@ def main(args):
         console.print(_table(result))
         console.print(f"largest logit difference {result['max_logit_difference']:.1e} of {result['max_logit']:.2f}; "
                       f"greedy continuation {'identical' if result['same_greedy_continuation'] else 'DIFFERENT'}", highlight=False)  # fmt: skip
+        sample = Text.assemble("tiny-bamba goes on: ", (result["sample"]["prompt"], "dim"), result["sample"]["text"])
+        console.print(sample, highlight=False)
         console.print(f"chart: {out / 'demo.svg'}   numbers: {out / 'demo.json'}", highlight=False)
     return 0 if result["same_greedy_continuation"] else 1

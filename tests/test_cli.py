@@ -169,6 +169,8 @@ def test_demo_on_a_small_model(tmp_path, capsys, monkeypatch):
     assert plain["loss"] == pytest.approx(patched["loss"], rel=1e-5)
     assert min(plain["prefill_tokens_per_s"], plain["decode_tokens_per_s"], plain["train_step_s"]) > 0
     ElementTree.fromstring((tmp_path / "demo.svg").read_text())
+    text = demo.files("terrazzo").joinpath("demo_text.txt").read_text()
+    assert text.startswith(result["sample"]["prompt"]) and len(result["sample"]["text"].encode()) > 100
 
 
 def test_demo_text_is_shipped_and_long_enough():

@@ -136,7 +136,7 @@ def test_control_characters_are_shown_on_terminals_only(monkeypatch):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (("--model", "tiny-llama", "x"), "there is no model 'tiny-llama': no such directory"),
+    (("--model", "tiny-llama", "x"), "there is no model 'tiny-llama': no such directory, and shipped are tiny-bamba"),
     (("--model", "{bert}", "x"), "must have a model_type of bamba, blenderbot"),
     (("--model", "{folder}", "x", "--chat"), "--chat goes with a Blenderbot, got a Bamba"),
     (("--model", "{folder}", "x", "--chat", "--json"), "leave one out"),

@@ -60,6 +60,14 @@ def test_the_patcher_of_a_blt_is_the_shipped_one(text, tmp_path, capsys):
     assert report["parameters"] - report["trained_parameters"] == sum(weight.numel() for weight in shipped.parameters())
 
 
+def test_it_goes_on_from_a_checkpoint(text, tmp_path, capsys):
+    first = trained("bamba", text, tmp_path / "a", capsys)
+    second = trained("bamba", text, tmp_path / "b", capsys, "--go-on-from", str(tmp_path / "a"), "--steps", "10")
+    assert second["bits_per_byte"] < first["bits_per_byte"]
+    assert train.main(["--model", "blt", "--out", str(tmp_path), *SMALL, str(text), "--go-on-from", str(tmp_path / "a")]) == 2
+    assert "--go-on-from must hold a model of --model blt, got 'bamba'" in capsys.readouterr().err
+
+
 def test_the_same_steps_give_the_same_model(text, tmp_path, capsys):
     for name in ("a", "b"):
         trained("bamba", text, tmp_path / name, capsys)
