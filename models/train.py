@@ -138,7 +138,6 @@ def run(args):
         raise ValueError(f"{FN}: --width must be a multiple of --head-size {args.head_size}, got {args.width}")
     text, held_out = read_text(FN, args.texts, "train.txt.xz"), read_text(FN, args.held_out, "held_out.txt.xz")
     torch.manual_seed(args.seed)
-    torch.set_flush_denormal(True)  # decays underflow, and CPUs crawl through subnormal numbers
     model = begun(args)
     source = batches(FN, text, args.length, args.batch, torch.Generator().manual_seed(args.seed))
     history = []
@@ -149,7 +148,11 @@ def run(args):
             history.append(bits)
 
         step = torch.compile(loss_of) if args.compile else loss_of
-        spent = train(model, source, step, args.lr, args.minutes * 60, args.steps, on_step)
+        torch.set_flush_denormal(True)  # decays underflow, and CPUs crawl through subnormal numbers
+        try:
+            spent = train(model, source, step, args.lr, args.minutes * 60, args.steps, on_step)
+        finally:
+            torch.set_flush_denormal(False)
     model.bfloat16().float()  # what is stored is what is evaluated
     model.generation_config = GENERATION
     model.save_pretrained(args.out, torch.bfloat16)
