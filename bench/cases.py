@@ -45,10 +45,17 @@ class Case:
     prepare: Callable | None = None              # inputs -> inputs of the accuracy check
     narrow: Callable | None = None               # (inputs, outputs or None) -> the part that the oracle checks
     nmse_limit: float | None = None              # whole models: compared with Hugging Face's by this alone
+    family: str = ""                             # its name in suite.OPS
+    preset: str = ""
 
     @property
     def key(self):
         return f"{self.op} {self.size} {self.dtype} {self.mode}"
+
+
+def trains(preset, length, lengths):
+    """Whether a case of this length is also differentiated: the listed ones of the suite's presets, all of a user's shapes."""
+    return length in lengths or preset not in PRESETS
 
 
 def tensors_of(result):

@@ -18,11 +18,25 @@ class Incomparable(Exception):
     """The two files were measured on different machines."""
 
 
+def read_all(path):
+    """(environment, [rows], [targets]) of a JSONL result. In an append-only file the last environment counts, and the last row of each kind."""
+    found = {"environment": {}, "row": {}, "target": {}}
+    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            key = {"environment": (), "row": IDENTITY, "target": ("case", "target")}[line["kind"]]
+            identity = tuple(line[name] for name in key)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"terrazzo bench: {path}, line {number} is no line of a result: {type(error).__name__} {error}") from error
+        found[line["kind"]][identity] = line
+    return found["environment"].get((), {}), list(found["row"].values()), list(found["target"].values())
+
+
 def read(path):
-    """(environment, [rows]) of a JSONL result; the last environment of an append-only file counts."""
-    lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-    environments = [line for line in lines if line.get("kind") == "environment"]
-    return (environments[-1] if environments else {}), [line for line in lines if line.get("kind") == "row"]
+    """(environment, [rows]) of a JSONL result."""
+    return read_all(path)[:2]
 
 
 def mann_whitney(a, b):

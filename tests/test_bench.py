@@ -416,7 +416,7 @@ def test_run_writes_rows_and_report(tmp_path, capsys):
     page = tmp_path / "report.html"
     assert main(["report", str(out), "-o", str(page)]) == 0
     text = page.read_text()
-    assert "rmsnorm_gated" in text and "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "rmsnorm_gated" in text and "://" not in text.replace("http://www.w3.org/2000/svg", "")
     for drawing in re.findall(r"<svg.*?</svg>", text, re.S):
         ElementTree.fromstring(drawing)
     assert report.case_table(rows).row_count == 2
