@@ -411,7 +411,7 @@ def test_run_writes_rows_and_report(tmp_path, capsys):
     assert environment["kind"] == "environment" and environment["calibration"]["gflops"] > 0
     assert [row["provider"] for row in rows] == ["terrazzo", "hf"]
     assert all(len(row["samples_ms"]) == row["n"] for row in rows)
-    assert rows[0]["command"].startswith("terrazzo bench run rmsnorm_gated")
+    assert rows[0]["command"].startswith("terrazzo bench rmsnorm_gated --dtype fp32 --mode fwd")
 
     page = tmp_path / "report.html"
     assert main(["report", str(out), "-o", str(page)]) == 0
