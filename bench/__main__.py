@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from . import compare, cost_model, export, memory, page, providers, report, revision, roofline, suite, targets
-from .cases import DTYPES, MODES, PRESETS, select
+from .cases import ALIASES, DTYPES, MODES, PRESETS, select
 from .environment import environment
 
 SECONDS = {"quick": 1.0, "normal": 3.0, "full": 15.0}
@@ -28,7 +28,6 @@ def parser():
     speed = common.add_mutually_exclusive_group()
     speed.add_argument("--quick", dest="speed", action="store_const", const="quick", default="normal", help="1 s a row")
     speed.add_argument("--full", dest="speed", action="store_const", const="full", help="up to 15 s a row")
-    common.add_argument("--threads", type=int, help="default: torch's choice; targets: 2")
     common.add_argument("--seed", type=int, default=0)
     common.add_argument("--out", metavar="FILE", help="append the rows to this JSONL file")
     common.add_argument("--json", action="store_true", help="rows as JSON lines instead of tables")
@@ -43,10 +42,12 @@ def parser():
     run.add_argument("--dtype", default="fp32", help=f"comma-separated, of {', '.join(DTYPES)} (default fp32)")
     run.add_argument("--preset", default="bamba-9b", help=f"comma-separated, of {', '.join(PRESETS)}")
     run.add_argument("--baseline", default="hf", help="provider that speed-ups refer to")
+    run.add_argument("--threads", type=_thread_counts, metavar="N[,N]", help="one run for each number, default torch's choice")
     run.add_argument("--cold", action="store_true", help="rotate over more inputs than the last-level cache holds")
     run.add_argument("--list", action="store_true", help="only name the cases")
 
-    commands.add_parser("targets", parents=[common], help="measure every speed target and say which are met")
+    bars = commands.add_parser("targets", parents=[common], help="measure every speed target and say which are met")
+    bars.add_argument("--threads", type=int, default=targets.THREADS, help=f"default {targets.THREADS}")
     calibrate = commands.add_parser("calibrate", help="this machine's peaks")
     calibrate.add_argument("--threads", type=int)
     calibrate.add_argument("--json", action="store_true")
@@ -82,12 +83,19 @@ def _split(text, allowed, what):
     return parts
 
 
+def _thread_counts(text):
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise ValueError
+    return counts
+
+
 class Session:
     """What run and targets share: threads, calibration, progress bar, result file."""
 
-    def __init__(self, args, argv):
-        if args.threads:
-            torch.set_num_threads(args.threads)
+    def __init__(self, args, argv, threads=None):
+        if threads:
+            torch.set_num_threads(threads)
         width = None if sys.stdout.isatty() else 120  # a file or a pipe has no width of its own
         self.args, self.console = args, Console(stderr=args.json, width=width)
         self.command = "terrazzo bench " + " ".join(argv)
@@ -133,7 +141,7 @@ def _run(args, argv):
     _split(",".join(ops), tuple(suite.OPS), "op")
     for file in args.load:
         providers.load(file)
-    presets = providers.shapes(args.shapes) if args.shapes else _split(args.preset, PRESETS, "preset")
+    presets = providers.shapes(args.shapes) if args.shapes else _split(",".join(ALIASES.get(p, p) for p in args.preset.split(",")), PRESETS, "preset")
     modes, dtypes = _split(args.mode, MODES, "mode"), _split(args.dtype, tuple(DTYPES), "dtype")
     known = (*suite.PROVIDERS, *providers.REGISTERED)
     chosen = _split(args.provider, known, "provider") or known
@@ -143,7 +151,14 @@ def _run(args, argv):
         return 0
     if not cases:
         raise ValueError("terrazzo bench: no case fits; --list names the cases of the chosen ops and presets")
-    session = Session(args, argv)
+    failed = False
+    for threads in args.threads or [None]:
+        failed |= _run_cases(Session(args, argv, threads), cases, args, chosen)
+    return 1 if failed else 0
+
+
+def _run_cases(session, cases, args, chosen):
+    """Measures the cases; whether a provider was wrong or failed."""
     session.describe()
     options = session.options(providers=chosen, baseline=args.baseline, cold=args.cold)
     rows = []
@@ -155,15 +170,14 @@ def _run(args, argv):
             rows += found
             progress.advance(overall)
             session.show(found)
-    return 1 if any(row["status"] in ("wrong", "failed") for row in rows) else 0
+    return any(row["status"] in ("wrong", "failed") for row in rows)
 
 
 def _targets(args, argv):
     if not memory.is_tuned():  # the allocator reads these before main: start over with them set
         environ = os.environ | memory.MALLOC_TUNING
         os.execve(sys.executable, [sys.executable, "-m", "terrazzo.bench", *argv], environ)
-    args.threads = args.threads or targets.THREADS
-    session = Session(args, argv)
+    session = Session(args, argv, args.threads)
     session.describe()
     with session.progress as progress:
         overall, current = progress.add_task("cases", total=1), progress.add_task("", total=1.0)
@@ -200,7 +214,8 @@ def _compare(args, argv):
     with tempfile.TemporaryDirectory(prefix="terrazzo-compare-") as folder:
         before, after = (Path(folder) / f"{name}.jsonl" for name in ("before", "after")) if args.git else (args.before, args.after)
         if args.git:
-            revision.measure(args.git, shlex.split(args.run), before, after)
+            with Console(stderr=True).status("") as status:
+                revision.measure(args.git, shlex.split(args.run), before, after, on_step=status.update)
         results = compare.compare(before, after, force=args.force)
     if args.json:
         print(*(json.dumps(r) for r in results), sep="\n")

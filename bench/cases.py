@@ -14,7 +14,8 @@ from .roofline import Work
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 MODES = ("fwd", "bwd", "decode", "model")
-PRESETS = ("bamba-9b", "dbrx", "mixtral", "blt", "tiny")
+PRESETS = ("bamba-9b", "dbrx", "mixtral", "blt", "blenderbot-400m", "tiny")
+ALIASES = {"blt-1b": "blt"}
 
 
 class Unavailable(Exception):

@@ -14,6 +14,11 @@ SIGNIFICANCE = 0.01
 IDENTITY = ("op", "size", "dtype", "mode", "provider")
 
 
+def identity(row):
+    """What makes two rows the same measurement: its case, provider and number of threads."""
+    return (*(row[name] for name in IDENTITY), row["threads"])
+
+
 class Incomparable(Exception):
     """The two files were measured on different machines."""
 
@@ -26,11 +31,10 @@ def read_all(path):
             continue
         try:
             line = json.loads(text)
-            key = {"environment": (), "row": IDENTITY, "target": ("case", "target")}[line["kind"]]
-            identity = tuple(line[name] for name in key)
+            key = {"environment": lambda line: (), "row": identity, "target": lambda line: (line["case"], line["target"])}[line["kind"]](line)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"terrazzo bench: {path}, line {number} is no line of a result: {type(error).__name__} {error}") from error
-        found[line["kind"]][identity] = line
+        found[line["kind"]][key] = line
     return found["environment"].get((), {}), list(found["row"].values()), list(found["target"].values())
 
 
@@ -76,14 +80,14 @@ def compare(path_before, path_after, min_effect=MIN_EFFECT, force=False):
     for name in ("cpu", "gpu", "threads", "malloc_tuned"):
         if env_a.get(name) != env_b.get(name) and not force:
             raise Incomparable(f"{name} differs: {env_a.get(name)!r} in {path_before}, {env_b.get(name)!r} in {path_after}; --force compares anyway")
-    before = {tuple(r[k] for k in IDENTITY): r for r in rows_a if r["status"] == "ok"}
+    before = {identity(r): r for r in rows_a if r["status"] == "ok"}
     results = []
     for row in rows_b:
-        old = before.get(tuple(row[k] for k in IDENTITY))
+        old = before.get(identity(row))
         if row["status"] != "ok" or old is None:
             continue
         word, ratio, p = verdict(old["samples_ms"], row["samples_ms"], min_effect)
-        results.append({k: row[k] for k in IDENTITY} | {"verdict": word, "ratio": ratio, "p": p, "before_ms": old["median_ms"], "after_ms": row["median_ms"]})
+        results.append({k: row[k] for k in (*IDENTITY, "threads")} | {"verdict": word, "ratio": ratio, "p": p, "before_ms": old["median_ms"], "after_ms": row["median_ms"]})
     return results
 
 

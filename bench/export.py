@@ -11,7 +11,7 @@ from itertools import groupby
 
 from .compare import IDENTITY
 
-COLUMNS = (*IDENTITY, "status", "median_ms", "p20_ms", "p80_ms", "min_ms", "n", "noisy", "speedup", "baseline", "times_limit", "limit", "gflops", "gbs",
+COLUMNS = (*IDENTITY, "threads", "status", "median_ms", "p20_ms", "p80_ms", "min_ms", "n", "noisy", "speedup", "baseline", "times_limit", "limit", "gflops", "gbs",
            "max_abs", "rel", "nmse", "first_call_ms", "peak_bytes", "reason", "command")  # fmt: skip
 NAMES = {"median_ms": "ms", "speedup": "speed-up", "times_limit": "× limit", "gflops": "GFLOP/s", "gbs": "GB/s", "max_abs": "max error", "nmse": "NMSE",
          "first_call_ms": "first call, ms", "peak_bytes": "MB"}  # fmt: skip
@@ -57,14 +57,14 @@ def _chosen(options, rows):
     for word in options.split():
         name, equals, values = word.partition("=")
         name = "provider" if name == "providers" else name
-        if not equals or name not in (*IDENTITY, "columns"):
-            raise ValueError(f"terrazzo bench tables: a marker takes {', '.join((*IDENTITY, 'columns'))} as NAME=VALUE,VALUE, got {word!r}")
+        if not equals or name not in (*IDENTITY, "threads", "columns"):
+            raise ValueError(f"terrazzo bench tables: a marker takes {', '.join((*IDENTITY, 'threads', 'columns'))} as NAME=VALUE,VALUE, got {word!r}")
         found[name] = values.split(",")
     columns = found.pop("columns", ["median_ms", "speedup", "times_limit", "nmse"])
     unknown = set(columns) - set(COLUMNS)
     if unknown:
         raise ValueError(f"terrazzo bench tables: unknown columns {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
-    return [row for row in rows if all(row[name] in values for name, values in found.items())], columns
+    return [row for row in rows if all(str(row[name]) in values for name, values in found.items())], columns
 
 
 def source(environment):

@@ -202,6 +202,10 @@ def html(paths):
     rows, targets = [row for _, _, found, _ in files for row in found], [t for *_, found in files for t in found]
     if not rows:
         raise ValueError(f"terrazzo bench report: no rows in {', '.join(map(str, paths))}")
+    if len({row["threads"] for row in rows}) > 1:  # a sweep: the number of threads is a size like another, with scaling lines
+        for *_, found, _ in files:
+            found[:] = [row | {"size": f"{row['size']} {row['threads']} threads"} for row in found]
+        rows = [row for _, _, found, _ in files for row in found]
     identity = [(row["op"], case_of(row), row["provider"]) for row in rows]
     if len(set(identity)) < len(identity) and len(files) > 1:
         rows = [row | {"provider": f"{row['provider']} · {Path(path).stem}"} for path, _, found, _ in files for row in found]

@@ -47,11 +47,13 @@ def build(tree):
     return lib
 
 
-def measure(ref, options, before, after):
-    """Runs the suite with `options` at `ref` and as it is now, into two JSONL files."""
+def measure(ref, options, before, after, on_step=lambda text: None):
+    """Runs the suite with `options` at `ref` and as it is now, into two JSONL files. `on_step(text)` follows the work."""
     with checkout(ref) as tree:
+        on_step(f"building {ref}")
         lib = build(tree)
         for path, file in ((lib, before), (None, after)):
+            on_step(f"measuring {ref if path else 'this checkout'}")
             env, python = dict(os.environ), [sys.executable]
             if path is not None:  # without site (-S): an editable install's import hook would lend its extension
                 env["PYTHONPATH"] = os.pathsep.join((str(path), *filter(None, sys.path)))

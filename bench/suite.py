@@ -96,7 +96,7 @@ def command(case, provider):
 def _row(case, provider, status, reason="", **values):
     return {
         "schema": SCHEMA, "kind": "row", "op": case.op, "size": case.size, "dtype": case.dtype, "mode": case.mode,
-        "provider": provider, "status": status, "reason": reason, "command": command(case, provider), **values,
+        "provider": provider, "threads": torch.get_num_threads(), "status": status, "reason": reason, "command": command(case, provider), **values,
     }  # fmt: skip
 
 

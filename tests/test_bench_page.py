@@ -18,7 +18,7 @@ ENVIRONMENT = {"schema": 1, "kind": "environment", "cpu": "a made-up <cpu>", "th
 
 
 def row(op, size, provider, ms, dtype="fp32", status="ok", speedup=None, reason="", nmse=1e-13):
-    found = {"schema": 1, "kind": "row", "op": op, "size": size, "dtype": dtype, "mode": "fwd", "provider": provider, "status": status, "reason": reason,
+    found = {"schema": 1, "kind": "row", "op": op, "size": size, "dtype": dtype, "mode": "fwd", "provider": provider, "threads": 2, "status": status, "reason": reason,
              "command": f"terrazzo bench {op} --match '{size}' --provider {provider}"}  # fmt: skip
     if status == "ok":
         found |= {"median_ms": ms, "p20_ms": ms * 0.97, "p80_ms": ms * 1.05, "min_ms": ms * 0.95, "n": 9, "noisy": False, "gflops": 30 / ms, "gbs": 12 / ms,
@@ -88,6 +88,13 @@ def test_the_same_rows_of_two_files_stand_side_by_side(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(ENVIRONMENT) + "\n" + json.dumps(row("op", "1", "terrazzo", 1.0)) + "\n")
     text = page.html([tmp_path / "old.jsonl", tmp_path / "new.jsonl"])
     assert text.count('class="case"') == 1 and "terrazzo · old" in text and "terrazzo · new" in text
+
+
+def test_a_sweep_over_threads_is_a_scaling_line(tmp_path):
+    rows = [row("op", "1x8", "terrazzo", 4 / n) | {"threads": n} for n in (1, 2, 4)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *rows)))
+    text = page.html([tmp_path / "a.jsonl"])
+    assert text.count('class="case"') == 3 and "1x8 ▢ threads fp32 fwd" in text
 
 
 def test_the_last_of_an_appended_row_counts(tmp_path):

@@ -178,6 +178,18 @@ def test_absent_packages_and_missing_gpus_are_rows(monkeypatch):
         providers.package(case)[1]()
 
 
+def test_threads_are_swept(capsys):
+    before = torch.get_num_threads()
+    words = ["rmsnorm_gated", "--preset", "tiny", "--match", "1x64 fwd", "--provider", "reference", "--quick", "--any-machine-state", "--json"]
+    try:
+        assert main([*words, "--threads", "1,2"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["kind"], line["threads"]) for line in lines] == [("environment", 1), ("row", 1), ("environment", 2), ("row", 2)]
+    assert [line["calibration"]["threads"] for line in lines[::2]] == [1, 2]
+
+
 def test_a_command_names_threads_and_preset():
     case = replace(tiny("rmsnorm_gated"), size="9x64")
     words = shlex.split(suite.command(case, "terrazzo"))

@@ -15,7 +15,7 @@ ENVIRONMENT = {"kind": "environment", "cpu": "a cpu", "gpu": None, "threads": 2,
 
 
 def row(provider="terrazzo", ms=2.0, status="ok", **values):
-    found = {"schema": 1, "kind": "row", "op": "linear", "size": "1x2x3", "dtype": "fp32", "mode": "fwd", "provider": provider, "status": status, "reason": "",
+    found = {"schema": 1, "kind": "row", "op": "linear", "size": "1x2x3", "dtype": "fp32", "mode": "fwd", "provider": provider, "threads": 2, "status": status, "reason": "",
              "command": "terrazzo bench linear"}  # fmt: skip
     if status == "ok":
         found |= {"median_ms": ms, "p20_ms": ms * 0.99, "p80_ms": ms * 1.01, "min_ms": ms * 0.98, "n": 3, "noisy": False, "speedup": 6 / ms, "baseline": "hf",
@@ -93,10 +93,18 @@ def git(*words, cwd=ROOT):
 
 def test_a_revision_is_built_and_measured_in_a_worktree_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("TERRAZZO_WITH_CPU", "0")  # Python alone: the reference is what runs
-    trees, before, after = git("worktree", "list"), tmp_path / "before.jsonl", tmp_path / "after.jsonl"
+    before, after = tmp_path / "before.jsonl", tmp_path / "after.jsonl"
     options = ["rmsnorm_gated", "--preset", "tiny", "--match", "1x64 fwd", "--provider", "reference", "--quick", "--any-machine-state"]
-    revision.measure("HEAD", options, before, after)
-    assert git("worktree", "list") == trees
+    steps, trees = [], []
+
+    def on_step(text):
+        steps.append(text)
+        trees.append("terrazzo-compare-" in git("worktree", "list"))
+
+    revision.measure("HEAD", options, before, after, on_step=on_step)
+    assert steps == ["building HEAD", "measuring HEAD", "measuring this checkout"]
+    assert trees == [True, True, True]
+    assert "terrazzo-compare-" not in git("worktree", "list")
     (old, old_rows), (new, new_rows) = compare.read(before), compare.read(after)
     assert old["git_sha"] == new["git_sha"] == git("rev-parse", "HEAD")
     assert (old["native"], new["native"]) == (False, True)  # the first is the revision's own build
@@ -104,7 +112,7 @@ def test_a_revision_is_built_and_measured_in_a_worktree_of_its_own(tmp_path, mon
 
 
 def test_the_command_compares_and_judges(monkeypatch, capsys):
-    def measured(ref, options, before, after):
+    def measured(ref, options, before, after, on_step):
         assert (ref, options) == ("v1", ["linear", "--match", "1x2x3 fwd"])
         write(before, row(samples_ms=[2.0 + i / 1000 for i in range(20)]))
         write(after, row(samples_ms=[2.4 + i / 1000 for i in range(20)]))
