@@ -2,7 +2,9 @@
 import argparse
 import json
 import os
+import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -10,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from . import compare, cost_model, memory, report, roofline, suite, targets
-from .cases import DTYPES, MODES, PRESETS, select
+from . import compare, cost_model, export, memory, page, providers, report, revision, roofline, suite, targets
+from .cases import ALIASES, DTYPES, MODES, PRESETS, select
 from .environment import environment
 
 SECONDS = {"quick": 1.0, "normal": 3.0, "full": 15.0}
@@ -26,7 +28,6 @@ def parser():
     speed = common.add_mutually_exclusive_group()
     speed.add_argument("--quick", dest="speed", action="store_const", const="quick", default="normal", help="1 s a row")
     speed.add_argument("--full", dest="speed", action="store_const", const="full", help="up to 15 s a row")
-    common.add_argument("--threads", type=int, help="default: torch's choice; targets: 2")
     common.add_argument("--seed", type=int, default=0)
     common.add_argument("--out", metavar="FILE", help="append the rows to this JSONL file")
     common.add_argument("--json", action="store_true", help="rows as JSON lines instead of tables")
@@ -34,26 +35,39 @@ def parser():
 
     run = commands.add_parser("run", parents=[common], help="measure ops (the default command)")
     run.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(suite.OPS)}; all by default")
-    run.add_argument("--provider", help=f"comma-separated, of {', '.join(suite.PROVIDERS)}")
+    run.add_argument("--provider", help=f"comma-separated, of {', '.join(suite.PROVIDERS)}, or loaded ones")
+    run.add_argument("--load", action="append", default=[], metavar="FILE", help="a Python file that registers kernels with @terrazzo.bench.provider")
+    run.add_argument("--shapes", metavar="FILE", help="a JSON file of shapes of your own, in place of a preset")
     run.add_argument("--mode", help=f"comma-separated, of {', '.join(MODES)}; bwd is forward and backward together")
     run.add_argument("--dtype", default="fp32", help=f"comma-separated, of {', '.join(DTYPES)} (default fp32)")
     run.add_argument("--preset", default="bamba-9b", help=f"comma-separated, of {', '.join(PRESETS)}")
     run.add_argument("--baseline", default="hf", help="provider that speed-ups refer to")
+    run.add_argument("--threads", type=_thread_counts, metavar="N[,N]", help="one run for each number, default torch's choice")
     run.add_argument("--cold", action="store_true", help="rotate over more inputs than the last-level cache holds")
     run.add_argument("--list", action="store_true", help="only name the cases")
 
-    commands.add_parser("targets", parents=[common], help="measure every speed target and say which are met")
+    bars = commands.add_parser("targets", parents=[common], help="measure every speed target and say which are met")
+    bars.add_argument("--threads", type=int, default=targets.THREADS, help=f"default {targets.THREADS}")
     calibrate = commands.add_parser("calibrate", help="this machine's peaks")
     calibrate.add_argument("--threads", type=int)
     calibrate.add_argument("--json", action="store_true")
     diff = commands.add_parser("compare", help="two result files: SAME, FAST, SLOW or UNSURE")
-    diff.add_argument("before")
-    diff.add_argument("after")
+    diff.add_argument("before", nargs="?")
+    diff.add_argument("after", nargs="?")
+    diff.add_argument("--git", metavar="REF", help="build that revision in a worktree of its own, and measure it and this checkout")
+    diff.add_argument("--run", default="--quick", metavar="OPTIONS", help="with --git: ops and options of terrazzo bench (default --quick)")
     diff.add_argument("--fail-on", metavar="RULE", help="such as slow:5%%: exit 1 when a row is that much slower")
     diff.add_argument("--force", action="store_true", help="compare results of different machines")
     diff.add_argument("--json", action="store_true")
     floors = commands.add_parser("roofline", help="the time floor of every op at model sizes on A100, H100, B200 and MI300X: computed, no GPU needed")
     floors.add_argument("-o", "--output", metavar="FILE", help="write the tables there (Markdown) instead of printing them")
+    table = commands.add_parser("export", help="rows as CSV or Markdown")
+    table.add_argument("files", nargs="+")
+    table.add_argument("--format", choices=("csv", "markdown"), default="csv")
+    filled = commands.add_parser("tables", help="make the tables between <!-- bench: … --> and <!-- /bench --> of documents anew")
+    filled.add_argument("result")
+    filled.add_argument("documents", nargs="+")
+    filled.add_argument("--check", action="store_true", help="write nothing; exit 1 where a table would change")
     page = commands.add_parser("report", help="one HTML file from result files")
     page.add_argument("files", nargs="+")
     page.add_argument("-o", "--output", default="report.html")
@@ -69,12 +83,19 @@ def _split(text, allowed, what):
     return parts
 
 
+def _thread_counts(text):
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise ValueError
+    return counts
+
+
 class Session:
     """What run and targets share: threads, calibration, progress bar, result file."""
 
-    def __init__(self, args, argv):
-        if args.threads:
-            torch.set_num_threads(args.threads)
+    def __init__(self, args, argv, threads=None):
+        if threads:
+            torch.set_num_threads(threads)
         width = None if sys.stdout.isatty() else 120  # a file or a pipe has no width of its own
         self.args, self.console = args, Console(stderr=args.json, width=width)
         self.command = "terrazzo bench " + " ".join(argv)
@@ -90,7 +111,7 @@ class Session:
         self.record([self.environment])
 
     def options(self, **chosen):
-        return suite.Options(budget_s=SECONDS[self.args.speed], seed=self.args.seed, command=self.command, **chosen)
+        return suite.Options(budget_s=SECONDS[self.args.speed], seed=self.args.seed, **chosen)
 
     def describe(self):
         c = self.calibration
@@ -118,18 +139,28 @@ class Session:
 def _run(args, argv):
     ops = args.ops or list(suite.OPS)
     _split(",".join(ops), tuple(suite.OPS), "op")
-    presets = _split(args.preset, PRESETS, "preset")
+    for file in args.load:
+        providers.load(file)
+    presets = providers.shapes(args.shapes) if args.shapes else _split(",".join(ALIASES.get(p, p) for p in args.preset.split(",")), PRESETS, "preset")
     modes, dtypes = _split(args.mode, MODES, "mode"), _split(args.dtype, tuple(DTYPES), "dtype")
-    providers = _split(args.provider, suite.PROVIDERS, "provider") or suite.PROVIDERS
+    known = (*suite.PROVIDERS, *providers.REGISTERED)
+    chosen = _split(args.provider, known, "provider") or known
     cases = [case for preset in presets for op in ops for case in select(suite.cases_of(op, preset), modes=modes, dtypes=dtypes, match=args.match)]
     if args.list:
         print("\n".join(case.key for case in cases))
         return 0
     if not cases:
         raise ValueError("terrazzo bench: no case fits; --list names the cases of the chosen ops and presets")
-    session = Session(args, argv)
+    failed = False
+    for threads in args.threads or [None]:
+        failed |= _run_cases(Session(args, argv, threads), cases, args, chosen)
+    return 1 if failed else 0
+
+
+def _run_cases(session, cases, args, chosen):
+    """Measures the cases; whether a provider was wrong or failed."""
     session.describe()
-    options = session.options(providers=providers, baseline=args.baseline, cold=args.cold)
+    options = session.options(providers=chosen, baseline=args.baseline, cold=args.cold)
     rows = []
     with session.progress as progress:
         overall, current = progress.add_task("cases", total=len(cases)), progress.add_task("", total=1.0)
@@ -139,15 +170,14 @@ def _run(args, argv):
             rows += found
             progress.advance(overall)
             session.show(found)
-    return 1 if any(row["status"] in ("wrong", "failed") for row in rows) else 0
+    return any(row["status"] in ("wrong", "failed") for row in rows)
 
 
 def _targets(args, argv):
     if not memory.is_tuned():  # the allocator reads these before main: start over with them set
         environ = os.environ | memory.MALLOC_TUNING
         os.execve(sys.executable, [sys.executable, "-m", "terrazzo.bench", *argv], environ)
-    args.threads = args.threads or targets.THREADS
-    session = Session(args, argv)
+    session = Session(args, argv, args.threads)
     session.describe()
     with session.progress as progress:
         overall, current = progress.add_task("cases", total=1), progress.add_task("", total=1.0)
@@ -179,7 +209,14 @@ def _calibrate(args, argv):
 
 
 def _compare(args, argv):
-    results = compare.compare(args.before, args.after, force=args.force)
+    if bool(args.git) == bool(args.before) or bool(args.before) != bool(args.after):
+        raise ValueError("terrazzo bench compare: give two result files, or --git REF")
+    with tempfile.TemporaryDirectory(prefix="terrazzo-compare-") as folder:
+        before, after = (Path(folder) / f"{name}.jsonl" for name in ("before", "after")) if args.git else (args.before, args.after)
+        if args.git:
+            with Console(stderr=True).status("") as status:
+                revision.measure(args.git, shlex.split(args.run), before, after, on_step=status.update)
+        results = compare.compare(before, after, force=args.force)
     if args.json:
         print(*(json.dumps(r) for r in results), sep="\n")
     else:
@@ -188,8 +225,28 @@ def _compare(args, argv):
     return 1 if args.fail_on and compare.fails(results, args.fail_on) else 0
 
 
+def _export(args, argv):
+    rows = [row for file in args.files for row in compare.read(file)[1]]
+    print(export.as_csv(rows) if args.format == "csv" else export.markdown(rows), end="")
+    return 0
+
+
+def _tables(args, argv):
+    environment, rows = compare.read(args.result)
+    stale = []
+    for document in map(Path, args.documents):
+        text = document.read_text()
+        filled = export.fill(text, environment, rows)
+        if filled != text:
+            stale.append(str(document))
+            if not args.check:
+                document.write_text(filled)
+    print(*stale, sep="\n", end="\n" if stale else "")
+    return 1 if args.check and stale else 0
+
+
 def _report(args, argv):
-    Path(args.output).write_text(report.html(args.files))
+    Path(args.output).write_text(page.html(args.files))
     print(args.output)
     return 0
 
@@ -202,7 +259,8 @@ def _roofline(args, argv):
     return 0
 
 
-COMMANDS = {"run": _run, "targets": _targets, "calibrate": _calibrate, "compare": _compare, "roofline": _roofline, "report": _report}
+COMMANDS = {"run": _run, "targets": _targets, "calibrate": _calibrate, "compare": _compare, "roofline": _roofline, "report": _report, "export": _export,
+            "tables": _tables}
 
 
 def main(argv=None):
@@ -215,7 +273,7 @@ def main(argv=None):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{default_cache_dir()}_{torch.backends.cpu.get_cpu_capability().replace(' ', '')}"
     try:
         return COMMANDS[args.command](args, argv)
-    except (ValueError, compare.Incomparable, OSError) as error:
+    except (ValueError, compare.Incomparable, revision.RevisionError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
 

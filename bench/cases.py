@@ -14,7 +14,8 @@ from .roofline import Work
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 MODES = ("fwd", "bwd", "decode", "model")
-PRESETS = ("bamba-9b", "dbrx", "mixtral", "blt", "tiny")
+PRESETS = ("bamba-9b", "dbrx", "mixtral", "blt", "blenderbot-400m", "tiny")
+ALIASES = {"blt-1b": "blt"}
 
 
 class Unavailable(Exception):
@@ -45,10 +46,17 @@ class Case:
     prepare: Callable | None = None              # inputs -> inputs of the accuracy check
     narrow: Callable | None = None               # (inputs, outputs or None) -> the part that the oracle checks
     nmse_limit: float | None = None              # whole models: compared with Hugging Face's by this alone
+    family: str = ""                             # its name in suite.OPS
+    preset: str = ""
 
     @property
     def key(self):
         return f"{self.op} {self.size} {self.dtype} {self.mode}"
+
+
+def trains(preset, length, lengths):
+    """Whether a case of this length is also differentiated: the listed ones of the suite's presets, all of a user's shapes."""
+    return length in lengths or preset not in PRESETS
 
 
 def tensors_of(result):

@@ -14,15 +14,33 @@ SIGNIFICANCE = 0.01
 IDENTITY = ("op", "size", "dtype", "mode", "provider")
 
 
+def identity(row):
+    """What makes two rows the same measurement: its case, provider and number of threads."""
+    return (*(row[name] for name in IDENTITY), row["threads"])
+
+
 class Incomparable(Exception):
     """The two files were measured on different machines."""
 
 
+def read_all(path):
+    """(environment, [rows], [targets]) of a JSONL result. In an append-only file the last environment counts, and the last row of each kind."""
+    found = {"environment": {}, "row": {}, "target": {}}
+    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            key = {"environment": lambda line: (), "row": identity, "target": lambda line: (line["case"], line["target"])}[line["kind"]](line)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"terrazzo bench: {path}, line {number} is no line of a result: {type(error).__name__} {error}") from error
+        found[line["kind"]][key] = line
+    return found["environment"].get((), {}), list(found["row"].values()), list(found["target"].values())
+
+
 def read(path):
-    """(environment, [rows]) of a JSONL result; the last environment of an append-only file counts."""
-    lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-    environments = [line for line in lines if line.get("kind") == "environment"]
-    return (environments[-1] if environments else {}), [line for line in lines if line.get("kind") == "row"]
+    """(environment, [rows]) of a JSONL result."""
+    return read_all(path)[:2]
 
 
 def mann_whitney(a, b):
@@ -62,14 +80,14 @@ def compare(path_before, path_after, min_effect=MIN_EFFECT, force=False):
     for name in ("cpu", "gpu", "threads", "malloc_tuned"):
         if env_a.get(name) != env_b.get(name) and not force:
             raise Incomparable(f"{name} differs: {env_a.get(name)!r} in {path_before}, {env_b.get(name)!r} in {path_after}; --force compares anyway")
-    before = {tuple(r[k] for k in IDENTITY): r for r in rows_a if r["status"] == "ok"}
+    before = {identity(r): r for r in rows_a if r["status"] == "ok"}
     results = []
     for row in rows_b:
-        old = before.get(tuple(row[k] for k in IDENTITY))
+        old = before.get(identity(row))
         if row["status"] != "ok" or old is None:
             continue
         word, ratio, p = verdict(old["samples_ms"], row["samples_ms"], min_effect)
-        results.append({k: row[k] for k in IDENTITY} | {"verdict": word, "ratio": ratio, "p": p, "before_ms": old["median_ms"], "after_ms": row["median_ms"]})
+        results.append({k: row[k] for k in (*IDENTITY, "threads")} | {"verdict": word, "ratio": ratio, "p": p, "before_ms": old["median_ms"], "after_ms": row["median_ms"]})
     return results
 
 

@@ -3,7 +3,7 @@ import torch
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, Unavailable, generator
+from .cases import DTYPES, Case, Provider, Unavailable, generator, trains
 from .roofline import Work
 
 VOCAB = 260
@@ -77,7 +77,7 @@ def cases(preset):
     found = []
     for L in SIZES[preset]:
         for name, dtype in DTYPES.items():
-            for mode in ("fwd", *(("bwd",) if L in TRAIN_LENGTHS else ())):
+            for mode in ("fwd", *(("bwd",) if trains(preset, L, TRAIN_LENGTHS) else ())):
                 rounds_once = mode == "fwd" or dtype in (torch.float32, torch.float64)  # the peer's gradient passes through 16 bits several times
                 peers = (Provider("hf", _hf),) if rounds_once else ()
                 providers = (Provider("terrazzo", lambda: _ours("cpu"), ours=True), Provider("reference", lambda: _ours("reference")), *peers)

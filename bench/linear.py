@@ -8,7 +8,7 @@ from .cases import DTYPES, Case, Provider, generator
 from .roofline import Work
 
 # preset -> ([(K, N)], rows)
-SIZES = {"dbrx": (((1024, 1792), (2048, 2048)), (1, 8, 64, 256)), "tiny": (((16, 24),), (1, 5))}
+SIZES = {"dbrx": (((1024, 1792), (2048, 2048)), (1, 8, 64, 256)), "blenderbot-400m": (((1280, 1280), (1280, 5120), (5120, 1280)), (1, 10, 128)), "tiny": (((16, 24),), (1, 5))}
 
 
 def _inputs(M, K, N, dtype, with_grad):

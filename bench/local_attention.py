@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, Unavailable, generator
+from .cases import DTYPES, Case, Provider, Unavailable, generator, trains
 from .roofline import Work
 
 # heads, key heads, head width, window, positions
@@ -55,7 +55,7 @@ def cases(preset):
     for name, dtype in DTYPES.items():
         for H, Hk, P, window, lengths in SIZES[preset]:
             for L in lengths:
-                for mode in ("fwd", *(("bwd",) if L in TRAIN_POSITIONS else ())):
+                for mode in ("fwd", *(("bwd",) if trains(preset, L, TRAIN_POSITIONS) else ())):
 
                     def inputs(seed, L=L, H=H, Hk=Hk, P=P, dtype=dtype, mode=mode):
                         g = generator(seed)

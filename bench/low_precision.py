@@ -14,7 +14,7 @@ from .roofline import Work
 VOCAB = 260
 NMSE_LIMIT = 1e-2
 PROMPT = 256
-SIZES = {"dbrx": 1024}  # preset -> hidden size
+SIZES = {"dbrx": 1024, "bamba-9b": 1024, "blenderbot-400m": 1280}  # preset -> hidden size
 
 
 def _dbrx(hidden):
@@ -109,12 +109,17 @@ def _work(make, hidden, tokens):
     return Work(2 * tokens * active, 2 * weights, "read")
 
 
+JOBS = {
+    "dbrx": (("dbrx prefill", _dbrx, _prefill, 1, PROMPT), ("dbrx decode", _dbrx, _decode, 1, 1)),
+    "bamba-9b": (("bamba prefill", _bamba, _prefill, 1, PROMPT), ("bamba decode", _bamba, _decode, 1, 1)),
+    "blenderbot-400m": (("blenderbot generate", _blenderbot, _generate, 8, 1),),
+}
+
+
 def cases(preset):
     hidden = SIZES[preset]
-    jobs = (("dbrx prefill", _dbrx, _prefill, 1, PROMPT), ("dbrx decode", _dbrx, _decode, 1, 1), ("bamba prefill", _bamba, _prefill, 1, PROMPT),
-            ("bamba decode", _bamba, _decode, 1, 1), ("blenderbot generate", _blenderbot, _generate, 8, 1))
     found = []
-    for job, make, build, batch, length in jobs:
+    for job, make, build, batch, length in JOBS[preset]:
 
         def inputs(seed, batch=batch, length=length):
             return {"input_ids": torch.randint(0, VOCAB, (batch, length), generator=generator(seed))}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, Unavailable, generator
+from .cases import DTYPES, Case, Provider, Unavailable, generator, trains
 from .roofline import Work
 
 TOKENS = (1, 4, 16, 64, 256, 2048)
@@ -135,7 +135,7 @@ def _experts_cases(preset):
             for T in tokens:
                 for load in LOADS:
                     inference = (Provider("terrazzo-packed", lambda E=E: _packed(E), ours=True), Provider("terrazzo-int8", lambda E=E: _packed(E, "int8")))
-                    for mode in ("fwd", *(("bwd",) if T in TRAIN_TOKENS else ())):
+                    for mode in ("fwd", *(("bwd",) if trains(preset, T, TRAIN_TOKENS) else ())):
                         work = experts_work(T, D, F_, A, touched[T, load], dtype.itemsize, mode)
                         yield Case("fused_experts", f"{T} tokens {D}x{F_} {E}x{A} {load}", mode, name, work,
                                    _inputs(T, D, F_, E, A, load, dtype, mode == "bwd"), providers + (inference if mode == "fwd" else ()), lambda E=E: _ours("reference", E),

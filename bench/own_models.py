@@ -16,7 +16,7 @@ from .roofline import Work
 
 VOCAB, PROMPT = 260, 16
 NMSE_LIMIT = {"fp32": 1e-8, "bf16": 1e-2}
-SIZES = {"bamba-9b": 1024, "dbrx": 1024, "blt": 512, "tiny": 256}  # hidden size
+SIZES = {"bamba-9b": 1024, "dbrx": 1024, "blt": 512, "blenderbot-400m": 1280, "tiny": 256}  # hidden size
 
 
 def _bamba(hidden):
@@ -171,8 +171,8 @@ def _work(make, hidden, dtype, tokens, train=False):
 BOTH = ("fp32", "bf16")
 JOBS = {
     "bamba-9b": [("bamba prefill", _bamba, _prefill, 512, BOTH), ("bamba decode", _bamba, _decode, 1, BOTH), ("bamba training step", _bamba, _train, 512, BOTH)],
-    "dbrx": [("dbrx prefill", low_precision._dbrx, _prefill, 256, BOTH), ("dbrx decode", low_precision._dbrx, _decode, 1, BOTH),
-             ("blenderbot generate", _blenderbot, _generate, 32, ("fp32",))],
+    "dbrx": [("dbrx prefill", low_precision._dbrx, _prefill, 256, BOTH), ("dbrx decode", low_precision._dbrx, _decode, 1, BOTH)],
+    "blenderbot-400m": [("blenderbot generate", _blenderbot, _generate, 32, ("fp32",))],
     "blt": [(f"blt decode behind {n}", _blt, functools.partial(_decode_blt, n), 1, ("fp32",)) for n in (512, 1024)],
     "tiny": [("bamba prefill", _bamba, _prefill, 24, BOTH), ("bamba decode", _bamba, _decode, 1, ("fp32",)), ("bamba training step", _bamba, _train, 24, ("fp32",)),
              ("dbrx decode", low_precision._dbrx, _decode, 1, ("fp32",)), ("blt decode behind 40", _blt, functools.partial(_decode_blt, 40), 1, ("fp32",))],

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, Unavailable, generator
+from .cases import DTYPES, Case, Provider, Unavailable, generator, trains
 from .patch_reduce import patch_ids
 from .roofline import Work
 
@@ -80,7 +80,7 @@ def cases(preset):
             for L in lengths:
                 S = patch_ids(L)[1]
                 for queries in ("patches", "bytes"):
-                    for mode in ("fwd", *(("bwd",) if L in TRAIN_BYTES else ())):
+                    for mode in ("fwd", *(("bwd",) if trains(preset, L, TRAIN_BYTES) else ())):
                         providers = (Provider("terrazzo", lambda queries=queries: _ours("cpu", queries), ours=True),
                                      Provider("hf", lambda queries=queries, L=L: _hf(queries, L)))
                         found.append(Case("patch_cross_attention", f"{queries} {L} bytes {H}x{P}", mode, name,

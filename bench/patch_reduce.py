@@ -3,7 +3,7 @@ import torch
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, Unavailable, generator
+from .cases import DTYPES, Case, Provider, Unavailable, generator, trains
 from .roofline import Work
 
 SIZES = {"blt": ((1024, 1024), (4096, 1024), (8192, 1024), (32768, 1024)), "tiny": ((40, 16),)}  # bytes, width
@@ -40,7 +40,7 @@ def cases(preset):
         for L, D in SIZES[preset]:
             ids, S = patch_ids(L)
             for kind in ("amax", "mean"):
-                for mode in ("fwd", *(("bwd",) if L in TRAIN_BYTES else ())):
+                for mode in ("fwd", *(("bwd",) if trains(preset, L, TRAIN_BYTES) else ())):
 
                     def inputs(seed, L=L, D=D, S=S, ids=ids, dtype=dtype, mode=mode):
                         g = generator(seed)

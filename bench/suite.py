@@ -1,7 +1,9 @@
 """Runs cases: accuracy gate, first call, interleaved timing, and one row for each provider."""
+import functools
 import itertools
+import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +23,7 @@ from . import (
     own_models,
     patch_cross_attention,
     patch_reduce,
+    providers,
     rmsnorm_gated,
     state_update,
 )
@@ -46,7 +49,8 @@ OPS = {
     "byte_model": byte_model,
     "own_models": own_models,
 }
-PROVIDERS = ("terrazzo", "terrazzo-packed", "terrazzo-int8", "reference", "reference-compiled", "torch", "hf", "hf-compiled", "hf-grouped")
+OURS = ("terrazzo", "terrazzo-packed", "terrazzo-int8")
+PROVIDERS = (*OURS, "reference", "reference-compiled", "torch", "hf", "hf-compiled", "hf-grouped", "causal_conv1d", "mamba_ssm", "grouped_gemm")
 CACHE_BYTES = 32 << 20       # a last-level cache; cold runs rotate over three of them
 MAX_COLD_SETS = 64
 
@@ -58,13 +62,18 @@ class Options:
     baseline: str = "hf"
     cold: bool = False           # rotate over more inputs than the last-level cache holds
     seed: int = 0
-    command: str = "terrazzo bench"
     min_rounds: int = 7
 
 
 def cases_of(op, preset):
     """The cases of an op in a preset: none where the preset has no size for it."""
-    return OPS[op].cases(preset) if preset in OPS[op].SIZES else []
+    return [replace(case, family=op, preset=preset) for case in OPS[op].cases(preset)] if preset in OPS[op].SIZES else []
+
+
+@functools.cache
+def functions():
+    """The public functions that the cases measure."""
+    return tuple(dict.fromkeys(case.op for op in OPS for case in cases_of(op, "tiny")))
 
 
 def all_cases(preset):
@@ -73,10 +82,21 @@ def all_cases(preset):
     return [case for op in OPS for case in cases_of(op, preset)]
 
 
+def command(case, provider):
+    """What measures this row again."""
+    words = ["terrazzo", "bench", case.family, "--dtype", case.dtype, "--mode", case.mode, "--match", f"{case.op} {case.size}"]
+    words += ["--threads", str(torch.get_num_threads())]
+    words += ["--preset", case.preset] if case.preset in PRESETS else ["--shapes", case.preset.rpartition("#")[0]]
+    words += ["--provider", ",".join(dict.fromkeys((provider, "hf")))]
+    if provider in providers.REGISTERED:
+        words += ["--load", providers.REGISTERED[provider].file]
+    return shlex.join(words)
+
+
 def _row(case, provider, status, reason="", **values):
     return {
         "schema": SCHEMA, "kind": "row", "op": case.op, "size": case.size, "dtype": case.dtype, "mode": case.mode,
-        "provider": provider, "status": status, "reason": reason, **values,
+        "provider": provider, "threads": torch.get_num_threads(), "status": status, "reason": reason, "command": command(case, provider), **values,
     }  # fmt: skip
 
 
@@ -106,7 +126,7 @@ def measure(case, options, calibration, *, machine_is_free=None, on_progress=Non
     report = on_progress or (lambda text, fraction: None)
     rows, timed, found = [], {}, {}
     oracle = None
-    for provider in case.providers:
+    for provider in providers.of_case(case):
         if provider.name not in options.providers:
             continue
         report(f"{case.key}: checking {provider.name}", 0.0)
@@ -142,7 +162,7 @@ def measure(case, options, calibration, *, machine_is_free=None, on_progress=Non
         )
         rows += [_timed_row(case, name, timing, found[name], calibration, options) for name, timing in timings.items()]
         _add_speedups(rows, options.baseline)
-    return sorted(rows, key=lambda row: PROVIDERS.index(row["provider"]) if row["provider"] in PROVIDERS else -1)
+    return sorted(rows, key=lambda row: PROVIDERS.index(row["provider"]) if row["provider"] in PROVIDERS else len(PROVIDERS))
 
 
 def _timed_row(case, name, timing, checked, calibration, options):
@@ -161,7 +181,6 @@ def _timed_row(case, name, timing, checked, calibration, options):
         "nmse": checked.nmse,
         "peak_bytes": checked.peak_bytes,
         "samples_ms": [round(s / 1e6, 6) for s in timing.samples],
-        "command": options.command,
     }
     return _row(case, name, "ok", **values)
 

@@ -9,7 +9,7 @@ from . import memory
 from .cases import select
 from .suite import PROVIDERS, all_cases, measure
 
-PRESETS = ("bamba-9b", "dbrx", "mixtral", "blt")
+PRESETS = ("bamba-9b", "dbrx", "mixtral", "blt", "blenderbot-400m")
 THREADS = 2
 PACKED = "packed limit"  # as "limit", with weights packed before the call
 HF_MEMORY = "hf memory"  # the growth of the process in one call, as a part of transformers'

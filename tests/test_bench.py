@@ -109,7 +109,7 @@ def result_file(path, slowdown=1.0, cpu="test cpu", offset=0):
     fake = FakeTime()
     jitter = NOISE[offset:] + NOISE[:offset]
     samples = timer.interleave({"ours": fake.provider(int(2_000_000 * slowdown), jitter)}, 0.05, clock=fake.clock, min_rounds=21)["ours"].samples
-    row = {"kind": "row", "op": "op", "size": "1", "dtype": "fp32", "mode": "fwd", "provider": "ours", "status": "ok",
+    row = {"kind": "row", "op": "op", "size": "1", "dtype": "fp32", "mode": "fwd", "provider": "ours", "threads": 2, "status": "ok",
            "median_ms": timer.median(samples) / 1e6, "samples_ms": [s / 1e6 for s in samples]}  # fmt: skip
     environment = {"kind": "environment", "cpu": cpu, "gpu": None, "threads": 2, "malloc_tuned": False}
     path.write_text("".join(json.dumps(line) + "\n" for line in (environment, row)))
@@ -411,12 +411,12 @@ def test_run_writes_rows_and_report(tmp_path, capsys):
     assert environment["kind"] == "environment" and environment["calibration"]["gflops"] > 0
     assert [row["provider"] for row in rows] == ["terrazzo", "hf"]
     assert all(len(row["samples_ms"]) == row["n"] for row in rows)
-    assert rows[0]["command"].startswith("terrazzo bench run rmsnorm_gated")
+    assert rows[0]["command"].startswith("terrazzo bench rmsnorm_gated --dtype fp32 --mode fwd")
 
     page = tmp_path / "report.html"
     assert main(["report", str(out), "-o", str(page)]) == 0
     text = page.read_text()
-    assert "rmsnorm_gated" in text and "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "rmsnorm_gated" in text and "://" not in text.replace("http://www.w3.org/2000/svg", "")
     for drawing in re.findall(r"<svg.*?</svg>", text, re.S):
         ElementTree.fromstring(drawing)
     assert report.case_table(rows).row_count == 2
@@ -433,6 +433,13 @@ def test_list_and_select(capsys):
     assert main(["chunk_scan", "--preset", "tiny", "--list", "--mode", "bwd"]) == 0
     assert capsys.readouterr().out.splitlines() == [c.key for c in select(TINY, modes=("bwd",), dtypes=("fp32",), match="chunk_scan")]
     assert {case.dtype for case in TINY if case.op == "rmsnorm_gated"} == set(DTYPES)
+
+
+@pytest.mark.parametrize("preset, key", [("blt-1b", "blt_model forward 4096 bytes hidden 256 fp32 model"), ("blenderbot-400m", "terrazzo.models blenderbot generate 1x32 fp32 model"),
+                                         ("bamba-9b", "bamba_block prefill 1x1024 hidden 1024 fp32 model")])  # fmt: skip
+def test_presets_of_the_models(preset, key, capsys):
+    assert main(["--preset", preset, "--list", "--mode", "model"]) == 0
+    assert key in capsys.readouterr().out.splitlines()
 
 
 def test_runner_differentiates_every_input():

@@ -1,0 +1,64 @@
+"""`terrazzo bench compare --git REF`: one suite on two builds, that of REF in a worktree of its own, and the package as it is now.
+
+The worktree is a temporary folder and gone afterwards; objects that setup.py compiled before come from the compiler cache, if there is one.
+Both sides run the suite of this checkout, so that the protocol and the inputs are the same.
+"""
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+
+
+class RevisionError(Exception):
+    """Git, the build or a run at the revision failed; the message is theirs."""
+
+
+def _call(*command, cwd, env=None, what):
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RevisionError(f"terrazzo bench compare: {what} failed (exit {done.returncode}):\n{(done.stderr or done.stdout).strip()[-2000:]}")
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def checkout(ref):
+    """A folder with the files of `ref`, for as long as the context lasts."""
+    root = _call("git", "rev-parse", "--show-toplevel", cwd=BENCH, what="looking for the repository (--git needs an editable install of a checkout)")
+    sha = _call("git", "rev-parse", "--verify", "--end-of-options", f"{ref}^{{commit}}", cwd=root, what=f"git: finding {ref!r}")
+    with tempfile.TemporaryDirectory(prefix="terrazzo-compare-") as folder:
+        tree = Path(folder) / "tree"
+        _call("git", "worktree", "add", "--detach", str(tree), sha, cwd=root, what=f"git: checking out {ref!r}")
+        try:
+            yield tree
+        finally:
+            _call("git", "worktree", "remove", "--force", str(tree), cwd=root, what="git: removing the worktree")
+
+
+def build(tree):
+    """Builds the package of a checkout -> the folder to import it from."""
+    lib = tree / "build/compare/lib"
+    _call(sys.executable, "setup.py", "-q", "build", "--build-base", "build/compare", "--build-lib", str(lib), cwd=tree, what="building the revision")
+    shutil.copytree(BENCH, lib / "terrazzo/bench", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    return lib
+
+
+def measure(ref, options, before, after, on_step=lambda text: None):
+    """Runs the suite with `options` at `ref` and as it is now, into two JSONL files. `on_step(text)` follows the work."""
+    with checkout(ref) as tree:
+        on_step(f"building {ref}")
+        lib = build(tree)
+        for path, file in ((lib, before), (None, after)):
+            on_step(f"measuring {ref if path else 'this checkout'}")
+            env, python = dict(os.environ), [sys.executable]
+            if path is not None:  # without site (-S): an editable install's import hook would lend its extension
+                env["PYTHONPATH"] = os.pathsep.join((str(path), *filter(None, sys.path)))
+                python.append("-S")
+            command = [*python, "-m", "terrazzo.bench", "run", *options, "--out", str(file)]
+            done = subprocess.run(command, cwd=tree.parent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if done.returncode not in (0, 1):  # 1: a provider was wrong or failed, a row with the reason
+                raise RevisionError(f"terrazzo bench compare: the suite failed {'at ' + ref if path else 'on this checkout'}:\n{done.stderr.strip()[-2000:]}")

@@ -1,0 +1,173 @@
+"""The HTML report: its numbers by hand, and the page in a headless browser.
+
+Without a browser these tests are skipped, and fail where TERRAZZO_NEEDS_BROWSER is set, as in CI.
+"""
+import json
+import os
+import re
+from xml.etree import ElementTree
+
+import pytest
+from terrazzo.bench import compare, page, plots
+from terrazzo.bench.__main__ import main
+from tools import browser as browsers
+
+CALIBRATION = {"gflops": 190.0, "read_gbs": 40.0, "copy_gbs": 35.0, "scale_gbs": 38.0, "threads": 2}
+ENVIRONMENT = {"schema": 1, "kind": "environment", "cpu": "a made-up <cpu>", "threads": 2, "date": "2026-01-02T03:04:05+00:00", "torch": "2.13.0",
+               "calibration": CALIBRATION, "command": "terrazzo bench"}  # fmt: skip
+
+
+def row(op, size, provider, ms, dtype="fp32", status="ok", speedup=None, reason="", nmse=1e-13):
+    found = {"schema": 1, "kind": "row", "op": op, "size": size, "dtype": dtype, "mode": "fwd", "provider": provider, "threads": 2, "status": status, "reason": reason,
+             "command": f"terrazzo bench {op} --match '{size}' --provider {provider}"}  # fmt: skip
+    if status == "ok":
+        found |= {"median_ms": ms, "p20_ms": ms * 0.97, "p80_ms": ms * 1.05, "min_ms": ms * 0.95, "n": 9, "noisy": False, "gflops": 30 / ms, "gbs": 12 / ms,
+                  "times_limit": 1.2, "max_abs": 1e-6, "nmse": nmse, "first_call_ms": ms * 2, "peak_bytes": int(ms * 1e6), "speedup": speedup}  # fmt: skip
+    return found
+
+
+def made_up_rows():
+    rows = []
+    for op, lengths in (("causal_conv1d_fn", (512, 1024, 2048)), ("mamba_chunk_scan_combined", (512, 2048))):
+        for dtype in ("fp32", "bf16"):
+            for L in lengths:
+                ms = L / 512 * (1 if op.startswith("causal") else 8)
+                rows += [row(op, f"1x8448x{L}", "terrazzo", ms, dtype, speedup=8 if L == 512 else 2, nmse=1e-5 if dtype == "bf16" else 1e-13),
+                         row(op, f"1x8448x{L}", "hf", 8 * ms, dtype, speedup=1.0)]  # fmt: skip
+    rows.append(row("causal_conv1d_fn", "1x8448x512", "causal_conv1d", 0, status="unavailable", reason="causal_conv1d is <not> installed"))
+    rows.append(row("causal_conv1d_fn", "1x8448x512", "my_conv", 0, status="wrong", reason="row 3"))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    target = {"kind": "target", "case": "op 1 fp32 fwd", "target": "≥ 4 × hf", "measured": 3.5, "bar": 4, "passed": False, "reason": ""}
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *made_up_rows(), target)))
+    assert main(["report", str(folder / "a.jsonl"), "-o", str(folder / "report.html")]) == 0
+    return folder / "report.html"
+
+
+def test_summary_by_hand():
+    conv, scan = page.summary(made_up_rows())
+    assert conv["op"] == "causal_conv1d_fn" and conv["cases"] == 6 and conv["refused"] == 0
+    assert conv["speedup"] == pytest.approx((8 * 2 * 2) ** (1 / 3)) and scan["speedup"] == pytest.approx(4)
+    assert (conv["worst"], conv["worst_case"]) == (2, "1x8448x1024 fp32 fwd")
+    assert (conv["nmse"], conv["nmse_case"]) == (1e-5, "1x8448x512 bf16 fwd")
+    assert conv["limit"] == pytest.approx(1.2)
+
+
+def test_scaling_lines_are_sizes_that_differ_in_one_number():
+    rows = [row("op", size, "terrazzo", ms) for size, ms in (("1x8x512 N64", 1.0), ("1x8x1024 N64", 2.0), ("1x8x2048 N64", 4.0), ("1x8x512 N128", 9.0))]
+    assert page.scalings(rows) == [("1x8x▢ N64 fp32 fwd", [("terrazzo", [(512, 1.0), (1024, 2.0), (2048, 4.0)])])]
+    assert [pattern for pattern, _ in page.scalings(rows[:2])] == ["1x8x▢ N64 fp32 fwd"]
+    assert page.scalings(rows[:1]) == []
+
+
+def test_points_lie_where_the_axes_say():
+    svg = ElementTree.fromstring(plots.loglog("t", "x", "y", points=[(0, 10, 1, "a"), (1, 100, 1000, "b"), (2, 1000, 31.6228, "c")]))
+    space = "{http://www.w3.org/2000/svg}"
+    x, y = zip(*((float(c.get("cx")), float(c.get("cy"))) for c in svg.iter(f"{space}circle")))
+    assert x[1] == pytest.approx((x[0] + x[2]) / 2, abs=0.1)  # 10, 100, 1000
+    assert y[2] == pytest.approx((y[0] + y[1]) / 2, abs=0.1)  # 1, 1000, and their geometric mean
+    assert y[1] < y[2] < y[0]
+
+
+def test_every_row_case_and_reason_is_there(report):
+    text = report.read_text()
+    for drawing in re.findall(r"<svg.*?</svg>", text, re.S):
+        ElementTree.fromstring(drawing)
+    assert text.count('class="case"') == 10 and text.count("roofline</text>") == 2
+    assert "a made-up &lt;cpu&gt;" in text and "causal_conv1d is &lt;not&gt; installed" in text and "<not>" not in text
+    assert "Targets: 0 of 1 met" in text and text.index("Summary") < text.index("Targets") < text.index("1x8448x512 fp32 fwd</h3>")
+    assert "terrazzo bench causal_conv1d_fn --match &#x27;1x8448x512&#x27; --provider hf" in text
+
+
+def test_the_same_rows_of_two_files_stand_side_by_side(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(ENVIRONMENT) + "\n" + json.dumps(row("op", "1", "terrazzo", 1.0)) + "\n")
+    text = page.html([tmp_path / "old.jsonl", tmp_path / "new.jsonl"])
+    assert text.count('class="case"') == 1 and "terrazzo · old" in text and "terrazzo · new" in text
+
+
+def test_a_sweep_over_threads_is_a_scaling_line(tmp_path):
+    rows = [row("op", "1x8", "terrazzo", 4 / n) | {"threads": n} for n in (1, 2, 4)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *rows)))
+    text = page.html([tmp_path / "a.jsonl"])
+    assert text.count('class="case"') == 3 and "1x8 ▢ threads fp32 fwd" in text
+
+
+def test_the_last_of_an_appended_row_counts(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, row("op", "1", "hf", 1.0), row("op", "1", "hf", 2.0))))
+    assert [r["median_ms"] for r in compare.read(file)[1]] == [2.0]
+
+
+@pytest.mark.parametrize("text, message", [("", "no rows in"), ("{\n", "line 1 is no line of a result"), ('{"kind": "row"}\n', "line 1 is no line of a result")])
+def test_bad_results_are_named(text, message, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(text)
+    assert main(["report", str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "r.html")]) == 2
+    assert message in capsys.readouterr().err
+
+
+# ---- in a browser --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if browsers.find() is None:
+        (pytest.fail if os.environ.get("TERRAZZO_NEEDS_BROWSER") else pytest.skip)("no Chromium: apt-get install chromium")
+    with browsers.browser() as found:
+        yield found
+
+
+def colours(chromium):
+    """(text, background) of the page as three numbers each."""
+    found = chromium.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
+    return [[int(n) for n in re.findall(r"\d+", colour)[:3]] for colour in found]
+
+
+def brightness(colour):
+    return sum(weight * (c / 255) ** 2.2 for weight, c in zip((0.2126, 0.7152, 0.0722), colour))
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200], ids=["phone", "desk"])
+def test_page_renders_without_complaint_or_network(chromium, report, width, dark):
+    chromium.open(report, width=width, dark=dark)
+    assert chromium.complaints() == []
+    assert [url for url in chromium.requests() if not url.startswith("data:")] == [report.resolve().as_uri()]
+    assert chromium.evaluate("document.documentElement.scrollWidth") <= width  # nothing hangs out sideways
+    ink, paper = map(brightness, colours(chromium))
+    assert (paper < 0.05) == dark
+    assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) > 7  # WCAG's AAA
+    boxes = chromium.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect()).filter(b => b.width > 200 && b.height > 40).length")
+    assert boxes == chromium.evaluate("document.querySelectorAll('svg').length") > 10
+    bars = chromium.evaluate("getComputedStyle(document.querySelector('.case rect.s0')).fill")
+    assert bars != "rgb(0, 0, 0)"  # the series' own colour
+
+
+def test_typing_filters(chromium, report):
+    chromium.open(report)
+    shown = "[...document.querySelectorAll('.case')].filter(c => c.getBoundingClientRect().height > 0).length"
+    assert chromium.evaluate(shown) == 10
+    chromium.evaluate("document.getElementById('words').focus()")
+    chromium.type("bf16 1x8448x2048")
+    assert chromium.evaluate(shown) == 2
+    assert chromium.evaluate("document.getElementById('count').textContent") == "2 of 10 cases"
+    chromium.type(" nothing")
+    assert chromium.evaluate(shown) == 0
+    chromium.evaluate("const w = document.getElementById('words'); w.value = ''; const o = document.getElementById('op'); o.value = 'causal_conv1d_fn'; "
+                      "o.dispatchEvent(new Event('change'))")  # fmt: skip
+    assert chromium.evaluate(shown) == 6
+    assert chromium.complaints() == []
+
+
+def test_the_browser_check_sees_a_broken_script_and_a_request(chromium, report, tmp_path):
+    text = report.read_text()
+    (tmp_path / "script.html").write_text(text.replace("filter();", "filterr();"))
+    chromium.open(tmp_path / "script.html")
+    assert any("filterr" in json.dumps(complaint) for complaint in chromium.complaints())
+    (tmp_path / "image.html").write_text(text.replace("<main>", '<main><img src="missing.png">'))
+    chromium.open(tmp_path / "image.html")
+    assert chromium.complaints() != []

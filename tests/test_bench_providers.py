@@ -1,0 +1,197 @@
+"""Users' own kernels and shapes in the suite, other packages' adapters, and the command that each row carries."""
+import importlib
+import json
+import runpy
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import terrazzo
+import torch
+from terrazzo.bench import accuracy, providers, roofline, suite
+from terrazzo.bench.__main__ import main
+from terrazzo.bench.cases import Unavailable
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CALIBRATION = roofline.Calibration(100.0, 20.0, 30.0, 40.0, 2, "test", "2026-01-01")
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    monkeypatch.setattr(providers, "REGISTERED", {})
+    for module in suite.OPS.values():
+        monkeypatch.setattr(module, "SIZES", dict(module.SIZES))
+
+
+def tiny(op, mode="fwd"):
+    return next(c for c in suite.all_cases("tiny") if (c.op, c.mode, c.dtype) == (op, mode, "fp32"))
+
+
+def rows_of(case, *names):
+    options = suite.Options(providers=names, budget_s=0.01, min_rounds=3)
+    return {row["provider"]: row for row in suite.measure(case, options, CALIBRATION)}
+
+
+def rows_printed(capsys):
+    return [line for line in map(json.loads, capsys.readouterr().out.splitlines()) if line["kind"] == "row"]
+
+
+def test_the_example_runs_at_its_shapes(capsys, monkeypatch):
+    words = ["causal_conv1d", "--shapes", str(EXAMPLES / "my_shapes.json"), "--provider", "my_conv,terrazzo", "--json", "--quick", "--any-machine-state"]
+    monkeypatch.setattr(sys, "argv", ["bench_my_kernel.py", *words, "--match", "256x64"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXAMPLES / "bench_my_kernel.py"), run_name="__main__")
+    assert end.value.code == 0
+    found = {(row["mode"], row["provider"]): row for row in rows_printed(capsys)}
+    assert set(found) == {(mode, name) for mode in ("fwd", "bwd") for name in ("my_conv", "terrazzo")}
+    assert all(row["status"] == "ok" and row["size"] == "1x256x64" for row in found.values())
+    assert found["fwd", "my_conv"]["nmse"] < 1e-10
+
+
+def test_a_rows_command_measures_it_again(capsys):
+    words = ["causal_conv1d", "--load", str(EXAMPLES / "bench_my_kernel.py"), "--shapes", str(EXAMPLES / "my_shapes.json"), "--quick", "--any-machine-state"]
+    assert main([*words, "--match", "256x64 fwd", "--provider", "my_conv", "--json"]) == 0
+    (row,) = rows_printed(capsys)
+    assert row["command"].startswith("terrazzo bench causal_conv1d ")
+    assert main([*shlex.split(row["command"])[2:], "--json", "--quick", "--any-machine-state"]) == 0
+    again = {r["provider"]: r for r in rows_printed(capsys)}
+    assert set(again) == {"my_conv", "hf"}
+    assert all(again["my_conv"][name] == row[name] for name in ("op", "size", "mode", "dtype", "status"))
+
+
+def test_a_case_with_other_inputs_is_a_row_that_says_so():
+    @terrazzo.bench.provider("mine", op="causal_conv1d")
+    def mine(x, weight, bias):
+        return x
+
+    row = rows_of(tiny("causal_conv1d_update", "decode"), "mine")["mine"]
+    assert row["status"] == "unavailable" and "mine takes x, weight, bias; this case gives x, conv_state, weight, bias" in row["reason"]
+
+
+def test_a_wrong_kernel_is_not_timed():
+    @terrazzo.bench.provider("mine", op="rmsnorm_gated")
+    def mine(**inputs):
+        return terrazzo.rmsnorm_gated(**inputs, norm_before_gate=True)  # the case has it the other way round
+
+    row = rows_of(tiny("rmsnorm_gated"), "mine")["mine"]
+    assert row["status"] == "wrong" and "median_ms" not in row
+
+
+def test_a_kernel_by_the_functions_name_serves_that_function_alone():
+    @terrazzo.bench.provider("mine", op="causal_conv1d_fn")
+    def mine(**inputs):
+        return inputs["x"]
+
+    assert "mine" in [p.name for p in providers.of_case(tiny("causal_conv1d_fn"))]
+    assert "mine" not in [p.name for p in providers.of_case(tiny("causal_conv1d_update", "decode"))]
+
+
+@pytest.mark.parametrize("name, op, message", [("mine", "conv", "op of 'mine' must be one of causal_conv1d,"), ("hf", "linear", "'hf' is a provider of the suite")])
+def test_bad_registrations(name, op, message):
+    with pytest.raises(ValueError, match=message):
+        terrazzo.bench.provider(name, op=op)(lambda x: x)
+
+
+def test_a_name_is_taken_once():
+    terrazzo.bench.provider("mine", op="linear")(lambda x: x)
+
+    def other(x):
+        return x
+
+    with pytest.raises(ValueError, match="take another name"):
+        terrazzo.bench.provider("mine", op="linear")(other)
+
+
+# ---- shapes --------------------------------------------------------------------------------------------------
+
+SMALL = [
+    {"op": "causal_conv1d", "D": 24, "L": [5, 9], "batch": 2},
+    {"op": "chunk_scan", "H": 2, "P": 8, "N": [8, 16], "L": 7},
+    {"op": "state_update", "H": 2, "P": 8, "N": 16, "batch": [1, 3]},
+    {"op": "rmsnorm_gated", "D": 24, "rows": 3},
+    {"op": "grouped_gemm", "E": 2, "K": 8, "N": 12, "rows": [1, 3]},
+    {"op": "moe", "D": 8, "F": 12, "E": 4, "A": 2, "T": [3, 5]},
+    {"op": "linear", "K": [8, 16], "N": 12, "M": 3},
+    {"op": "patch_reduce", "L": 30, "D": 8},
+    {"op": "patch_cross_attention", "H": 2, "P": 8, "L": 30},
+    {"op": "local_attention", "H": 4, "Hk": 2, "P": 8, "window": 5, "L": [17]},
+    {"op": "entropy_patch", "L": [12]},
+    {"op": "byte_hash_embedding", "L": 12, "D": 8, "V": 13},
+]
+SIZES = {"causal_conv1d": 5, "chunk_scan": 4, "state_update": 2, "rmsnorm_gated": 2, "grouped_gemm": 8, "moe": 14, "linear": 4, "patch_reduce": 4,
+         "patch_cross_attention": 4, "local_attention": 2, "entropy_patch": 3, "byte_hash_embedding": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", SMALL, ids=lambda e: e["op"])
+def test_shapes_of_every_op_are_cases_that_ours_pass(entry, tmp_path):
+    file = tmp_path / "shapes.json"
+    file.write_text(json.dumps([entry]))
+    (preset,) = providers.shapes(file)
+    cases = [c for c in suite.cases_of(entry["op"], preset) if c.dtype == "fp32"]
+    assert len(cases) == SIZES[entry["op"]]
+    assert {c.mode for c in cases} >= ({"decode"} if entry["op"] == "state_update" else {"fwd", "bwd"})
+    for case in cases:
+        ours = case.providers[0]
+        assert accuracy.gate(case, ours.build(), accuracy.Oracle(case), ours.ours).ok, case.key
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "is not JSON"), ("[]", "must hold a list"), ('[{"op": "conv"}]', "entry 0: op must be one of"), ('[{"op": "linear", "K": 8, "N": 8}]', "missing: M"),
+    ('[{"op": "linear", "K": 8, "N": 8, "M": 1, "L": 4}]', "unknown: L"), ('[{"op": "linear", "K": 8, "N": 8, "M": 0}]', "M of linear must be a positive"),
+    ('[{"op": "moe", "D": [8], "F": 8, "E": 2, "A": 1, "T": 1}]', "D of moe must be a positive whole number, got"),
+])  # fmt: skip
+def test_bad_shapes(text, message, tmp_path, capsys):
+    (tmp_path / "shapes.json").write_text(text)
+    assert main(["--shapes", str(tmp_path / "shapes.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_to_load_must_be_there(capsys):
+    assert main(["--load", "nothing.py"]) == 2
+    assert "--load must name a Python file" in capsys.readouterr().err
+
+
+# ---- other packages ------------------------------------------------------------------------------------------
+
+UPSTREAM = {"causal_conv1d": "terrazzo.compat.causal_conv1d", "mamba_ssm.ops.triton.ssd_combined": "terrazzo.compat.mamba_ssm.ops.triton.ssd_combined",
+            "mamba_ssm.ops.triton.selective_state_update": "terrazzo.compat.mamba_ssm.ops.triton.selective_state_update",
+            "grouped_gemm.ops": "terrazzo.compat.grouped_gemm.ops"}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", providers.PACKAGES)
+def test_adapters_call_upstreams_signature_rightly(op):
+    """terrazzo.compat has upstream's modules and signatures, on the CPU."""
+    _, module, adapt = providers.PACKAGES[op]
+    case = tiny(op, "decode" if op in ("causal_conv1d_update", "selective_state_update") else "fwd")
+    checked = accuracy.gate(case, adapt(importlib.import_module(UPSTREAM[module])), accuracy.Oracle(case), ours=False)
+    assert checked.ok, checked.why
+
+
+def test_absent_packages_and_missing_gpus_are_rows(monkeypatch):
+    case = tiny("causal_conv1d_fn")
+    row = rows_of(case, "causal_conv1d")["causal_conv1d"]
+    assert (row["status"], row["reason"]) == ("unavailable", "causal_conv1d is not installed")
+    monkeypatch.setitem(providers.PACKAGES, case.op, ("json", "json", lambda module: module))  # a module that is there
+    with pytest.raises(Unavailable, match="json runs on CUDA tensors only"):
+        providers.package(case)[1]()
+
+
+def test_threads_are_swept(capsys):
+    before = torch.get_num_threads()
+    words = ["rmsnorm_gated", "--preset", "tiny", "--match", "1x64 fwd", "--provider", "reference", "--quick", "--any-machine-state", "--json"]
+    try:
+        assert main([*words, "--threads", "1,2"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["kind"], line["threads"]) for line in lines] == [("environment", 1), ("row", 1), ("environment", 2), ("row", 2)]
+    assert [line["calibration"]["threads"] for line in lines[::2]] == [1, 2]
+
+
+def test_a_command_names_threads_and_preset():
+    case = replace(tiny("rmsnorm_gated"), size="9x64")
+    words = shlex.split(suite.command(case, "terrazzo"))
+    assert words[:3] == ["terrazzo", "bench", "rmsnorm_gated"]
+    assert ["--preset", "tiny"] == words[words.index("--preset") :][:2] and ["--threads", str(torch.get_num_threads())] == words[words.index("--threads") :][:2]
