@@ -17,14 +17,14 @@ import triton.language as tl
 
 from . import configs, runtime
 
-# masked: whether there is a key mask, which takes registers
-FWD = configs.Table(
+FWD = configs.Table(  # masked: whether there is a key mask, which takes registers
     "local_attention_fwd",
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=3, arch=("sm8", "sm9", "sm12"), itemsize=2, up_to={"P": 64, "masked": 0}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=1, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, arch=("sm10",), up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, arch=("sm8", "sm9", "sm12", "gfx"), up_to={"P": 128}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 )
@@ -33,7 +33,8 @@ BWD_QUERIES = configs.Table(
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=8, num_stages=1, arch=("sm10",), up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, arch=("sm8", "sm9", "sm12", "gfx"), up_to={"P": 64}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 )
@@ -46,7 +47,6 @@ BWD_KEYS = configs.Table(
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1, up_to={"P": 128}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 )
-BLOCK_POSITIONS = 256
 FLOOR = tl.constexpr(-1e30)  # the score of what is not seen: finite, so that differences of two stay numbers
 
 
@@ -347,6 +347,9 @@ def _block_K(q):
     """Channels of a head in one product of scores: float32 rows of 256, and their two TF32 parts, take more registers than there are."""
     whole = block_P(q.shape[-1])
     return 64 if q.element_size() == 4 and whole > 128 else whole
+
+
+BLOCK_POSITIONS = 256
 
 
 def _bounds(cu_seqlens, L):
