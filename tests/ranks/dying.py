@@ -1,0 +1,39 @@
+"""A rank that dies between two calls: the others get an error that says so, within the timeout."""
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ranks import spawn
+from ranks.experts import A, D, our_layer
+from terrazzo import distributed
+
+SECONDS = 5
+
+
+def rank(rank, ranks, folder, kind):
+    spawn.start(rank, ranks, SECONDS, folder)
+    mesh = dist.init_device_mesh("cpu", (ranks,))
+    if kind == "experts":
+        layer = distributed.expert_parallel(our_layer(experts=9), mesh)
+        x, indices, weights = torch.randn(4, D), torch.randint(0, 9, (4, A), dtype=torch.int32), torch.rand(4, A)
+
+        def call():
+            layer(x, indices, weights).sum().backward()
+    else:
+        args = (torch.randn(1, 9, 2, 4, requires_grad=True), torch.rand(1, 9, 2), -torch.rand(2), torch.randn(1, 9, 1, 3), torch.randn(1, 9, 1, 3), 8)
+
+        def call():
+            distributed.mamba_chunk_scan_combined(*args, mesh=mesh).sum().backward()
+    call()
+    if rank == 0:
+        os._exit(1)
+    begin = time.perf_counter()
+    try:
+        call()
+        told = "nothing"
+    except RuntimeError as error:
+        told = str(error)
+    Path(folder, f"{rank}.txt").write_text(f"{time.perf_counter() - begin:.2f}\n{told}")
+    os._exit(0)
