@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from ranks import spawn
-from ranks.experts import A, D, our_layer
 from terrazzo import distributed
+from terrazzo.models.dbrx import DbrxConfig, Experts, FFNConfig
 
 SECONDS = 5
 
@@ -16,8 +16,9 @@ def rank(rank, ranks, folder, kind):
     spawn.start(rank, ranks, SECONDS, folder)
     mesh = dist.init_device_mesh("cpu", (ranks,))
     if kind == "experts":
-        layer = distributed.expert_parallel(our_layer(experts=9), mesh)
-        x, indices, weights = torch.randn(4, D), torch.randint(0, 9, (4, A), dtype=torch.int32), torch.rand(4, A)
+        config = DbrxConfig(d_model=16, n_heads=2, ffn_config=FFNConfig(ffn_hidden_size=8, moe_num_experts=9))
+        layer = distributed.expert_parallel(Experts(config), mesh)
+        x, indices, weights = torch.randn(4, 16), torch.randint(0, 9, (4, 3), dtype=torch.int32), torch.rand(4, 3)
 
         def call():
             layer(x, indices, weights).sum().backward()

@@ -237,6 +237,29 @@ def an_optimiser_step(mesh):
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-6, msg=name)
 
 
+def fsdp2_beside_it(mesh):
+    """FSDP2 shards what isn't experts; its gradients are means over ranks, the experts' are sums."""
+    from torch.distributed.fsdp import fully_shard
+
+    rank, ranks = mesh.get_local_rank(), mesh.size()
+    batches = [torch.randint(3, 60, (2, 9 + 4 * r), generator=torch.Generator().manual_seed(r)) for r in range(ranks)]
+    model = expert_parallel(our_dbrx(), mesh)
+    experts = {p for name, p in model.named_parameters() if ".experts." in name}
+    for block in (*model.transformer.blocks, model):
+        fully_shard(block, mesh=mesh, ignored_params=experts)
+    loss, _ = our_loss(model, batches[rank])
+    loss.backward()
+    expected = []
+    for dtype in (torch.float64, torch.float32):
+        whole = our_dbrx().to(dtype)
+        results = [our_loss(whole, ids)[0] for ids in batches]
+        (sum(results) / ranks).backward()
+        expected.append([results[rank], *(p.grad for p in whole.parameters())])
+    found = [loss, *(gathered(p) / (ranks if p in experts else 1) for p in model.parameters())]
+    for name, *values in zip(["loss", *(name for name, _ in model.named_parameters())], found, *expected, strict=True):
+        close(name, *values)
+
+
 # ---- bytes -------------------------------------------------------------------------------------------------------
 
 
@@ -298,4 +321,4 @@ def other_bad_input(mesh):
 
 LAYER = ["uneven", "a_rank_without_tokens", "nobody_has_tokens", "all_on_one_rank", "one_expert_without_tokens", "sentinels", "sentinels_alone", "chunked",
          "float64_and_bfloat16", "a_swapped_expert_shows", "bytes_are_the_formula", "experts_that_do_not_divide", "models_that_differ", "other_bad_input"]  # fmt: skip
-MODELS = ["dbrx_of_ours", "dbrx_of_transformers", "mixtral", "gpt_oss", "gradient_checkpointing", "state_dict_is_the_whole_model", "an_optimiser_step"]
+MODELS = ["dbrx_of_ours", "dbrx_of_transformers", "mixtral", "gpt_oss", "gradient_checkpointing", "state_dict_is_the_whole_model", "an_optimiser_step", "fsdp2_beside_it"]
