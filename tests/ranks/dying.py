@@ -1,6 +1,7 @@
 """A rank that dies between two calls: the others get an error that says so, within the timeout."""
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ SECONDS = 5
 
 
 def rank(rank, ranks, folder, kind):
-    spawn.start(rank, ranks, SECONDS, folder)
-    mesh = dist.init_device_mesh("cpu", (ranks,))
+    spawn.start(rank, ranks, 60, folder)
+    dist.barrier()  # ranks may be slow to start; from here on they are in step
+    mesh = dist.DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=SECONDS)), "cpu")
     if kind == "experts":
         config = DbrxConfig(d_model=16, n_heads=2, ffn_config=FFNConfig(ffn_hidden_size=8, moe_num_experts=9))
         layer = distributed.expert_parallel(Experts(config), mesh)
