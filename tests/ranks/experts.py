@@ -5,12 +5,10 @@ import pytest
 import terrazzo
 import torch
 import torch.distributed as dist
-import transformers
-from model_pairs import DBRX
 from ranks.spawn import close
 from terrazzo import models
 from terrazzo.distributed import expert_parallel, reduce_gradients, reset_traffic, traffic
-from terrazzo.models.dbrx import DbrxConfig, Experts
+from terrazzo.models.dbrx import AttentionConfig, DbrxConfig, Experts, FFNConfig
 from tiny_models import make_config
 
 D, F, E, A = 16, 12, 8, 3
@@ -161,16 +159,17 @@ def livened(model):
 
 def our_dbrx():
     torch.manual_seed(0)
-    return livened(models.Dbrx(DbrxConfig.from_hf(transformers.DbrxConfig(**DBRX).to_dict())))
+    ffn = FFNConfig(ffn_hidden_size=24, moe_num_experts=8, moe_top_k=3, moe_loss_weight=0.05)
+    attn = AttentionConfig(kv_n_heads=2, clip_qkv=8.0)
+    return livened(models.Dbrx(DbrxConfig(d_model=32, n_heads=4, n_layers=3, vocab_size=97, attn_config=attn, ffn_config=ffn)))
 
 
 def hf(model_type):
     torch.manual_seed(0)
-    if model_type == "dbrx":
-        return livened(transformers.DbrxForCausalLM(transformers.DbrxConfig(**DBRX)))
     cls, config = make_config(model_type)
     model = livened(cls(config))
-    model.set_experts_implementation("eager")  # the one of transformers' that takes float64
+    if model_type != "dbrx":
+        model.set_experts_implementation("eager")  # the one of transformers' that takes float64
     return model
 
 
