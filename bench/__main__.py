@@ -40,7 +40,7 @@ def parser():
     run.add_argument("--shapes", metavar="FILE", help="a JSON file of shapes of your own, in place of a preset")
     run.add_argument("--mode", help=f"comma-separated, of {', '.join(MODES)}; bwd is forward and backward together")
     run.add_argument("--dtype", default="fp32", help=f"comma-separated, of {', '.join(DTYPES)} (default fp32)")
-    run.add_argument("--preset", default="bamba-9b", help=f"comma-separated, of {', '.join(PRESETS)}")
+    run.add_argument("--preset", help=f"comma-separated, of {', '.join(PRESETS)}; default: each op's own, with --quick and no OP its smallest cases")
     run.add_argument("--baseline", default="hf", help="provider that speed-ups refer to")
     run.add_argument("--threads", type=_thread_counts, metavar="N[,N]", help="one run for each number, default torch's choice")
     run.add_argument("--cold", action="store_true", help="rotate over more inputs than the last-level cache holds")
@@ -141,11 +141,14 @@ def _run(args, argv):
     _split(",".join(ops), tuple(suite.OPS), "op")
     for file in args.load:
         providers.load(file)
-    presets = providers.shapes(args.shapes) if args.shapes else _split(",".join(ALIASES.get(p, p) for p in args.preset.split(",")), PRESETS, "preset")
+    presets = providers.shapes(args.shapes) if args.shapes else _split(",".join(ALIASES.get(p, p) for p in (args.preset or "").split(",")), PRESETS, "preset")
     modes, dtypes = _split(args.mode, MODES, "mode"), _split(args.dtype, tuple(DTYPES), "dtype")
     known = (*suite.PROVIDERS, *providers.REGISTERED)
     chosen = _split(args.provider, known, "provider") or known
-    cases = [case for preset in presets for op in ops for case in select(suite.cases_of(op, preset), modes=modes, dtypes=dtypes, match=args.match)]
+    pairs = [(op, preset) for preset in presets for op in ops] or [(op, suite.home(op)) for op in ops]
+    cases = [case for op, preset in pairs for case in select(suite.cases_of(op, preset), modes=modes, dtypes=dtypes, match=args.match)]
+    if args.speed == "quick" and not (presets or args.ops or args.match):
+        cases = suite.smallest(cases)
     if args.list:
         print("\n".join(case.key for case in cases))
         return 0

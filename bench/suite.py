@@ -70,6 +70,21 @@ def cases_of(op, preset):
     return [replace(case, family=op, preset=preset) for case in OPS[op].cases(preset)] if preset in OPS[op].SIZES else []
 
 
+def home(op):
+    """The first preset that has sizes of an op: the model it comes from."""
+    return next(preset for preset in PRESETS if preset in OPS[op].SIZES)
+
+
+def smallest(cases):
+    """Of each function, mode and dtype the case of least work."""
+    found = {}
+    for case in cases:
+        key = (case.op, case.mode, case.dtype)
+        if key not in found or case.work.flops + case.work.bytes < found[key].work.flops + found[key].work.bytes:
+            found[key] = case
+    return list(found.values())
+
+
 @functools.cache
 def functions():
     """The public functions that the cases measure."""

@@ -145,7 +145,12 @@ class ExpertWeights(nn.Module):
 class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.num_experts, self.activation = config.ffn_config.moe_num_experts, config.ffn_config.ffn_act_fn["name"]
         self.mlp = ExpertWeights(config)
+
+    def forward(self, tokens, indices, weights):
+        w = self.mlp
+        return terrazzo.fused_experts(tokens, w.w1, w.w2, weights, indices, w_up=w.v1, activation=self.activation, num_experts=self.num_experts)
 
 
 class FFN(nn.Module):
@@ -155,14 +160,13 @@ class FFN(nn.Module):
         self.router, self.experts = Router(config), Experts(config)
 
     def forward(self, h):
-        c, w = self.config, self.experts.mlp
+        c = self.config
         if self.training and c.moe_jitter_eps is not None:
             h = h * torch.empty_like(h).uniform_(1 - c.moe_jitter_eps, 1 + c.moe_jitter_eps)
         tokens = h.flatten(0, -2)
         logits = self.router.layer(tokens)
         weights, indices = terrazzo.moe_route(logits, c.moe_top_k, norm_order=c.moe_normalize_expert_weights)
-        y = terrazzo.fused_experts(tokens, w.w1, w.w2, weights, indices, w_up=w.v1, activation=c.ffn_act_fn["name"], num_experts=c.moe_num_experts)
-        return y.view_as(h), logits
+        return self.experts(tokens, indices, weights).view_as(h), logits
 
 
 class Block(nn.Module):

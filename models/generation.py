@@ -40,13 +40,13 @@ class Settings:
 
     @classmethod
     def of(cls, fn, asked, stored, config):
-        """What the caller asks for, over what the checkpoint's generation_config.json and its config say."""
+        """What the caller asks for, over what the checkpoint's generation_config.json says; where there is none, what its config says."""
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(asked) - known)
         if unknown:
             raise TypeError(f"{fn}: unknown setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
         asked = {name: value for name, value in asked.items() if value is not None}
-        defaults = {name: value for name in known if (value := stored.get(name, getattr(config, name, None))) is not None}
+        defaults = {name: value for name in known if (value := stored.get(name) if stored else getattr(config, name, None)) is not None}
         if not stored.get("do_sample"):
             defaults = {name: value for name, value in defaults.items() if name not in ("temperature", "top_k", "top_p")}
         if "max_new_tokens" in asked:

@@ -52,6 +52,7 @@ __all__ = [
     "causal_conv1d_varlen_states",
     "compat",
     "counters",
+    "distributed",
     "entropy_patch",
     "fused_experts",
     "gmm",
@@ -94,4 +95,8 @@ def __getattr__(name):
         import terrazzo.compat
 
         return terrazzo.compat
+    if name == "distributed":
+        import terrazzo.distributed
+
+        return terrazzo.distributed
     raise AttributeError(f"module 'terrazzo' has no attribute {name!r}")

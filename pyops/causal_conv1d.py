@@ -58,6 +58,16 @@ def _check_weight(fn, x, weight, bias, D):
     checks.check_optional(fn, "bias", bias, (D,), "(D,)", x)
 
 
+def check_arguments(fn, x, weight, bias, seq_idx):
+    """The rules of x, weight, bias and seq_idx; returns the states' shape."""
+    checks.check_tensor(fn, "x", x, 3, "(B, D, L)")
+    B, D, L = x.shape
+    checks.check_positive(fn, D=D, L=L)
+    _check_weight(fn, x, weight, bias, D)
+    checks.check_seq_idx(fn, seq_idx, B, L, x)
+    return B, D, weight.shape[1] - 1
+
+
 def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
                      final_states_out=None, activation=None, *, backend=None):
     """Causal depthwise convolution along the last dimension, with bias and SiLU.
@@ -86,12 +96,7 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
         F.conv1d(F.pad(x, (W - 1, 0)), weight[:, None], bias, groups=D)   # then F.silu
     """
     fn = "causal_conv1d_fn"
-    checks.check_tensor(fn, "x", x, 3, "(B, D, L)")
-    B, D, L = x.shape
-    checks.check_positive(fn, D=D, L=L)
-    _check_weight(fn, x, weight, bias, D)
-    checks.check_seq_idx(fn, seq_idx, B, L, x)
-    state_shape = (B, D, weight.shape[1] - 1)
+    state_shape = check_arguments(fn, x, weight, bias, seq_idx)
     checks.check_optional(fn, "initial_states", initial_states, state_shape, "(B, D, W-1)", x)
     checks.check_optional(fn, "final_states_out", final_states_out, state_shape, "(B, D, W-1)", x)
     if final_states_out is not None and not return_final_states:

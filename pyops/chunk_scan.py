@@ -47,38 +47,9 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bia
             state = exp(dt[:, t] * A) * state + outer(dt[:, t] * x[:, t], B[:, t])
             y[:, t] = state @ C[:, t] + D * x[:, t]
     """
-    checks.check_tensor(OP, "x", x, 4, "(B, L, H, P)")
-    batch, L, H, P = x.shape
-    checks.check_tensor(OP, "B", B, 4, "(B, L, G, N)", x)
-    G, N = B.shape[2:]
-    checks.check_positive(OP, L=L, H=H, P=P, G=G, N=N)
-    checks.check_shape(OP, "B", B, (batch, L, None, None), "(B, L, G, N)")
-    if H % G:
-        checks.fail(OP, f"the groups of B must divide the {H} heads of x, got {G}")
-    checks.check_optional(OP, "C", C, (batch, L, G, N), "(B, L, G, N)", x)
-    checks.check_optional(OP, "dt", dt, (batch, L, H), "(B, L, H)", x)
-    checks.check_optional(OP, "A", A, (H,), "(H,)", x)
-    for name, value in (("C", C), ("dt", dt), ("A", A)):
-        if value is None:
-            checks.fail(OP, f"{name} is missing", TypeError)
-    if D is not None and isinstance(D, torch.Tensor) and D.dim() == 2:
-        checks.check_optional(OP, "D", D, (H, P), "(H,) or (H, P)", x)
-    else:
-        checks.check_optional(OP, "D", D, (H,), "(H,) or (H, P)", x)
-    checks.check_optional(OP, "z", z, (batch, L, H, P), "(B, L, H, P)", x)
-    checks.check_optional(OP, "dt_bias", dt_bias, (H,), "(H,)", x)
-    checks.check_seq_idx(OP, seq_idx, batch, L, x)
-    checks.check_cu_seqlens(OP, cu_seqlens, batch, L, x)
+    dt_min, dt_max = check_arguments(OP, x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_limit)
     if return_varlen_states and cu_seqlens is None:
         checks.fail(OP, "return_varlen_states needs cu_seqlens")
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    checks.check_optional(OP, "initial_states", initial_states, (sequences, H, P, N), "(sequences, H, P, N)", x)
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        checks.fail(OP, f"chunk_size must be a positive integer, got {chunk_size!r}")
-    dt_min, dt_max = (float(limit) for limit in dt_limit)
-    if not dt_min <= dt_max:
-        checks.fail(OP, f"dt_limit must be (low, high) with low <= high, got {dt_limit!r}")
-
     wants_states = return_final_states or return_varlen_states
     chosen, _ = dispatch.pick(OP, x, dt, A, B, C, D, z, dt_bias, initial_states, backend=backend)
     if chosen != "reference":
@@ -102,6 +73,40 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bia
     if return_varlen_states:
         results.append(states)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def check_arguments(fn, x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_limit):
+    """The scan's rules; returns the limits of dt as floats."""
+    checks.check_tensor(fn, "x", x, 4, "(B, L, H, P)")
+    batch, L, H, P = x.shape
+    checks.check_tensor(fn, "B", B, 4, "(B, L, G, N)", x)
+    G, N = B.shape[2:]
+    checks.check_positive(fn, L=L, H=H, P=P, G=G, N=N)
+    checks.check_shape(fn, "B", B, (batch, L, None, None), "(B, L, G, N)")
+    if H % G:
+        checks.fail(fn, f"the groups of B must divide the {H} heads of x, got {G}")
+    checks.check_optional(fn, "C", C, (batch, L, G, N), "(B, L, G, N)", x)
+    checks.check_optional(fn, "dt", dt, (batch, L, H), "(B, L, H)", x)
+    checks.check_optional(fn, "A", A, (H,), "(H,)", x)
+    for name, value in (("C", C), ("dt", dt), ("A", A)):
+        if value is None:
+            checks.fail(fn, f"{name} is missing", TypeError)
+    if D is not None and isinstance(D, torch.Tensor) and D.dim() == 2:
+        checks.check_optional(fn, "D", D, (H, P), "(H,) or (H, P)", x)
+    else:
+        checks.check_optional(fn, "D", D, (H,), "(H,) or (H, P)", x)
+    checks.check_optional(fn, "z", z, (batch, L, H, P), "(B, L, H, P)", x)
+    checks.check_optional(fn, "dt_bias", dt_bias, (H,), "(H,)", x)
+    checks.check_seq_idx(fn, seq_idx, batch, L, x)
+    checks.check_cu_seqlens(fn, cu_seqlens, batch, L, x)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    checks.check_optional(fn, "initial_states", initial_states, (sequences, H, P, N), "(sequences, H, P, N)", x)
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        checks.fail(fn, f"chunk_size must be a positive integer, got {chunk_size!r}")
+    dt_min, dt_max = (float(limit) for limit in dt_limit)
+    if not dt_min <= dt_max:
+        checks.fail(fn, f"dt_limit must be (low, high) with low <= high, got {dt_limit!r}")
+    return dt_min, dt_max
 
 
 def mamba_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, initial_states=None,

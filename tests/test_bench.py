@@ -442,6 +442,19 @@ def test_presets_of_the_models(preset, key, capsys):
     assert key in capsys.readouterr().out.splitlines()
 
 
+def test_quick_is_one_case_of_every_function_and_mode(capsys):
+    assert main(["--quick", "--list"]) == 0
+    quick = capsys.readouterr().out.splitlines()
+    assert main(["--list"]) == 0
+    everything = capsys.readouterr().out.splitlines()
+    kind = lambda key: (key.split()[0], key.split()[-1])  # noqa: E731
+    assert len(quick) == len(set(map(kind, quick))) and set(map(kind, quick)) == set(map(kind, everything)) and set(quick) < set(everything)
+    assert {key.split()[0] for key in quick} == {case.op for op in suite.OPS for case in suite.cases_of(op, suite.home(op)) if case.dtype == "fp32"}
+    assert "mamba_chunk_scan_combined 1x512x128x64 N128 fp32 fwd" in quick and "fused_experts 1 tokens 1024x448 64x4 balanced fp32 fwd" in quick
+    assert main(["moe", "--quick", "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 20  # an op of one's choice comes whole
+
+
 def test_runner_differentiates_every_input():
     case = tiny("causal_conv1d_fn", "bwd")
     inputs = case.inputs(3)

@@ -78,6 +78,18 @@ def test_settings_of_the_checkpoint(tmp_path):
     same(ours.generate(ids(2, 11)), expected(theirs, ids(2, 11)))
 
 
+def test_what_generation_config_leaves_out_is_not_taken_from_the_config(tmp_path):
+    """As in transformers: a forced end that only config.json names is none, where there is a generation_config.json."""
+    ours, theirs = pair("blenderbot", tmp_path)
+    tokens = ids(2, 11)
+    assert bool((ours.generate(tokens, 8, eos_token_id=[])[:, -1] == 2).all())
+    theirs.generation_config.forced_eos_token_id = None
+    theirs.save_pretrained(tmp_path)
+    found = Blenderbot.from_pretrained(tmp_path).generate(tokens, 8, min_new_tokens=8)
+    assert bool((found[:, -1] != 2).all())
+    same(found, expected(theirs, tokens, max_new_tokens=8, min_new_tokens=8))
+
+
 @pytest.fixture(scope="module")
 def bamba(tmp_path_factory):
     return pair("bamba", tmp_path_factory.mktemp("bamba"))[0]

@@ -1,0 +1,10 @@
+"""Models beyond one machine, on torch.distributed, DeviceMesh and DTensor.
+
+Expert parallelism: `expert_parallel`, `reduce_gradients`. Context parallelism: `causal_conv1d_fn` and `mamba_chunk_scan_combined` of sequences whose
+stretches lie on different ranks. `traffic` counts the bytes sent. See docs/distributed.md.
+"""
+from .comm import reset_traffic, traffic
+from .context_parallel import causal_conv1d_fn, mamba_chunk_scan_combined
+from .expert_parallel import expert_parallel, reduce_gradients
+
+__all__ = ["causal_conv1d_fn", "expert_parallel", "mamba_chunk_scan_combined", "reduce_gradients", "reset_traffic", "traffic"]

@@ -1,0 +1,154 @@
+"""What ranks tell each other: row exchanges and neighbours' messages that can be differentiated, the bytes they take, and errors that say who failed."""
+import math
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from .. import checks
+
+_sent = Counter()
+
+
+def traffic():
+    """Bytes of payload that this rank has sent to other ranks by `terrazzo.distributed` since `reset_traffic`, for each purpose; forward and backward."""
+    return dict(_sent)
+
+
+def reset_traffic():
+    """Starts `traffic` at nothing."""
+    _sent.clear()
+
+
+def check_mesh(fn, mesh):
+    """(group, this rank's place in it, its size) of a mesh of one dimension that this rank belongs to."""
+    if not isinstance(mesh, dist.DeviceMesh):
+        checks.fail(fn, f"mesh must be a DeviceMesh of one dimension, got {type(mesh).__name__}; make one by torch.distributed.init_device_mesh", TypeError)
+    if mesh.ndim != 1:
+        checks.fail(fn, f"mesh must have one dimension, got {mesh.ndim} {mesh.mesh_dim_names or ''}; name one of them: mesh['name']")
+    if mesh.get_coordinate() is None:
+        checks.fail(fn, f"this rank, {dist.get_rank()}, must belong to the mesh, got ranks {mesh.mesh.tolist()}")
+    return mesh.get_group(), mesh.get_local_rank(), mesh.size()
+
+
+def failed(what, group, error):
+    ranks = dist.get_process_group_ranks(group)
+    return RuntimeError(
+        f"terrazzo.distributed: {what} between ranks {ranks} failed on rank {dist.get_rank()}: another rank died, raised an error or never came to this "
+        f"call; its own output says why. {error}"
+    )
+
+
+def _count(purpose, tensor, rows=None):
+    """Counts a message: the tensor, or `rows` of its rows."""
+    _sent[purpose] += tensor.element_size() * (tensor.numel() if rows is None else rows * math.prod(tensor.shape[1:]))
+
+
+def agree(fn, group, mine):
+    """Raises on every rank unless all of them pass the same `mine`, a list of texts."""
+    found = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(found, mine, group=group)
+    except RuntimeError as error:
+        raise failed("comparing the ranks' models", group, error) from error
+    ranks = dist.get_process_group_ranks(group)
+    for rank, theirs in zip(ranks, found):
+        if theirs != found[0]:
+            pairs = [(f"{len(found[0])} layers", f"{len(theirs)} layers"), *zip(found[0], theirs)]
+            ours, other = next((a, b) for a, b in pairs if a != b)
+            checks.fail(fn, f"every rank must pass the same model, got {ours} on rank {ranks[0]} and {other} on rank {rank}")
+
+
+# ---- rows to every rank and back ---------------------------------------------------------------------------------
+
+
+class Exchange:
+    """send[i] rows go to rank i of the group, receive[i] rows come from it. `start` begins, `finish` waits: what lies between runs meanwhile, in the
+    backward pass too, where the gradients travel the other way."""
+
+    def __init__(self, group, place, send, receive, purpose):
+        self.group, self.place, self.send, self.receive, self.purpose = group, place, send, receive, purpose
+        self.open = None  # (work, received, sent) of the transfer in flight
+
+    def begin(self, rows, back=False):
+        outgoing, incoming = (self.receive, self.send) if back else (self.send, self.receive)
+        rows = rows.contiguous()
+        received = rows.new_empty(sum(incoming), *rows.shape[1:])
+        _count(self.purpose, rows, sum(outgoing) - outgoing[self.place])
+        try:
+            work = dist.all_to_all_single(received, rows, incoming, outgoing, group=self.group, async_op=True)
+        except RuntimeError as error:
+            raise failed(self.purpose, self.group, error) from error
+        self.open = work, received, rows
+        return received
+
+    def end(self):
+        (work, received, _), self.open = self.open, None
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise failed(self.purpose, self.group, error) from error
+        return received
+
+    def start(self, rows):
+        """The buffer that `finish` fills."""
+        return _Start.apply(rows, self)
+
+    def finish(self, buffer):
+        return _Finish.apply(buffer, self)
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, exchange):
+        ctx.exchange = exchange
+        return exchange.begin(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        return ctx.exchange.end(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, buffer, exchange):
+        ctx.exchange = exchange
+        return exchange.end()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        ctx.exchange.begin(grad, back=True)  # _Start's backward, which runs later, waits for it and returns what came
+        return grad, None
+
+
+# ---- neighbours --------------------------------------------------------------------------------------------------
+
+
+class Line:
+    """The ranks of a group in the order of their parts of the sequence."""
+
+    def __init__(self, group, place, size, purpose):
+        self.group, self.place, self.size, self.purpose = group, place, size, purpose
+
+    def shift(self, tensor, step, received=None):
+        """Sends `tensor` (None: nothing) to the neighbour `step` places on, and fills `received` (None: nothing) from the one `step` places before.
+        A neighbour that isn't there is left out: `received` then stays as it is."""
+        ops = []
+        to, source = self.place + step, self.place - step
+        if tensor is not None and 0 <= to < self.size:
+            tensor = tensor.contiguous()
+            _count(self.purpose, tensor)
+            ops.append(dist.P2POp(dist.isend, tensor, group=self.group, group_peer=to))
+        if received is not None and 0 <= source < self.size:
+            ops.append(dist.P2POp(dist.irecv, received, group=self.group, group_peer=source))
+        if not ops:
+            return received
+        try:
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()
+        except RuntimeError as error:
+            raise failed(self.purpose, self.group, error) from error
+        return received

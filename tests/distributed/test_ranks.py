@@ -1,0 +1,23 @@
+"""Both kinds of parallelism on four ranks, and on ranks of which one dies."""
+import pytest
+import torch.multiprocessing as mp
+from ranks import dying, spawn
+
+EXPERTS = ["uneven", "a_rank_without_tokens", "sentinels", "chunked", "dbrx_of_ours", "bytes_are_the_formula"]
+SEQUENCE = ["conv", "conv_of_short_stretches", "scan", "scan_of_short_stretches", "bytes_do_not_depend_on_the_length"]
+
+
+def test_four_ranks():
+    spawn.run("ranks.everything", EXPERTS + SEQUENCE, 4)
+
+
+@pytest.mark.parametrize("kind", ["experts", "sequence"])
+def test_a_rank_dies(tmp_path, kind):
+    processes = mp.start_processes(dying.rank, (3, str(tmp_path), kind), 3, join=False, start_method="spawn").processes
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [1, 0, 0]
+    for rank in (1, 2):
+        seconds, told = (tmp_path / f"{rank}.txt").read_text().split("\n", 1)
+        assert float(seconds) < 2 * dying.SECONDS + 2, told
+        assert f"failed on rank {rank}: another rank died, raised an error or never came to this call" in told

@@ -1,0 +1,42 @@
+"""A rank that dies between two calls: the others get an error that says so, within the timeout."""
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ranks import spawn
+from terrazzo import distributed
+from terrazzo.models.dbrx import DbrxConfig, Experts, FFNConfig
+
+SECONDS = 5
+
+
+def rank(rank, ranks, folder, kind):
+    spawn.start(rank, ranks, 60, folder)
+    dist.barrier()  # ranks may be slow to start; from here on they are in step
+    mesh = dist.DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=SECONDS)), "cpu")
+    if kind == "experts":
+        config = DbrxConfig(d_model=16, n_heads=2, ffn_config=FFNConfig(ffn_hidden_size=8, moe_num_experts=9))
+        layer = distributed.expert_parallel(Experts(config), mesh)
+        x, indices, weights = torch.randn(4, 16), torch.randint(0, 9, (4, 3), dtype=torch.int32), torch.rand(4, 3)
+
+        def call():
+            layer(x, indices, weights).sum().backward()
+    else:
+        args = (torch.randn(1, 9, 2, 4, requires_grad=True), torch.rand(1, 9, 2), -torch.rand(2), torch.randn(1, 9, 1, 3), torch.randn(1, 9, 1, 3), 8)
+
+        def call():
+            distributed.mamba_chunk_scan_combined(*args, mesh=mesh).sum().backward()
+    call()
+    if rank == 0:
+        os._exit(1)
+    begin = time.perf_counter()
+    try:
+        call()
+        told = "nothing"
+    except RuntimeError as error:
+        told = str(error)
+    Path(folder, f"{rank}.txt").write_text(f"{time.perf_counter() - begin:.2f}\n{told}")
+    os._exit(0)

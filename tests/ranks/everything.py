@@ -1,0 +1,3 @@
+"""All checks under one name, for one spawn."""
+from ranks.experts import *  # noqa: F403
+from ranks.sequence import *  # noqa: F403
