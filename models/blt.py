@@ -12,28 +12,24 @@ import terrazzo
 from ..entropy_patch import PatcherState, patch_ids_from_lengths, patches_from_entropies
 from . import layers, loading
 from .blt_config import FN, BltConfig
-from .byte_layers import Stack, dense_attention
+from .byte_layers import Projections, Stack, dense_attention
 from .entropy_model import EntropyModel
 from .generation import CausalGeneration
 
-class CrossAttention(nn.Module):
+
+class CrossAttention(Projections):
     """Patches ask their bytes, or bytes ask a patch; gives x twice and what was heard, as transformers' layers and their callers add it."""
 
     def __init__(self, config):
-        super().__init__()
-        D, self.head_dim, self.dropout = config.hidden_size, config.hidden_size // config.num_attention_heads, config.dropout
-        self.q_proj = layers.Linear(D, D, bias=False)
-        self.k_proj = layers.Linear(D, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = layers.Linear(D, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = layers.Linear(D, D, bias=False)
-        self.q_norm, self.k_norm = layers.RMSNorm(D, config.rms_norm_eps), layers.RMSNorm(D, config.rms_norm_eps)
+        super().__init__(config)
+        self.q_norm, self.k_norm = (layers.RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2))
 
     def keys_values(self, states):
         states = self.k_norm(states)
-        return tuple(proj(states).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        return self.heads(self.k_proj(states)), self.heads(self.v_proj(states))
 
     def forward(self, x, keys_values, patch_ids, num_patches, k, queries):
-        q = self.q_proj(self.q_norm(x)).unflatten(-1, (-1, self.head_dim))
+        q = self.heads(self.q_proj(self.q_norm(x)))
         if self.training and self.dropout:
             patches = torch.arange(num_patches, device=x.device).repeat_interleave(k)
             mask = patches[:, None] == patch_ids[:, None] if queries == "patches" else patch_ids[:, :, None] == patches
@@ -123,6 +119,14 @@ class BltState:
             self.patcher.reorder(rows)
 
 
+def _unpadded(lengths, filler, *values):
+    """Each of values (B, L) with `filler` on the padding behind its rows."""
+    if lengths is None:
+        return values
+    padding = torch.arange(values[0].shape[1], device=lengths.device) >= lengths[:, None]
+    return [value.masked_fill(padding, filler) for value in values]
+
+
 class BltModel(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -158,10 +162,7 @@ class BltModel(nn.Module):
             patches = cut.patch_ids
         else:
             patches = torch.arange(L + 1, dtype=torch.int32, device=ids.device).repeat(B, 1)
-        own, reads = patches[:, :-1], patches[:, 1:] - 1
-        if lengths is not None:
-            padding = torch.arange(L, device=ids.device) >= lengths[:, None]
-            own, reads = own.masked_fill(padding, -1), reads.masked_fill(padding, -1)
+        own, reads = _unpadded(lengths, -1, patches[:, :-1], patches[:, 1:] - 1)
         return own, reads, int(reads.max()) + 1
 
     def _given(self, ids, patch_lengths):
@@ -174,8 +175,7 @@ class BltModel(nn.Module):
     def _closes(self, ids, lengths, state):
         """(B, L) bool: a patch ends with this byte."""
         if state.patcher is None:
-            closes = torch.ones_like(ids, dtype=torch.bool)
-            return closes if lengths is None else closes & (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
+            return _unpadded(lengths, False, torch.ones_like(ids, dtype=torch.bool))[0]
         return state.patcher.update(self.patcher.entropies(ids, state.pasts["patcher"], lengths), lengths)[0]
 
     def go_on(self, ids, lengths, state):
@@ -188,10 +188,7 @@ class BltModel(nn.Module):
         state.tail = text[:, text.shape[1] - known :] if lengths is None else text.gather(1, lengths[:, None] + torch.arange(known, device=ids.device))
         done = self._closes(ids, lengths, state).cumsum(1)  # patches closed so far
         own, count = F.pad(done, (1, 0))[:, :-1], done[:, -1]
-        reads = done if state.closed else done - 1
-        if lengths is not None:
-            padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
-            own, reads = own.masked_fill(padding, -1), reads.masked_fill(padding, -1)
+        own, reads = _unpadded(lengths, -1, own, done if state.closed else done - 1)
         state.open.append((h, own))
         S = int(count.max())
         keys_values = self._close(count, S, state) if S else state.closed

@@ -142,7 +142,9 @@ def dense_attention(q, k, v, mask, dropout):
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
-class Attention(nn.Module):
+class Projections(nn.Module):
+    """What the attentions of byte models share: q, k, v and o without biases."""
+
     def __init__(self, config):
         super().__init__()
         D, self.head_dim, self.dropout = config.hidden_size, config.hidden_size // config.num_attention_heads, config.dropout
@@ -151,8 +153,13 @@ class Attention(nn.Module):
         self.v_proj = layers.Linear(D, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = layers.Linear(D, D, bias=False)
 
+    def heads(self, projected):
+        return projected.unflatten(-1, (-1, self.head_dim))
+
+
+class Attention(Projections):
     def forward(self, x, span, kept):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = _rotate(q, span.turns), _rotate(k, span.turns)
         return self.o_proj(span.attend(q, k, v, kept, self.dropout if self.training else 0.0).flatten(-2))
 

@@ -18,7 +18,7 @@ from ..charts import curves
 from .auto import from_pretrained
 from .entropy_model import BOS, EntropyModel
 from .loading import CONFIG, read_json
-from .training import batches, bits_per_byte, compressed, progress, read_text, train
+from .training import add_arguments, batches, bits_per_byte, command, compressed, progress, read_text, train
 
 FN = "terrazzo.models.train"
 NAMES = {"bamba": "Bamba", "blt": "BLT"}
@@ -98,39 +98,26 @@ def loss_of(model, tokens):
 
 def parser():
     top = argparse.ArgumentParser(prog=f"python -m {FN}", description=__doc__.splitlines()[0])
-    top.add_argument("texts", nargs="*", metavar="TEXT", help="text files, .xz ones too (default: the public-domain text of the checkout)")
+    add_arguments(top, minutes=25.0, length=512)
     top.add_argument("--model", required=True, choices=MODELS)
     top.add_argument("--out", required=True, help="directory for config.json, model.safetensors and loss.svg")
     top.add_argument("--go-on-from", metavar="DIR", help="a checkpoint, instead of random weights; its sizes count")
-    top.add_argument("--held-out", action="append", default=[], metavar="TEXT", help="text files to evaluate on (default: the checkout's)")
-    top.add_argument("--minutes", type=float, default=25.0, help="time budget of the training; the schedule follows the clock (default 25)")
-    top.add_argument("--steps", type=int, help="a number of steps instead: the same model on every run")
     top.add_argument("--layers", type=int, help="(default: 4, of which one attends; of a BLT's decoder: 3)")
     top.add_argument("--width", type=int, help="(default: 256; of a BLT's bytes: 128)")
     top.add_argument("--head-size", type=int, help="(default: 64; BLT: 32)")
     top.add_argument("--state", type=int, default=64, help="of a Bamba's scan (default 64)")
     top.add_argument("--hashes", type=int, default=2048, help="rows of a BLT's table for n-grams of one length (default 2048)")
-    top.add_argument("--length", type=int, default=512, help="bytes of a training window (default 512)")
-    top.add_argument("--batch", type=int, default=4, help="windows of a step (default 4: many small steps suit a short budget)")
-    top.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (default 3e-3)")
-    top.add_argument("--seed", type=int, default=1776)
     top.add_argument("--compile", action="store_true", help="torch.compile the training step; needs a C++ compiler")
-    top.add_argument("--json", action="store_true")
     return top
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
-    for name, value in MODELS[args.model][1].items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    return command(run, parser().parse_args(argv))
 
 
 def run(args):
+    for name, value in MODELS[args.model][1].items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     for name in ("minutes", "steps", "layers", "width", "head_size", "state", "hashes", "length", "batch", "lr"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"{FN}: --{name.replace('_', '-')} must be positive, got {getattr(args, name)}")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ..text_patches import Cut, Rule, measure, starts_of
 from .entropy_model import EntropyConfig, EntropyModel
-from .training import batches, progress, read_text, train
+from .training import add_arguments, batches, command, progress, read_text, train
 
 FN = "terrazzo.models.train_entropy"
 
@@ -41,31 +41,18 @@ def evaluate(model, text, patch_size):
 
 def parser():
     top = argparse.ArgumentParser(prog="python -m terrazzo.models.train_entropy", description=__doc__.splitlines()[0])
-    top.add_argument("texts", nargs="*", metavar="TEXT", help="text files, .xz ones too (default: the public-domain text of the checkout)")
+    add_arguments(top, minutes=12.0, length=384)
     top.add_argument("--out", required=True, help="directory for model.safetensors and config.json")
-    top.add_argument("--held-out", action="append", default=[], metavar="TEXT", help="text files to evaluate on (default: the checkout's)")
-    top.add_argument("--minutes", type=float, default=12.0, help="time budget of the training; the schedule follows the clock (default 12)")
-    top.add_argument("--steps", type=int, help="a number of steps instead: the same model on every run")
     top.add_argument("--layers", type=int, default=4)
     top.add_argument("--width", type=int, default=160)
     top.add_argument("--heads", type=int, default=5)
     top.add_argument("--window", type=int, default=128, help="positions that a byte sees (default 128)")
-    top.add_argument("--length", type=int, default=384, help="bytes of a training window (default 384)")
-    top.add_argument("--batch", type=int, default=4, help="windows of a step (default 4: many small steps suit a short budget)")
-    top.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (default 3e-3)")
     top.add_argument("--patch-size", type=float, default=4.75, help="mean bytes of a patch to set the threshold for (default 4.75)")
-    top.add_argument("--seed", type=int, default=1776)
-    top.add_argument("--json", action="store_true")
     return top
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    return command(run, parser().parse_args(argv))
 
 
 def run(args):

@@ -2,6 +2,7 @@
 import gzip
 import lzma
 import math
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,28 @@ from .entropy_model import BOS, OFFSET, word_starts
 DATA = Path(__file__).with_name("data")
 WARM_UP = 0.03  # of the budget
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
+
+
+def add_arguments(parser, minutes, length):
+    """What every trainer takes; minutes and length are defaults."""
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="text files, .xz ones too (default: the public-domain text of the checkout)")
+    parser.add_argument("--held-out", action="append", default=[], metavar="TEXT", help="text files to evaluate on (default: the checkout's)")
+    parser.add_argument("--minutes", type=float, default=minutes, help=f"time budget of the training; the schedule follows the clock (default {minutes:g})")
+    parser.add_argument("--steps", type=int, help="a number of steps instead: the same model on every run")
+    parser.add_argument("--length", type=int, default=length, help=f"bytes of a training window (default {length})")
+    parser.add_argument("--batch", type=int, default=4, help="windows of a step (default 4: many small steps suit a short budget)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (default 3e-3)")
+    parser.add_argument("--seed", type=int, default=1776)
+    parser.add_argument("--json", action="store_true")
+
+
+def command(run, args):
+    """The exit code of run(args): 2 and one line on standard error where the arguments or the texts are at fault."""
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 def read_text(fn, paths, default):
