@@ -22,11 +22,15 @@ def _ffn(hidden):
     return hidden * 11 // 4 // 8 * 8
 
 
-def _config(hidden):
+def layer_weights(width):
+    return 4 * width * width + 3 * width * _ffn(width)
+
+
+def _config(hidden, layers):
     from transformers import BltConfig
 
     def part(name, width, **more):
-        return dict(hidden_size=width, intermediate_size=_ffn(width), num_attention_heads=width // 64, num_hidden_layers=LAYERS[name], **more)
+        return dict(hidden_size=width, intermediate_size=_ffn(width), num_attention_heads=width // 64, num_hidden_layers=layers[name], **more)
 
     local = dict(vocab_size=VOCAB, hidden_size_global=2 * hidden)
     return BltConfig(
@@ -48,16 +52,24 @@ def _with_clear_entropies(patcher):
     patcher.lm_head.weight[:, 0] = torch.where(torch.arange(VOCAB) == 0, 10.0, 0.0)
 
 
+def build(hidden, layers=LAYERS):
+    """transformers' BltForCausalLM with random weights and clear entropies; layers: of each part."""
+    from transformers import BltForCausalLM
+
+    model = BltForCausalLM(_config(hidden, layers)).eval()
+    _with_clear_entropies(model.model.patcher)
+    return model
+
+
 def _forward(hidden, dtype, patched):
-    try:
-        from transformers import BltForCausalLM
-    except ImportError as error:
-        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
     before = torch.random.get_rng_state()
     torch.manual_seed(7)
-    model = BltForCausalLM(_config(hidden)).eval()
-    torch.random.set_rng_state(before)
-    _with_clear_entropies(model.model.patcher)
+    try:
+        model = build(hidden)
+    except ImportError as error:
+        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+    finally:
+        torch.random.set_rng_state(before)
     model = model.to(dtype)
     if patched:
         terrazzo.patch(model)
@@ -66,14 +78,11 @@ def _forward(hidden, dtype, patched):
 
 def _work(hidden, L, dtype):
     """The dense layers and the windows; the weights, read once."""
-    def layer(width):
-        return 4 * width * width + 3 * width * _ffn(width)
-
     patches, wide, local = L * (1 - SURE), 2 * hidden, LAYERS["patcher"] + LAYERS["encoder"] + LAYERS["decoder"]
     crosses = LAYERS["decoder"] + 1
-    weights = local * layer(hidden) + LAYERS["global"] * layer(wide) + 4 * crosses * hidden * hidden + 2 * VOCAB * hidden
-    of_byte = local * (layer(hidden) + 2 * min(WINDOW, L) * hidden) + 2 * crosses * hidden * hidden + 2 * VOCAB * hidden
-    of_patch = LAYERS["global"] * (layer(wide) + patches * wide) + 2 * K * crosses * hidden * hidden + K * hidden * (hidden + wide)
+    weights = local * layer_weights(hidden) + LAYERS["global"] * layer_weights(wide) + 4 * crosses * hidden * hidden + 2 * VOCAB * hidden
+    of_byte = local * (layer_weights(hidden) + 2 * min(WINDOW, L) * hidden) + 2 * crosses * hidden * hidden + 2 * VOCAB * hidden
+    of_patch = LAYERS["global"] * (layer_weights(wide) + patches * wide) + 2 * K * crosses * hidden * hidden + K * hidden * (hidden + wide)
     return Work(2 * (L * of_byte + patches * of_patch), dtype.itemsize * weights, "read")
 
 

@@ -8,7 +8,7 @@ import torch
 import terrazzo
 
 from .cases import Case, Provider, Unavailable, generator
-from .model import NO_MASKS, with_mamba2_parameters
+from .model import NO_MASKS, cached_step, with_mamba2_parameters
 from .roofline import Work
 
 VOCAB = 260
@@ -63,20 +63,7 @@ def _prefill(make, hidden, patched):
 
 
 def _decode(make, hidden, patched):
-    """One token after another against a cache that the first call fills with a short prompt."""
-    model = _model(make, hidden, patched)
-    masks = dict(attention_mask=NO_MASKS) if make is _bamba else {}
-    cache, seen = None, 16
-
-    def step(input_ids):
-        nonlocal cache, seen
-        if cache is None:
-            cache = model(torch.arange(seen)[None] % VOCAB, use_cache=True, **masks).past_key_values
-        position = torch.tensor([[seen]])
-        seen += 1
-        return model(input_ids, past_key_values=cache, position_ids=position, use_cache=True, **masks).logits
-
-    return step
+    return cached_step(_model(make, hidden, patched), **(dict(attention_mask=NO_MASKS) if make is _bamba else {}))
 
 
 def _generate(make, hidden, patched):

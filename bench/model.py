@@ -10,7 +10,7 @@ import terrazzo
 from .cases import Case, Provider, Unavailable, compiled, generator, mamba2_parameters
 from .roofline import Work
 
-VOCAB = 260
+VOCAB, PROMPT = 260, 16
 # Made by hand: transformers' own mask code cannot handle a cache without any attention layer.
 NO_MASKS = {"full_attention": None, "linear_attention": None}
 NMSE_LIMIT = 1e-8
@@ -58,38 +58,44 @@ def _prefill(hidden, patched):
     return lambda input_ids: model(input_ids, use_cache=False).logits
 
 
-def _decode(hidden, patched):
+def cached_step(model, **masks):
     """One token after another against a cache that the first call fills with a short prompt."""
-    model = _model(hidden, patched)
-    cache, seen = None, 0
+    cache, seen = None, PROMPT
 
     def step(input_ids):
         nonlocal cache, seen
         if cache is None:
-            prompt = torch.arange(16)[None] % VOCAB
-            cache, seen = model(prompt, attention_mask=NO_MASKS, use_cache=True).past_key_values, 16
+            cache = model(torch.arange(PROMPT)[None] % VOCAB, use_cache=True, **masks).past_key_values
         position = torch.tensor([[seen]])
         seen += 1
-        return model(input_ids, attention_mask=NO_MASKS, past_key_values=cache, position_ids=position, use_cache=True).logits
+        return model(input_ids, past_key_values=cache, position_ids=position, use_cache=True, **masks).logits
 
     return step
 
 
-def _train(hidden, patched):
+def training_step(model, **options):
     """Forward, backward and an AdamW step; the learning rate is 0, so that every step does the same work."""
-    model = _model(hidden, patched).train()
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     watched = next(p for name, p in model.named_parameters() if name.endswith("mamba.in_proj.weight"))
 
     def step(input_ids):
         with torch.enable_grad():
             optimizer.zero_grad(set_to_none=False)
-            loss = model(input_ids, labels=input_ids, use_cache=False).loss
+            loss = model(input_ids, labels=input_ids, **options).loss
             loss.backward()
             optimizer.step()
         return loss.detach(), watched.grad
 
     return step
+
+
+def _decode(hidden, patched):
+    return cached_step(_model(hidden, patched), attention_mask=NO_MASKS)
+
+
+def _train(hidden, patched):
+    return training_step(_model(hidden, patched), use_cache=False)
 
 
 def _multiply_adds(hidden):

@@ -11,10 +11,10 @@ import torch
 
 from . import byte_model, low_precision
 from .cases import DTYPES, Case, Provider, Unavailable, generator
-from .model import with_mamba2_parameters
+from .model import PROMPT, VOCAB, cached_step, training_step, with_mamba2_parameters
 from .roofline import Work
 
-VOCAB, PROMPT = 260, 16
+BLT_LAYERS = {"patcher": 4, "encoder": 1, "decoder": 5, "global": 8}
 NMSE_LIMIT = {"fp32": 1e-8, "bf16": 1e-2}
 SIZES = {"bamba-9b": 1024, "dbrx": 1024, "blt": 512, "blenderbot-400m": 1280, "tiny": 256}  # hidden size
 
@@ -29,18 +29,7 @@ def _bamba(hidden):
 
 
 def _blt(hidden):
-    from transformers import BltConfig, BltForCausalLM
-
-    def part(layers, width, **more):
-        return dict(hidden_size=width, intermediate_size=byte_model._ffn(width), num_attention_heads=width // 64, num_hidden_layers=layers, **more)
-
-    local = dict(vocab_size=VOCAB, hidden_size_global=2 * hidden)
-    model = BltForCausalLM(BltConfig(
-        vocab_size=VOCAB, encoder_hash_byte_group_vocab=byte_model.HASHES, patcher_config=part(4, hidden, vocab_size=VOCAB), encoder_config=part(1, hidden, **local),
-        decoder_config=part(5, hidden, **local), global_config=part(8, 2 * hidden),
-    ))  # fmt: skip
-    byte_model._with_clear_entropies(model.model.patcher)
-    return model
+    return byte_model.build(hidden, BLT_LAYERS)
 
 
 def _blenderbot(hidden):
@@ -81,21 +70,18 @@ def _prefill(make, hidden, dtype, ours):
 
 
 def _decode(make, hidden, dtype, ours):
-    """One token after another behind a prompt of 16."""
-    model, prompt = _model(make, hidden, dtype, ours), torch.arange(PROMPT)[None] % VOCAB
-    state, seen = None, PROMPT
+    """One token after another behind a short prompt."""
+    model = _model(make, hidden, dtype, ours)
+    if not ours:
+        return cached_step(model)
+    state = None
 
     def step(input_ids):
-        nonlocal state, seen
-        if ours:
-            if state is None:
-                state = model.new_state()
-                model(prompt, state=state)
-            return model(input_ids, state=state).logits
+        nonlocal state
         if state is None:
-            state = model(prompt, use_cache=True).past_key_values
-        seen += 1
-        return model(input_ids, past_key_values=state, position_ids=torch.tensor([[seen - 1]]), use_cache=True).logits
+            state = model.new_state()
+            model(torch.arange(PROMPT)[None] % VOCAB, state=state)
+        return model(input_ids, state=state).logits
 
     return step
 
@@ -120,21 +106,7 @@ def _decode_blt(context, make, hidden, dtype, ours):
 
 
 def _train(make, hidden, dtype, ours):
-    """Forward, backward and an AdamW step; the learning rate is 0, so that every step does the same work."""
-    model = _model(make, hidden, dtype, ours).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-    watched = next(p for name, p in model.named_parameters() if name.endswith("mamba.in_proj.weight"))
-    kwargs = {} if ours else {"use_cache": False}
-
-    def step(input_ids):
-        with torch.enable_grad():
-            optimizer.zero_grad(set_to_none=False)
-            loss = model(input_ids, labels=input_ids, **kwargs).loss
-            loss.backward()
-            optimizer.step()
-        return loss.detach(), watched.grad
-
-    return step
+    return training_step(_model(make, hidden, dtype, ours), **({} if ours else {"use_cache": False}))
 
 
 def _generate(make, hidden, dtype, ours):
@@ -152,11 +124,8 @@ def _weights(make, hidden, of_patch=0.2):
         mamba = hidden * (4 * hidden + 256 + hidden // 32) + 2 * hidden * hidden
         return (mamba + 2 * hidden * hidden + hidden * 128 + 6 * hidden * (hidden * 7 // 2) + hidden * VOCAB,) * 2
     if make is _blt:
-        def layer(width):
-            return 4 * width * width + 3 * width * byte_model._ffn(width)
-
-        patch = 8 * layer(2 * hidden) + 8 * hidden * hidden + 2 * 5 * 2 * hidden * hidden
-        return (10 * layer(hidden) + 12 * hidden * hidden + 2 * VOCAB * hidden + (1 - byte_model.SURE) * patch,) * 2
+        patch = 8 * byte_model.layer_weights(2 * hidden) + 8 * hidden * hidden + 2 * 5 * 2 * hidden * hidden
+        return (10 * byte_model.layer_weights(hidden) + 12 * hidden * hidden + 2 * VOCAB * hidden + (1 - byte_model.SURE) * patch,) * 2
     attention, expert = 2 * hidden * hidden + 512 * hidden, 3 * hidden * (hidden * 7 // 4)
     return attention + 4 * expert + hidden * VOCAB, attention + 4 * expert + hidden * VOCAB
 
