@@ -12,7 +12,7 @@ Environment:
     TERRAZZO_CUDA_ARCHS           compute capabilities, default 80;90a;100a; PTX of the last one is added for newer GPUs
     CUDA_HOME                     the toolkit, if it isn't in /usr/local
     MAX_JOBS, CXX
-    TERRAZZO_BUILD_ISAS           a subset of portable,avx2,avx512 for a faster build
+    TERRAZZO_BUILD_ISAS           a subset of portable,avx2,avx512,avx512_bf16 for a faster build
     TERRAZZO_SANITIZE=1           address and undefined-behaviour sanitizers; see `make sanitize`
 """
 import importlib.util
@@ -42,6 +42,9 @@ ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
                "-Wno-array-bounds"],
 }
+# What multiplies bfloat16 is compiled once more; every other kernel of this build is avx512's (csrc/cpu/kernels.h).
+ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+BF16_SOURCES = ("grouped_gemm", "fused_experts_fwd", "fused_experts_bwd")
 SANITIZE = os.environ.get("TERRAZZO_SANITIZE") == "1"
 SANITIZE_CHECKS = "address,signed-integer-overflow,bounds,shift,integer-divide-by-zero"
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE_CHECKS}", "-fno-sanitize-recover=all", "-g1"] if SANITIZE else []
@@ -67,6 +70,8 @@ def isas():
     unknown = set(wanted) - set(ISA_FLAGS)
     if unknown or "portable" not in wanted:
         raise SystemExit(f"terrazzo: TERRAZZO_BUILD_ISAS must name portable and any of {', '.join(ISA_FLAGS)}, got {','.join(wanted)}")
+    if "avx512_bf16" in wanted and "avx512" not in wanted:
+        raise SystemExit("terrazzo: TERRAZZO_BUILD_ISAS: avx512_bf16 needs avx512 beside it")
     return {isa: ISA_FLAGS[isa] for isa in wanted}
 
 
@@ -183,6 +188,8 @@ class NinjaBuild(build_ext):
         objects = []
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
             for isa, flags in isas().items():
+                if isa == "avx512_bf16" and source.stem not in BF16_SOURCES:
+                    continue
                 objects.append((build / f"{source.stem}.{isa}.o", from_root(source), [*KERNEL_FLAGS, *flags, f"-DTZ_ISA={isa}"]))
         for source in [*sorted((ROOT / "csrc/bindings").glob("*.cpp")), ROOT / "csrc/library.cpp"]:
             objects.append((build / f"{glue}_{source.stem}.o", from_root(source), glue_flags))

@@ -11,7 +11,7 @@ import os
 import torch
 from torch import nn
 
-from . import dispatch, packing
+from . import dispatch, native, packing
 from .causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from .chunk_scan import mamba_chunk_scan_combined
 from .fused_experts import fused_experts
@@ -227,7 +227,7 @@ def _better_left(indices, weight, num_experts, backend):
 def _many_left(weight, backend):
     """Whether many rows an expert stay with transformers: 16 bits, and instructions for them that only torch uses."""
     asked = backend is not None or dispatch._wanted(dispatch.OPS["fused_experts"], None)[0] is not None
-    return weight.dtype in HALF and weight.is_cpu and bool(TORCH_IS_FAST) and not asked
+    return weight.is_cpu and weight.dtype in TORCH_IS_FAST and not OWN_BF16 and not asked
 
 
 def experts(original, backend):
@@ -308,31 +308,65 @@ HALF = (torch.bfloat16, torch.float16)
 _WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
+AMX, AVX512_BF16 = "torch uses this CPU's AMX", "torch uses this CPU's AVX512-BF16"
+
+
 def _torch_is_fast():
-    """None, or why torch's own linear layers in 16 bits are left to it."""
+    """{dtype: why torch's own products of this dtype are left to it}, of 16-bit dtypes."""
     highest = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
     if highest in _WITHOUT_BF16:
-        return None
-    for name, has in (("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported")):
-        if getattr(torch.cpu, has, lambda: False)():
-            return f"torch uses this CPU's {name}"
-    return None
+        return {}
+    if torch.cpu._is_amx_tile_supported():
+        return dict.fromkeys(HALF, AMX)
+    return {torch.bfloat16: AVX512_BF16} if torch.cpu._is_avx512_bf16_supported() else {}
 
 
 TORCH_IS_FAST = _torch_is_fast()
+# Whether the kernels here have the instructions that make torch fast: then experts are theirs, and linear layers of few rows, where
+# torch reads weights at half of what memory gives.
+OWN_BF16 = native.available and native.isa() == "avx512_bf16" and TORCH_IS_FAST.get(torch.bfloat16) == AVX512_BF16
+FEW_LINEAR_ROWS = 16
+
+
+def _torch_is_slow():
+    """Whether torch's products of float32 run in MKL on a CPU of another maker than MKL's, at about half of what the kernels here reach."""
+    return native.available and torch.backends.mkl.is_available() and native.cpu_vendor() not in (None, "GenuineIntel")
+
+
+TORCH_IS_SLOW = _torch_is_slow()
+# Float32 products worth the call: weights that leave a second-level cache, or so many multiply-adds.
+BIG_WEIGHT, MANY_MULTIPLY_ADDS = 1 << 20, 1 << 23
+
+
+def _float32_is_ours(x, weight):
+    work = x.numel() * weight.shape[0]
+    return TORCH_IS_SLOW and x.is_cpu and x.dtype == weight.dtype == torch.float32 and (weight.numel() >= BIG_WEIGHT or work >= MANY_MULTIPLY_ADDS)
 
 
 def linear_serving(x, weight, bias, backend):
-    """serving() for a linear layer: 16-bit weights or inputs, where torch has no instructions for them."""
-    if x.dtype not in HALF and weight.dtype not in HALF:
+    """serving() for a linear layer: 16-bit weights or inputs where torch has no instructions for them, float32 where its library is slow."""
+    half = x.dtype in HALF or weight.dtype in HALF
+    if not half and not _float32_is_ours(x, weight):
         return None, f"{str(weight.dtype).removeprefix('torch.')} stays with torch"
     if not plain_tensors(weight, bias):
         return None, f"the weight is a {type(weight).__name__}"
     if torch.is_autocast_enabled(x.device.type):
         return None, "under autocast"
-    if TORCH_IS_FAST and x.device.type == "cpu" and dispatch._wanted(dispatch.OPS["linear"], backend)[0] is None:
-        return None, TORCH_IS_FAST
+    fast = TORCH_IS_FAST.get(weight.dtype if weight.dtype in HALF else x.dtype) if x.is_cpu else None
+    few = OWN_BF16 and x.numel() <= FEW_LINEAR_ROWS * x.shape[-1]
+    if fast and not few and dispatch._wanted(dispatch.OPS["linear"], backend)[0] is None:
+        return None, fast
     return serving("linear", x, weight, bias, backend=backend)
+
+
+def _linear_judged(module, x, backend):
+    """(backend or None, note) of a layer whose calls have any number of rows."""
+    (few, why_few), (many, why_many) = (linear_serving(x.expand(rows, -1), module.weight, module.bias, backend) for rows in (1, 1024))
+    if few and not many:
+        return few, f"over {FEW_LINEAR_ROWS} rows torch's own: {why_many}"
+    if many and not few:
+        return many, f"for few rows torch's own: {why_few}"
+    return many, why_many
 
 
 def linear(original, backend):
@@ -354,15 +388,15 @@ def judged(swap, cls, module, backend):
     parameter = next(module.parameters(), None) if module is not None else None
     dtype, device = (torch.float32, "cpu") if parameter is None else (parameter.dtype, parameter.device)
     with torch.no_grad():
-        tensors = probe(swap, module, dtype, device)
         if swap.adapter == "linear":
-            return swap.op, *linear_serving(*tensors, backend)
+            return swap.op, *_linear_judged(module, torch.empty(1, module.in_features, dtype=dtype, device=device), backend)
+        tensors = probe(swap, module, dtype, device)
         if swap.adapter == "experts" and not (_fusable(cls) if module is None else fused_options(module)):
             chosen, why = serving("grouped_mm", *tensors, backend=backend)
             return "grouped_mm", chosen, why or "its own gate or norm runs between two grouped products"
         chosen, why = serving(swap.op, *tensors, backend=backend)
         if swap.op == "fused_experts" and chosen and not why and _many_left(tensors[0], backend):
-            why = f"over {FEW_ROWS} rows an expert transformers' own, unless packed: {TORCH_IS_FAST}"
+            why = f"over {FEW_ROWS} rows an expert transformers' own, unless packed: {TORCH_IS_FAST[tensors[0].dtype]}"
         return swap.op, chosen, why
 
 
@@ -379,8 +413,6 @@ def probe(swap, module, dtype, device):
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device=device)
 
-    if swap.adapter == "linear":
-        return empty(1, module.in_features), module.weight, module.bias
     if swap.adapter.startswith("blt_"):
         return (empty(1),) * (3 if swap.op == "byte_hash_embedding" else 1)
     if swap.op == "fused_experts":

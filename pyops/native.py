@@ -18,8 +18,17 @@ CUDA_OPS = frozenset(_cuda["ops"].split())  # of torch.ops.terrazzo
 
 
 def isa():
-    """The CPU build in use: "portable", "avx2" or "avx512"; None without the extension."""
+    """The CPU build in use: "portable", "avx2", "avx512" or "avx512_bf16"; None without the extension."""
     return _C.isa() if available else None
+
+
+def cpu_vendor():
+    """What /proc/cpuinfo calls this CPU's maker ("GenuineIntel", "AuthenticAMD", …); None where there is no such file."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line.split(":")[1].strip() for line in file if line.startswith("vendor_id")), None)
+    except OSError:
+        return None
 
 
 def kernel_counts():

@@ -37,19 +37,19 @@ def test_only_terrazzo_is_importable():
     assert python("import terrazzo.bench, terrazzo.models, terrazzo.triton_kernels, terrazzo.reference")[0] == 0
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "sse9"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "sse9"])
 def test_isa_can_be_forced(isa):
     status, out, err = python("from terrazzo import native; print(native.isa())", TERRAZZO_CPU_ISA=isa)
     if status == 0:
         assert out == isa
     else:
         assert "TERRAZZO_CPU_ISA" in err and isa in err
-        assert isa in ("avx512", "sse9") or native.isa() == "portable"
+        assert isa in ("avx512", "avx512_bf16", "sse9") or native.isa() == "portable"
 
 
 def test_isa_builds_share_no_symbols():
     """A weak symbol compiled for AVX-512 could be linked into everybody's path: kernel objects may only export their own ISA's names."""
-    objects = [o for isa in ("portable", "avx2", "avx512") for o in (ROOT / "build").glob(f"temp*/*.{isa}.o")]
+    objects = [o for isa in ("portable", "avx2", "avx512", "avx512_bf16") for o in (ROOT / "build").glob(f"temp*/*.{isa}.o")]
     assert len(objects) >= 15, "build the extension in place first: make build"
     assert shutil.which("nm")
     for path in objects:

@@ -151,6 +151,9 @@ namespace {
 bool runs(Isa isa) {
   __builtin_cpu_init();
   switch (isa) {
+#ifdef TZ_BUILD_AVX512_BF16
+    case Isa::avx512_bf16: return runs(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+#endif
 #ifdef TZ_BUILD_AVX512
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -163,17 +166,22 @@ bool runs(Isa isa) {
   }
 }
 
-constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr int kIsas = 4;
 
 Isa choose() {
   const char* forced = std::getenv("TERRAZZO_CPU_ISA");
-  if (!forced || !*forced) return runs(Isa::avx512) ? Isa::avx512 : runs(Isa::avx2) ? Isa::avx2 : Isa::portable;
-  for (int i = 0; i < 3; i++) {
+  if (!forced || !*forced) {
+    int best = kIsas - 1;
+    while (!runs(static_cast<Isa>(best))) best--;
+    return static_cast<Isa>(best);
+  }
+  for (int i = 0; i < kIsas; i++) {
     if (std::strcmp(forced, kIsaNames[i]) != 0) continue;
     STD_TORCH_CHECK(runs(static_cast<Isa>(i)), "TERRAZZO_CPU_ISA=", forced, ": this processor or this build cannot run it; unset the variable");
     return static_cast<Isa>(i);
   }
-  STD_TORCH_CHECK(false, "TERRAZZO_CPU_ISA must be portable, avx2 or avx512, got ", forced);
+  STD_TORCH_CHECK(false, "TERRAZZO_CPU_ISA must be portable, avx2, avx512 or avx512_bf16, got ", forced);
 }
 
 std::atomic<uint64_t> g_counts[kNumKernels];

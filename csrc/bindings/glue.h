@@ -100,7 +100,7 @@ inline int64_t num_sequences(int64_t B, const OptTensor& cu_seqlens) { return cu
 const int32_t* checked_slots(const OptTensor& indices, int64_t B, int64_t num_slots, const char* op, const char* name);
 
 namespace cpu {
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512_bf16 };
 // Chosen once: TERRAZZO_CPU_ISA, else the best that this machine runs. Throws if a forced one cannot run.
 Isa isa();
 const char* isa_name();
@@ -115,6 +115,11 @@ void reset_kernel_counts();
 extern const char* const kKernelNames[kNumKernels];
 
 // The build decides which ISAs are in (setup.py defines TZ_BUILD_<ISA>); portable always is.
+#ifdef TZ_BUILD_AVX512_BF16
+#define TZ_AVX512_BF16(name) case Isa::avx512_bf16: return avx512_bf16::name(params);
+#else
+#define TZ_AVX512_BF16(name)
+#endif
 #ifdef TZ_BUILD_AVX512
 #define TZ_AVX512(name) case Isa::avx512: return avx512::name(params);
 #else
@@ -129,6 +134,7 @@ extern const char* const kKernelNames[kNumKernels];
   inline void run_##name(const Params& params) {  \
     count(name##_id);                             \
     switch (isa()) {                              \
+      TZ_AVX512_BF16(name)                        \
       TZ_AVX512(name)                             \
       TZ_AVX2(name)                               \
       default: return portable::name(params);     \

@@ -10,6 +10,11 @@ constexpr int64_t kGateBlock = 512;  // columns gated at a time: g, u and h stay
 
 inline MatrixB transposed(const MatrixB& b) { return {b.dtype, b.data, b.stride_n, b.stride_k}; }
 
+// Between the products rows of float32 stand for rows of x's type.
+inline MatrixA scratch_rows(const FusedExpertsParams& p, DType dtype, const void* data, int64_t stride) {
+  return {dtype, data, stride, 1, nullptr, p.x_dtype == DType::bf16};
+}
+
 inline int64_t product_columns(const FusedExpertsParams& p) { return p.N1 + (p.w_up.data ? p.F : 0); }
 inline Groups slot_groups(const FusedExpertsParams& p) { return {p.E, p.offs}; }
 

@@ -104,8 +104,8 @@ template <class A> void through_gates(const FusedExpertsParams& p) {
 
 template <class A> void gradient_of_x(const FusedExpertsParams& p) {
   const int64_t columns = product_columns(p);
-  const MatrixA by_w1{dtype_of<A>::value, p.dproducts, columns, 1, nullptr};
-  const MatrixA by_w_up{dtype_of<A>::value, static_cast<A*>(p.dproducts) + p.N1, columns, 1, nullptr};
+  const MatrixA by_w1 = scratch_rows(p, dtype_of<A>::value, p.dproducts, columns);
+  const MatrixA by_w_up = scratch_rows(p, dtype_of<A>::value, static_cast<A*>(p.dproducts) + p.N1, columns);
   for_blocks(slot_groups(p), p.D, p.N1, transposed(expert_matrix(p.w1, 0)), kSlotTasks,
              [&](int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, GemmWay way) {
     const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));

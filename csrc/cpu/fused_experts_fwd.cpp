@@ -72,7 +72,7 @@ template <class A> void first_product(const FusedExpertsParams& p) {
 }
 
 template <class A> void second_product(const FusedExpertsParams& p) {
-  const MatrixA h{dtype_of<A>::value, p.h, p.F, 1, nullptr};
+  const MatrixA h = scratch_rows(p, dtype_of<A>::value, p.h, p.F);
   for_blocks(slot_groups(p), p.D, p.F, expert_matrix(p.w2, 0), kSlotTasks,
              [&](int64_t e, int64_t row, int64_t rows, int64_t n, int64_t nb, GemmWay way) {
     const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));

@@ -6,10 +6,12 @@
 //   dot      few rows, B contiguous along K (x W^T with W as stored): vectors run along K, nothing is packed.
 //   axpy     very few rows, B contiguous along N: rows of B are scaled and added to C, which stays in cache.
 //   panels   B packed before the call (WeightMatrix): its panels are read where they lie, converted in registers.
+// With AVX512-BF16, blocked, dot and panels multiply bfloat16 as it is where both operands are (gemm_bf16.h).
 // The order of the sum of one element depends on K, the way and its group's rows, not on how C was cut for the threads.
 // Sums of kBlockK terms are made apart and then added to C: one long chain of float32 roundings would be off twice as far.
 #pragma once
 #include "../common/parallel.h"
+#include "gemm_bf16.h"
 #include "gemm_tile.h"
 #include "tile.h"
 
@@ -29,12 +31,13 @@ constexpr int64_t kStreamAhead = 8192;  // bytes fetched ahead of a stream
 // Scratch slots of this file; callers use kGemmSlots and up.
 enum GemmSlot { kSlotA, kSlotB, kGemmSlots };
 
-// A[M, K]; row m lies at rows[m] when the rows are gathered.
+// A[M, K]; row m lies at rows[m] when the rows are gathered. `narrow`: float32 that may be rounded to bfloat16, what it stands for being of that type.
 struct MatrixA {
   DType dtype;
   const void* data;
   int64_t stride_m, stride_k;
   const int32_t* rows;
+  bool narrow = false;
 };
 struct MatrixB {  // B[K, N], see WeightMatrix
   DType dtype;
@@ -42,6 +45,7 @@ struct MatrixB {  // B[K, N], see WeightMatrix
   int64_t stride_k, stride_n, panel = 0;
   bool int8 = false;
   const float* scale = nullptr;
+  bool narrow = false;
 };
 inline MatrixB expert_matrix(const WeightMatrix& w, int64_t e) {
   const void* data = w.int8 ? static_cast<const int8_t*>(w.data) + e * w.stride_e : element(w.data, w.dtype, e * w.stride_e);
@@ -108,6 +112,31 @@ struct Fetch {
   int64_t step, across;
 };
 
+#if defined(__AVX512BF16__)
+// Whether both operands are bfloat16, or may be.
+inline bool in_pairs(const MatrixA& a, const MatrixB& b) {
+  const auto is = [](DType dtype, bool narrow) { return dtype == DType::bf16 || (narrow && dtype == DType::f32); };
+  return is(a.dtype, a.narrow) && is(b.dtype, b.narrow) && !b.int8;
+}
+// Calls f(pointer) with a matrix's type, bfloat16 or float32.
+template <class F> TZ_INLINE void with_narrow(DType dtype, const void* data, const F& f) {
+  if (dtype == DType::f32) f(static_cast<const float*>(data));
+  else f(static_cast<const bf16*>(data));
+}
+
+inline void pack_a(const MatrixA& a, int64_t m, int64_t rows, int64_t k, int64_t cols, Pair* dst, int64_t ld) {
+  with_narrow(a.dtype, a.data, [&](auto* p) {
+    if (!a.rows) return pack_pair_rows(p + m * a.stride_m + k * a.stride_k, a.stride_m, a.stride_k, rows, cols, dst, ld);
+    for (int64_t i = 0; i < rows; i++) pack_pair_rows(p + a.rows[m + i] * a.stride_m + k * a.stride_k, a.stride_m, a.stride_k, 1, cols, dst + i * ld, ld);
+  });
+}
+inline void pack_b(const MatrixB& b, int64_t k, int64_t kc, int64_t n, int64_t nb, Pair* panels) {
+  with_narrow(b.dtype, b.data, [&](auto* p) {
+    pack_pair_panels(p + k * b.stride_k + n * b.stride_n, b.stride_k, b.stride_n, kc, nb, round_up(nb, kTileCols<float>), kPackAhead, panels, panel_stride(ceil_div(kc, 2)));
+  });
+}
+#endif
+
 // c += the product of R rows of A and one register tile's columns of panels, whose elements convert in registers.
 template <int R, bool kFetch, class A, class S>
 TZ_INLINE void multiply_panels(Tile<A, R>& c, const A* a, int64_t lda, const S* b0, const S* b1, int64_t kc, Fetch fetch) {
@@ -130,27 +159,52 @@ TZ_INLINE void multiply_panels(Tile<A, R>& c, const A* a, int64_t lda, const S* 
   }
 }
 
+#if defined(__AVX512BF16__)
+// The same with pairs; kc counts them.
+template <int R, bool kFetch, class S>
+TZ_INLINE void multiply_panels(Tile<float, R>& c, const Pair* a, int64_t lda, const S* b0, const S* b1, int64_t kc, Fetch fetch) {
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < kc; k++) {
+    if (kFetch) {
+      prefetch_l2(fetch.at);
+      prefetch_l2(fetch.at + fetch.across);
+      fetch.at += fetch.step;
+    }
+    const __m512i v0 = panel_pairs(b0), v1 = panel_pairs(b1);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+      const __m512i s = _mm512_set1_epi32(static_cast<int>(a[i * lda + k].bits));
+      c.c[i][0] = add_products(c.c[i][0], s, v0);
+      c.c[i][1] = add_products(c.c[i][1], s, v1);
+    }
+    b0 += kPanel * sizeof(Pair) / sizeof(S);
+    b1 += kPanel * sizeof(Pair) / sizeof(S);
+  }
+}
+#endif
+
 // C[mc rows] (+)= A times panels; column(j) is where column j of the panels begins. Meanwhile what fetch(j) says comes
 // nearer, each register tile its share of it, so that memory is read while the multipliers work.
-template <class A, class Column, class Ahead>
-inline void multiply_block(const A* packed_a, int64_t lda, int64_t mc, int64_t kc, int64_t nb, A* c, int64_t ldc, bool first, const Column& column,
+template <class P, class A, class Column, class Ahead>
+inline void multiply_block(const P* packed_a, int64_t lda, int64_t mc, int64_t kc, int64_t nb, A* c, int64_t ldc, bool first, const Column& column,
                            const Ahead& ahead) {
   const int64_t tiles = ceil_div(mc, kTileRows);
   for (int64_t j = 0; j < nb; j += kTileCols<A>) {
     const auto *b0 = column(j), *b1 = column(j + Vec<A>::size);
+    constexpr int64_t row_of_b = std::is_same_v<P, Pair> ? kPanel * static_cast<int64_t>(sizeof(Pair) / sizeof(*b0)) : kPanel;
     const Fetch fetch = ahead(j);
     int64_t t = 0;
     for_row_tiles(mc, [&](int64_t row, auto height) TZ_LAMBDA {
       constexpr int R = decltype(height)::value;
       Tile<A, R> tile;
-      const A* a = packed_a + row * lda;
+      const P* a = packed_a + row * lda;
       A* at = c + row * ldc + j;
       tile.zero();
       const int64_t begin = fetch.at ? t * kc / tiles : kc, end = fetch.at ? (t + 1) * kc / tiles : kc;
       const Fetch share{fetch.at + begin * fetch.step, fetch.step, fetch.across};
       multiply_panels<R, false>(tile, a, lda, b0, b1, begin, share);
-      multiply_panels<R, true>(tile, a + begin, lda, b0 + begin * kPanel, b1 + begin * kPanel, end - begin, share);
-      multiply_panels<R, false>(tile, a + end, lda, b0 + end * kPanel, b1 + end * kPanel, kc - end, share);
+      multiply_panels<R, true>(tile, a + begin, lda, b0 + begin * row_of_b, b1 + begin * row_of_b, end - begin, share);
+      multiply_panels<R, false>(tile, a + end, lda, b0 + end * row_of_b, b1 + end * row_of_b, kc - end, share);
       if (!first) tile.add(at, ldc);
       tile.store(at, ldc);
       t++;
@@ -158,23 +212,26 @@ inline void multiply_block(const A* packed_a, int64_t lda, int64_t mc, int64_t k
   }
 }
 
-template <class A>
+// P is what the operands are packed as: A, or pairs, of which half as many cover K.
+template <class P, class A>
 inline void gemm_blocked(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& b, int64_t n, int64_t nb, int64_t K, A* c,
                          int64_t ldc, bool accumulate) {
-  A* packed_a = scratch<A>(kSlotA, kBlockM * kBlockK);
-  A* panels = scratch<A>(kSlotB, ceil_div(round_up(nb, max_of(kPanel, kTileCols<A>)), kPanel) * panel_stride(kBlockK));
+  constexpr int64_t each = std::is_same_v<P, Pair> ? 2 : 1;  // elements of K in one of P
+  constexpr int64_t block = each * kBlockK;
+  P* packed_a = scratch<P>(kSlotA, kBlockM * kBlockK);
+  P* panels = scratch<P>(kSlotB, ceil_div(round_up(nb, max_of(kPanel, kTileCols<A>)), kPanel) * panel_stride(kBlockK));
   const int64_t size = size_of(b.dtype);
-  for (int64_t k = 0; k < K; k += kBlockK) {
-    const int64_t kc = min_of(kBlockK, K - k);
-    pack_b(b, k, kc, n, nb, panels);
+  for (int64_t k = 0; k < K; k += block) {
+    const int64_t cols = min_of(block, K - k), kc = ceil_div(cols, each);
+    pack_b(b, k, cols, n, nb, panels);
     for (int64_t i = 0; i < rows; i += kBlockM) {
       const int64_t mc = min_of(kBlockM, rows - i);
-      pack_a(a, m + i, mc, k, kc, packed_a, kBlockK);
-      const bool fetch = i == 0 && b.stride_n == 1 && k + kc < K;  // the rows of B that are packed next
-      const char* rows = static_cast<const char*>(element(b.data, b.dtype, (k + kc) * b.stride_k + n));
+      pack_a(a, m + i, mc, k, cols, packed_a, kBlockK);
+      const bool fetch = i == 0 && b.stride_n == 1 && k + cols < K;  // the rows of B that are packed next
+      const char* rows = static_cast<const char*>(element(b.data, b.dtype, (k + cols) * b.stride_k + n));
       multiply_block(packed_a, kBlockK, mc, kc, nb, c + i * ldc, ldc, k == 0 && !accumulate,
                      [&](int64_t j) { return panels + j / kPanel * panel_stride(kc) + j % kPanel; },
-                     [&](int64_t j) { return Fetch{fetch ? rows + j * size : nullptr, b.stride_k * size, kPanel * size}; });
+                     [&](int64_t j) { return Fetch{fetch ? rows + j * size : nullptr, each * b.stride_k * size, each == 2 ? b.stride_k * size : kPanel * size}; });
     }
   }
 }
@@ -206,11 +263,22 @@ constexpr int kDotTileRows = 6, kDotTileCols = 4;
 constexpr int kDotTileRows = 4, kDotTileCols = 3;
 #endif
 
+// Elements of K in a vector of packed A, which are multiplied as they are (float, double) or in pairs.
+template <class P> constexpr int64_t kDotLanes = kVecBytes / static_cast<int64_t>(sizeof(P));
+
+// A vector of n <= V elements of an operand as the products take them, by what A is packed as.
+template <class A, class S> TZ_INLINE Vec<A> dot_operand(const A*, const S* p, int64_t n) { return load_n<A>(p, n); }
+template <class A> TZ_INLINE Vec<A> add_products(Vec<A> sum, Vec<A> a, Vec<A> b) { return fma(a, b, sum); }
+#if defined(__AVX512BF16__)
+TZ_INLINE __m512i dot_operand(const bf16*, const bf16* p, int64_t n) { return pairs_of(p, n); }
+#endif
+
 // C[R, W] (+)= rows of a times rows of w, both contiguous along K; a is padded with zeros to whole vectors. U vectors
 // of each row are summed apart, where few rows leave too few independent sums.
-template <int R, int W, int U, class A, class S>
-TZ_INLINE void dot_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64_t K, Fetch fetch, A* c, int64_t ldc, bool accumulate) {
-  constexpr int64_t V = Vec<A>::size;
+template <int R, int W, int U, class P, class S, class A>
+TZ_INLINE void dot_tile(const P* a, int64_t lda, const S* w, int64_t ldw, int64_t K, Fetch fetch, A* c, int64_t ldc, bool accumulate) {
+  constexpr int64_t V = kDotLanes<P>;
+  using Operand = decltype(dot_operand(a, w, V));
   Vec<A> sum[R][W][U];
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++)
@@ -218,12 +286,12 @@ TZ_INLINE void dot_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64_
     for (int j = 0; j < W; j++)
 #pragma GCC unroll 8
       for (int u = 0; u < U; u++) sum[i][j][u] = Vec<A>::zero();
-  const auto step = [&](int64_t k, int u, const Vec<A>* v) TZ_LAMBDA {
+  const auto step = [&](int64_t k, int u, const Operand* v) TZ_LAMBDA {
 #pragma GCC unroll 8
     for (int i = 0; i < R; i++) {
-      const Vec<A> x = Vec<A>::load(a + i * lda + k);
+      const Operand x = dot_operand(a, a + i * lda + k, V);
 #pragma GCC unroll 8
-      for (int j = 0; j < W; j++) sum[i][j][u] = fma(x, v[j], sum[i][j][u]);
+      for (int j = 0; j < W; j++) sum[i][j][u] = add_products(sum[i][j][u], x, v[j]);
     }
   };
   int64_t k = 0;
@@ -232,15 +300,15 @@ TZ_INLINE void dot_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64_
     for (int u = 0; u < U; u++) {
       prefetch_l2(fetch.at);
       fetch.at += fetch.step;
-      Vec<A> v[W];
+      Operand v[W];
 #pragma GCC unroll 8
-      for (int j = 0; j < W; j++) v[j] = Vec<A>::load(w + j * ldw + k + u * V);
+      for (int j = 0; j < W; j++) v[j] = dot_operand(a, w + j * ldw + k + u * V, V);
       step(k + u * V, u, v);
     }
   }
   for (; k < K; k += V) {
-    Vec<A> v[W];
-    for (int j = 0; j < W; j++) v[j] = load_n<A>(w + j * ldw + k, K - k);
+    Operand v[W];
+    for (int j = 0; j < W; j++) v[j] = dot_operand(a, w + j * ldw + k, K - k);
     step(k, 0, v);
   }
 #pragma GCC unroll 8
@@ -258,10 +326,10 @@ TZ_INLINE void dot_tile(const A* a, int64_t lda, const S* w, int64_t ldw, int64_
   }
 }
 
-template <class A, class S>
-inline void dot_rows(const A* a, int64_t lda, int64_t rows, const S* w, int64_t ldw, int64_t nb, int64_t K, A* c, int64_t ldc,
+template <class P, class S, class A>
+inline void dot_rows(const P* a, int64_t lda, int64_t rows, const S* w, int64_t ldw, int64_t nb, int64_t K, A* c, int64_t ldc,
                      bool accumulate) {
-  constexpr int64_t step = Vec<A>::size * static_cast<int64_t>(sizeof(S));
+  constexpr int64_t step = kDotLanes<P> * static_cast<int64_t>(sizeof(S));
   const auto address = [&](int64_t j) { return reinterpret_cast<const char*>(w + j * ldw); };
   if (rows <= kStreamRows) {
     call_with_rows<kStreamRows>(rows, 0, [&](int64_t, auto height) TZ_LAMBDA {
@@ -282,7 +350,7 @@ inline void dot_rows(const A* a, int64_t lda, int64_t rows, const S* w, int64_t 
         constexpr int R = decltype(height)::value;
         const int64_t part = tile++ * W * kc / tiles;
         const Fetch fetch{address(j + 2 * W + part / kc) + (k + part % kc) * static_cast<int64_t>(sizeof(S)), share, 0};
-        const A* x = a + row * lda + k;
+        const P* x = a + row * lda + k;
         const S* y = w + j * ldw + k;
         A* out = c + row * ldc + j;
         if (nb - j >= W) return dot_tile<R, W, 1>(x, lda, y, ldw, kc, fetch, out, ldc, add);
@@ -295,6 +363,16 @@ inline void dot_rows(const A* a, int64_t lda, int64_t rows, const S* w, int64_t 
 template <class A>
 inline void gemm_dot(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& b, int64_t n, int64_t nb, int64_t K, A* c, int64_t ldc,
                      bool accumulate) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<A, float>)
+    if (in_pairs(a, b) && b.dtype == DType::bf16) {
+      const int64_t ld = round_up(K, 2 * kPairs) / 2 + kPanel;
+      Pair* pairs = scratch<Pair>(kSlotA, rows * ld);
+      pack_a(a, m, rows, 0, K, pairs, ld);
+      const bf16* w = static_cast<const bf16*>(b.data) + n * b.stride_n;
+      return dot_rows(reinterpret_cast<const bf16*>(pairs), 2 * ld, rows, w, b.stride_n, nb, K, c, ldc, accumulate);
+    }
+#endif
   const int64_t padded = round_up(K, Vec<A>::size), lda = padded + kPanel;
   A* packed = scratch<A>(kSlotA, rows * lda);
   pack_a(a, m, rows, 0, K, packed, lda);
@@ -302,7 +380,7 @@ inline void gemm_dot(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& b
     for (int64_t k = K; k < padded; k++) packed[i * lda + k] = A(0);
   with_type(b.dtype, [&](auto t) {
     const auto* w = static_cast<const decltype(t)*>(b.data) + n * b.stride_n;
-    dot_rows<A>(packed, lda, rows, w, b.stride_n, nb, K, c, ldc, accumulate);
+    dot_rows(packed, lda, rows, w, b.stride_n, nb, K, c, ldc, accumulate);
   });
 }
 
@@ -409,6 +487,26 @@ TZ_INLINE void panel_stream(const A* a, int64_t lda, const S* b0, const S* b1, i
   }
 }
 
+// P is what A is packed as: what the panels are, or pairs.
+template <class P, class A, class S>
+inline void panel_blocks(const MatrixA& a, int64_t m, int64_t rows, const S* panels, int64_t panel, int64_t n, int64_t nb, int64_t K, A* c, int64_t ldc) {
+  constexpr int64_t each = std::is_same_v<P, Pair> ? 2 : 1, block = each * kBlockK, size = sizeof(S);
+  const auto column = [&](int64_t j, int64_t k) { return panels + (n + j) / kPanel * panel + k * kPanel + (n + j) % kPanel; };
+  P* packed = scratch<P>(kSlotA, kBlockM * kBlockK);
+  for (int64_t k = 0; k < K; k += block) {
+    const int64_t cols = min_of(block, K - k);
+    for (int64_t i = 0; i < rows; i += kBlockM) {
+      const int64_t mc = min_of(kBlockM, rows - i);
+      pack_a(a, m + i, mc, k, cols, packed, kBlockK);
+      const auto ahead = [&](int64_t j) {  // the block to the right, then the one below
+        const S* next = j + kTileCols<A> < nb ? column(j + kTileCols<A>, k) : k + cols < K ? column(0, k + cols) : nullptr;
+        return Fetch{i == 0 ? reinterpret_cast<const char*>(next) : nullptr, each * kPanel * size, panel * size};
+      };
+      multiply_block(packed, kBlockK, mc, ceil_div(cols, each), nb, c + i * ldc, ldc, k == 0, [&](int64_t j) { return column(j, k); }, ahead);
+    }
+  }
+}
+
 template <class A, class S>
 inline void panel_rows(const MatrixA& a, int64_t m, int64_t rows, const S* panels, int64_t panel, int64_t n, int64_t nb, int64_t K, A* c, int64_t ldc) {
   const auto column = [&](int64_t j, int64_t k) { return panels + (n + j) / kPanel * panel + k * kPanel + (n + j) % kPanel; };
@@ -423,19 +521,11 @@ inline void panel_rows(const MatrixA& a, int64_t m, int64_t rows, const S* panel
     });
     return;
   }
-  A* packed = scratch<A>(kSlotA, kBlockM * kBlockK);
-  for (int64_t k = 0; k < K; k += kBlockK) {
-    const int64_t kc = min_of(kBlockK, K - k);
-    for (int64_t i = 0; i < rows; i += kBlockM) {
-      const int64_t mc = min_of(kBlockM, rows - i);
-      pack_a(a, m + i, mc, k, kc, packed, kBlockK);
-      const auto ahead = [&](int64_t j) {  // the block to the right, then the one below
-        const S* next = j + kTileCols<A> < nb ? column(j + kTileCols<A>, k) : k + kc < K ? column(0, k + kc) : nullptr;
-        return Fetch{i == 0 ? reinterpret_cast<const char*>(next) : nullptr, kPanel * size, panel * size};
-      };
-      multiply_block(packed, kBlockK, mc, kc, nb, c + i * ldc, ldc, k == 0, [&](int64_t j) { return column(j, k); }, ahead);
-    }
-  }
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<S, bf16>)  // an odd K's last pair would reach into the next panel
+    if (K % 2 == 0 && in_pairs(a, {DType::bf16, panels, 0, 0})) return panel_blocks<Pair>(a, m, rows, panels, panel, n, nb, K, c, ldc);
+#endif
+  panel_blocks<A>(a, m, rows, panels, panel, n, nb, K, c, ldc);
 }
 
 template <class A>
@@ -459,7 +549,12 @@ template <class A>
 inline void gemm_block(GemmWay way, const MatrixA& a, int64_t m, int64_t rows, const MatrixB& b, int64_t n, int64_t nb, int64_t K, A* c,
                        int64_t ldc, bool accumulate = false) {
   switch (way) {
-    case GemmWay::blocked: return gemm_blocked(a, m, rows, b, n, nb, K, c, ldc, accumulate);
+    case GemmWay::blocked:
+#if defined(__AVX512BF16__)
+      if constexpr (std::is_same_v<A, float>)
+        if (in_pairs(a, b)) return gemm_blocked<Pair>(a, m, rows, b, n, nb, K, c, ldc, accumulate);
+#endif
+      return gemm_blocked<A>(a, m, rows, b, n, nb, K, c, ldc, accumulate);
     case GemmWay::dot: return gemm_dot(a, m, rows, b, n, nb, K, c, ldc, accumulate);
     case GemmWay::axpy: return gemm_axpy(a, m, rows, b, n, nb, K, c, ldc, accumulate);
     case GemmWay::panels: return gemm_panels(a, m, rows, b, n, nb, K, c, ldc);  // products of the forward: never accumulated

@@ -56,4 +56,22 @@ namespace terrazzo { namespace cpu {
 TZ_CPU_KERNELS(TZ_DECLARE)
 #undef TZ_DECLARE
 
+// Of the kernels whose files are compiled for AVX512-BF16 too (setup.py); the others are avx512's.
+#define TZ_BF16_KERNELS(X)                       \
+  X(grouped_gemm, GroupedGemmParams)             \
+  X(grouped_gemm_bwd, GroupedGemmBwdParams)      \
+  X(grouped_wgrad, GroupedWgradParams)           \
+  X(grouped_wgrad_bwd, GroupedWgradBwdParams)    \
+  X(experts_wgrad, GroupedWgradParams)           \
+  X(linear_fwd, GroupedGemmParams)               \
+  X(linear_bwd, GroupedGemmBwdParams)            \
+  X(fused_experts_fwd, FusedExpertsParams)       \
+  X(fused_experts_bwd, FusedExpertsParams)
+namespace avx512_bf16 {
+using namespace avx512;
+#define TZ_DECLARE(name, Params) void name(const Params&);
+TZ_BF16_KERNELS(TZ_DECLARE)
+#undef TZ_DECLARE
+}  // namespace avx512_bf16
+
 }}  // namespace terrazzo::cpu

@@ -16,8 +16,9 @@ template <class A> inline void weight_gradient(const GroupedWgradParams& p) {
     const int64_t rows = min_of(height, p.K - k), nb = min_of(width, p.N - n), count = groups.rows(e), first = groups.begin(e);
     const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
     A* c = scratch<A>(kSlotC, rows * ldc);
-    const MatrixA a{p.a_dtype, element(p.a, p.a_dtype, first * p.a_stride_m), p.a_stride_k, p.a_stride_m, nullptr};
-    const MatrixB dy{p.dy_dtype, element(p.dy, p.dy_dtype, first * p.dy_stride_m), p.dy_stride_m, p.dy_stride_n};
+    MatrixA a{p.a_dtype, element(p.a, p.a_dtype, first * p.a_stride_m), p.a_stride_k, p.a_stride_m, nullptr};
+    MatrixB dy{p.dy_dtype, element(p.dy, p.dy_dtype, first * p.dy_stride_m), p.dy_stride_m, p.dy_stride_n};
+    a.narrow = dy.narrow = p.db_dtype == DType::bf16 && (p.a_dtype == DType::bf16 || p.dy_dtype == DType::bf16);
     if (count > 0) gemm_block(GemmWay::blocked, a, k, rows, dy, n, nb, count, c, ldc);
     else std::memset(c, 0, static_cast<size_t>(rows * ldc) * sizeof(A));
     store_tile<A>(c, ldc, p.db_dtype, p.db, e * p.db_stride_e + k * p.db_stride_k + n, p.db_stride_k, 1, rows, nb);

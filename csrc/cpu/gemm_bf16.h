@@ -1,0 +1,120 @@
+// Products of bfloat16 in AVX512-BF16: vdpbf16ps adds two products of bfloat16 to a float32 sum, twice the multiply-adds of float32,
+// and nothing is converted. It takes subnormal numbers for zero. Operands are pairs of elements k, k + 1; an odd K ends with a zero.
+//
+// Here is what gemm.h's ways need of pairs: packing either operand from any strides (float32 is rounded where its MatrixA or
+// MatrixB says so), and the two register tiles.
+#pragma once
+#include "gemm_tile.h"
+#include "tile.h"
+
+namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
+
+struct Pair { uint32_t bits; };
+
+#if defined(__AVX512BF16__)
+
+constexpr int64_t kPairs = 16;  // in a vector
+
+TZ_INLINE __mmask32 first(int64_t n) { return n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1; }
+
+// The pairs of 32 consecutive elements; those from n on are zero.
+TZ_INLINE __m512i pairs_of(const bf16* p, int64_t n) { return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(first(n), p); }
+TZ_INLINE __m512i pairs_of(const float* p, int64_t n) {
+  const __mmask32 m = first(n);
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(m >> 16, p + 16), _mm512_maskz_loadu_ps(static_cast<__mmask16>(m), p));
+}
+// The first n of 16 consecutive elements.
+TZ_INLINE __m256i words_of(const bf16* p, int64_t n) { return n >= 16 ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16(static_cast<__mmask16>(first(n)), p); }
+TZ_INLINE __m256i words_of(const float* p, int64_t n) { return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(static_cast<__mmask16>(first(n)), p)); }
+
+// Two rows of 16, one behind the other, as 16 pairs.
+TZ_INLINE __m512i interleave(__m512i rows) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, rows);
+}
+// Elements k, k + 1 of x = 0..15, which lie side by side.
+template <class S> TZ_INLINE __m512i pairs_across(const S* p, int64_t stride_k, int64_t k, int64_t kc, int64_t valid) {
+  const __m256i low = words_of(p + k * stride_k, valid), high = k + 1 < kc ? words_of(p + (k + 1) * stride_k, valid) : _mm256_setzero_si256();
+  return interleave(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+}
+template <class S> TZ_INLINE uint32_t word(const S* p) {
+  bf16 v;
+  from_acc(to_acc(*p), &v);
+  return v.bits;
+}
+template <class S> TZ_INLINE Pair pair_at(const S* p, int64_t stride_k, int64_t k, int64_t kc) {
+  return {word(p + k * stride_k) | (k + 1 < kc ? word(p + (k + 1) * stride_k) << 16 : 0u)};
+}
+TZ_INLINE void transpose_pairs(__m512i* m) { transpose(reinterpret_cast<Vec<float>*>(m)); }
+
+// Rows x = 0..rows of kc elements -> dst[x * ld + pair], up to a whole vector of pairs.
+template <class S> inline void pack_pair_rows(const S* src, int64_t stride_x, int64_t stride_k, int64_t rows, int64_t kc, Pair* dst, int64_t ld) {
+  if (stride_k == 1) {
+    for (int64_t x = 0; x < rows; x++)
+      for (int64_t k = 0; k < kc; k += 2 * kPairs) _mm512_storeu_si512(dst + x * ld + k / 2, pairs_of(src + x * stride_x + k, kc - k));
+    return;
+  }
+  for (int64_t x = 0; x < rows; x += kPairs) {
+    const int64_t valid = min_of(kPairs, rows - x);
+    for (int64_t k = 0; k < kc; k += 2 * kPairs) {
+      if (stride_x == 1) {
+        __m512i m[kPairs];
+        for (int64_t i = 0; i < kPairs; i++) m[i] = k + 2 * i < kc ? pairs_across(src + x, stride_k, k + 2 * i, kc, valid) : _mm512_setzero_si512();
+        transpose_pairs(m);
+        for (int64_t i = 0; i < valid; i++) _mm512_storeu_si512(dst + (x + i) * ld + k / 2, m[i]);
+      } else {
+        for (int64_t i = 0; i < valid; i++)
+          for (int64_t pair = 0; pair < kPairs; pair++)
+            dst[(x + i) * ld + k / 2 + pair] = k + 2 * pair < kc ? pair_at(src + (x + i) * stride_x, stride_k, k + 2 * pair, kc) : Pair{0};
+      }
+    }
+  }
+}
+
+// kc x nb elements -> panels of kPanel columns, `stride` pairs apart: dst[panel * stride + pair * kPanel + column]; columns from nb on are zero.
+template <class S>
+inline void pack_pair_panels(const S* src, int64_t stride_k, int64_t stride_x, int64_t kc, int64_t nb, int64_t columns, int64_t ahead, Pair* dst, int64_t stride) {
+  static_assert(kPanel == kPairs, "a panel's row is one vector");
+  if (stride_x == 1) {
+    for (int64_t k = 0; k < kc; k += 2)
+      for (int64_t j = 0; j < columns; j += kPanel) {
+        prefetch_l2(src + (k + ahead) * stride_k + j);
+        prefetch_l2(src + (k + 1 + ahead) * stride_k + j);
+        _mm512_storeu_si512(dst + j / kPanel * stride + k / 2 * kPanel, pairs_across(src + j, stride_k, k, kc, max_of(nb - j, 0)));
+      }
+    return;
+  }
+  for (int64_t j = 0; j < columns; j += kPanel, dst += stride) {
+    const int64_t valid = min_of(kPanel, max_of(nb - j, 0));
+    for (int64_t k = 0; k < kc; k += 2 * kPairs) {
+      const int64_t pairs = min_of(kPairs, ceil_div(kc - k, 2));
+      __m512i m[kPairs];
+      for (int64_t x = 0; x < kPanel; x++) {
+        const S* column = src + (j + x) * stride_x;
+        if (x >= valid) {
+          m[x] = _mm512_setzero_si512();
+        } else if (stride_k == 1) {
+          prefetch_l2(column + kPanel * stride_x + k);
+          m[x] = pairs_of(column + k, kc - k);
+        } else {
+          alignas(64) Pair one[kPairs];
+          for (int64_t pair = 0; pair < kPairs; pair++) one[pair] = pair < pairs ? pair_at(column, stride_k, k + 2 * pair, kc) : Pair{0};
+          m[x] = _mm512_load_si512(one);
+        }
+      }
+      transpose_pairs(m);
+      for (int64_t pair = 0; pair < pairs; pair++) _mm512_storeu_si512(dst + (k / 2 + pair) * kPanel, m[pair]);
+    }
+  }
+}
+
+TZ_INLINE Vec<float> add_products(Vec<float> sum, __m512i a, __m512i b) {
+  return (Vec<float>::native)_mm512_dpbf16_ps((__m512)sum.v, (__m512bh)a, (__m512bh)b);
+}
+// A vector of pairs of a panel: packed as pairs, or as rows of bf16 (WeightMatrix), which two rows of one panel become in a register.
+TZ_INLINE __m512i panel_pairs(const Pair* p) { return _mm512_loadu_si512(p); }
+TZ_INLINE __m512i panel_pairs(const bf16* p) { return interleave(_mm512_loadu_si512(p)); }
+
+#endif
+
+}}}  // namespace terrazzo::cpu::TZ_ISA
