@@ -1,7 +1,7 @@
 """Shared fixtures: uninitialised memory is NaN in every test, so an output that was never written shows."""
 import pytest
 import torch
-from terrazzo import native
+from terrazzo import adapters, native
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +15,13 @@ def poisoned_memory(request):
     yield
     native.poison_new_tensors(False)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def linear_layers_as_on_any_cpu(monkeypatch):
+    """Which linear layers are ours depends on the CPU; tests say what they mean by setting these."""
+    monkeypatch.setattr(adapters, "TORCH_IS_SLOW", False)
+    monkeypatch.setattr(adapters, "OWN_BF16", False)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import terrazzo
 import torch
-from terrazzo import adapters, patching
+from terrazzo import adapters, native, patching
 from terrazzo.recipes import EXPERTS, RECIPES
 from test_patch import GROUPED, LOGITS, far, far_gradients, loss_and_gradients, ops_that_ran, run, same_snapshot, snapshot
 from tiny_models import EXPERT_MODELS, MODELS, make_model, tokens
@@ -202,7 +202,7 @@ def test_experts_of_other_ranks_contribute_nothing():
 
 @pytest.fixture
 def no_bf16_instructions(monkeypatch):
-    monkeypatch.setattr(adapters, "TORCH_IS_FAST", None)
+    monkeypatch.setattr(adapters, "TORCH_IS_FAST", {})
 
 
 def half_model(model_type="mixtral", dtype=torch.bfloat16):
@@ -275,11 +275,11 @@ def test_linear_layers_compile(no_bf16_instructions):
 
 def test_linear_layers_that_stay(monkeypatch):
     half, single = torch.nn.Linear(8, 8).bfloat16(), torch.nn.Linear(8, 8)
-    monkeypatch.setattr(adapters, "TORCH_IS_FAST", "torch uses this CPU's AMX")
+    monkeypatch.setattr(adapters, "TORCH_IS_FAST", dict.fromkeys(adapters.HALF, adapters.AMX))
     with pytest.raises(ValueError, match="its linear layers: torch uses this CPU's AMX"):
         terrazzo.patch(half)
     assert terrazzo.patch(half, backend="cpu", dry_run=True).report()[0].backend == "cpu"  # asked for by name
-    monkeypatch.setattr(adapters, "TORCH_IS_FAST", None)
+    monkeypatch.setattr(adapters, "TORCH_IS_FAST", {})
     with pytest.raises(ValueError, match="its linear layers: float32 stays with torch"):
         terrazzo.patch(single)
     hooked = torch.nn.Linear(8, 8).bfloat16()
@@ -296,15 +296,72 @@ def test_linear_layers_that_stay(monkeypatch):
             assert not terrazzo.counters()
 
 
+@every(["bamba", "mixtral", "dbrx"])
+def test_float32_where_torch_is_slow(model_type, monkeypatch):
+    monkeypatch.setattr(adapters, "TORCH_IS_SLOW", True)
+    monkeypatch.setattr(adapters, "MANY_MULTIPLY_ADDS", 1)
+    model, ids = make_model(model_type).train(), tokens(2, 13)
+    torch.manual_seed(5)
+    want_loss, want = loss_and_gradients(model, ids)
+    with torch.no_grad():
+        logits = run(model.eval(), ids)
+    linears = sum(isinstance(m, torch.nn.Linear) for m in model.modules())
+    with terrazzo.patch(model, ops="linear") as handle:
+        assert [(row.op, row.backend, row.note) for row in handle.report()] == [("linear", "cpu", "")] * linears
+        terrazzo.reset_counters()
+        with torch.no_grad():
+            assert not far(run(model, ids), logits, LOGITS)
+        assert terrazzo.counters() == {"linear": {"cpu": linears}}
+        torch.manual_seed(5)
+        loss, got = loss_and_gradients(model.train(), ids)
+    assert not far(loss, want_loss, 1e-4) and not far_gradients(got, want)
+
+
+def test_float32_that_is_worth_a_call(monkeypatch):
+    monkeypatch.setattr(adapters, "TORCH_IS_SLOW", True)
+    small, large = torch.nn.Linear(256, 256), torch.nn.Linear(1024, 1024)
+    with torch.no_grad(), terrazzo.patch(torch.nn.Sequential(small, large)) as handle:
+        notes = {row.module: (row.backend, row.note) for row in handle.report()}
+        assert notes == {"0": ("cpu", "for few rows torch's own: float32 stays with torch"), "1": ("cpu", "")}
+        for layer, rows, ours in ((small, 127, False), (small, 128, True), (large, 1, True)):
+            terrazzo.reset_counters()
+            layer(torch.randn(rows, layer.in_features))
+            assert bool(terrazzo.counters()) == ours
+    monkeypatch.setattr(adapters, "TORCH_IS_SLOW", False)
+    assert adapters.linear_serving(torch.randn(128, 1024), large.weight, None, None) == (None, "float32 stays with torch")
+
+
+@pytest.mark.parametrize("vendor, mkl, slow", [("AuthenticAMD", True, True), ("GenuineIntel", True, False), (None, True, False), ("AuthenticAMD", False, False)])
+def test_where_torch_is_slow(vendor, mkl, slow, monkeypatch):
+    monkeypatch.setattr(native, "cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert adapters._torch_is_slow() == slow
+
+
+def test_few_rows_of_bf16_where_both_have_instructions(monkeypatch):
+    monkeypatch.setattr(adapters, "TORCH_IS_FAST", {torch.bfloat16: adapters.AVX512_BF16})
+    monkeypatch.setattr(adapters, "OWN_BF16", True)
+    layer = torch.nn.Linear(24, 16).bfloat16()
+    with torch.no_grad(), terrazzo.patch(layer) as handle:
+        assert [(row.backend, row.note) for row in handle.report()] == [("cpu", f"over 16 rows torch's own: {adapters.AVX512_BF16}")]
+        for rows, ours in ((16, True), (17, False)):
+            terrazzo.reset_counters()
+            layer(torch.randn(rows, 24).bfloat16())
+            assert bool(terrazzo.counters()) == ours
+    assert adapters.linear_serving(torch.randn(99, 24).half(), layer.weight.half(), None, None)[0] == "cpu"  # torch has nothing fast for it
+
+
 @pytest.mark.parametrize("isa, fast", [("AVX2", False), ("AVX512_CORE", False), ("AVX512_CORE_BF16", True), ("DEFAULT", True), (None, True)])
 def test_which_cpus_are_left_to_torch(isa, fast, monkeypatch):
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa) if isa else monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert bool(adapters._torch_is_fast()) == fast
+    assert adapters._torch_is_fast() == ({torch.bfloat16: adapters.AVX512_BF16} if fast else {})
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert adapters._torch_is_fast() is None
+    assert adapters._torch_is_fast() == {}
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert adapters._torch_is_fast() == (dict.fromkeys(adapters.HALF, adapters.AMX) if fast else {})
 
 
 # ---- signatures ----------------------------------------------------------------------------------------------
@@ -334,13 +391,14 @@ def test_dbrx_is_a_recipe_and_tested_with_the_others():
     assert "DbrxExperts" in RECIPES["dbrx"].methods and "dbrx" in MODELS
 
 
-@pytest.mark.parametrize("fast, backend, rows, ours", [
-    ("torch uses this CPU's AMX", None, 4, True), ("torch uses this CPU's AMX", None, 200, False), ("torch uses this CPU's AMX", "cpu", 200, True),
-    (None, None, 200, True),
+@pytest.mark.parametrize("fast, own, backend, rows, ours", [
+    (True, False, None, 4, True), (True, False, None, 200, False), (True, False, "cpu", 200, True), (False, False, None, 200, True),
+    (True, True, None, 200, True),
 ])  # fmt: skip
 @every(["mixtral", "dbrx"])
-def test_many_rows_in_16_bits_stay_where_torch_is_faster(model_type, fast, backend, rows, ours, monkeypatch):
-    monkeypatch.setattr(adapters, "TORCH_IS_FAST", fast)
+def test_many_rows_in_16_bits_stay_where_torch_is_faster(model_type, fast, own, backend, rows, ours, monkeypatch):
+    monkeypatch.setattr(adapters, "TORCH_IS_FAST", {torch.bfloat16: adapters.AVX512_BF16} if fast else {})
+    monkeypatch.setattr(adapters, "OWN_BF16", own)
     model, ids = make_model(model_type, dtype=torch.bfloat16), tokens(1, rows)
     with torch.no_grad(), terrazzo.patch(model, ops=["fused_experts"], backend=backend):
         terrazzo.reset_counters()
@@ -351,11 +409,11 @@ def test_many_rows_in_16_bits_stay_where_torch_is_faster(model_type, fast, backe
 @every(["mixtral", "dbrx"])
 def test_packed_experts_serve_every_number_of_rows(model_type, monkeypatch):
     """int8 was asked for: a long prompt must not run on other weights than the next token."""
-    monkeypatch.setattr(adapters, "TORCH_IS_FAST", "torch uses AVX512-BF16")
+    monkeypatch.setattr(adapters, "TORCH_IS_FAST", {torch.bfloat16: adapters.AVX512_BF16})
     model = make_model(model_type, dtype=torch.bfloat16)
     with torch.no_grad(), terrazzo.pack_experts(model, "int8") as handle:
         notes = {row.note for row in handle.report() if row.op == "fused_experts"}
-        assert notes == {"over 24 rows an expert transformers' own, unless packed: torch uses AVX512-BF16"}
+        assert notes == {"over 24 rows an expert transformers' own, unless packed: torch uses this CPU's AVX512-BF16"}
         terrazzo.reset_counters()
         run(model, tokens(1, 400))
     assert "fused_experts" in ops_that_ran()
