@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import terrazzo
 
 from ..adapters import linear_serving
+from ..linear import linear_by
 
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
                "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}  # fmt: skip
@@ -29,11 +30,11 @@ def activation(fn, name):
 
 
 class Linear(nn.Linear):
-    """nn.Linear; in 16 bits on CPUs that have no instructions for them, by terrazzo.linear."""
+    """nn.Linear; by terrazzo.linear where torch is slower on this CPU (linear_serving)."""
 
     def forward(self, x):
         chosen, _ = linear_serving(x, self.weight, self.bias, None)
-        return F.linear(x, self.weight, self.bias) if chosen is None else terrazzo.linear(x, self.weight, self.bias, backend=chosen)
+        return F.linear(x, self.weight, self.bias) if chosen is None else linear_by(chosen, x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

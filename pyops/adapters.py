@@ -16,7 +16,7 @@ from .causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from .chunk_scan import mamba_chunk_scan_combined
 from .fused_experts import fused_experts
 from .grouped_gemm import grouped_mm
-from .linear import linear as linear_op
+from .linear import linear_by
 from .moe import moe_permute, moe_unpermute
 from .rmsnorm_gated import rmsnorm_gated
 from .state_update import selective_state_update
@@ -334,8 +334,8 @@ def _torch_is_slow():
 
 
 TORCH_IS_SLOW = _torch_is_slow()
-# Float32 products worth the call: weights that leave a second-level cache, or so many multiply-adds.
-BIG_WEIGHT, MANY_MULTIPLY_ADDS = 1 << 20, 1 << 23
+# Float32 products worth the call: weights of a megabyte, which mostly come from memory, or so many multiply-adds.
+BIG_WEIGHT, MANY_MULTIPLY_ADDS = 1 << 18, 1 << 23
 
 
 def _float32_is_ours(x, weight):
@@ -350,6 +350,8 @@ def linear_serving(x, weight, bias, backend):
         return None, f"{str(weight.dtype).removeprefix('torch.')} stays with torch"
     if not plain_tensors(weight, bias):
         return None, f"the weight is a {type(weight).__name__}"
+    if x.shape[-1] != weight.shape[1] or not weight.numel():
+        return None, "torch says what is wrong with these sizes"
     if torch.is_autocast_enabled(x.device.type):
         return None, "under autocast"
     fast = TORCH_IS_FAST.get(weight.dtype if weight.dtype in HALF else x.dtype) if x.is_cpu else None
@@ -372,7 +374,7 @@ def _linear_judged(module, x, backend):
 def linear(original, backend):
     def forward(self, input):
         chosen, _ = linear_serving(input, self.weight, self.bias, backend)
-        return original(self, input) if chosen is None else linear_op(input, self.weight, self.bias, backend=chosen)
+        return original(self, input) if chosen is None else linear_by(chosen, input, self.weight, self.bias)
 
     return forward
 

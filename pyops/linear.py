@@ -37,10 +37,16 @@ def linear(x, weight, bias=None, activation=None, *, backend=None):
     checks.check_optional(OP, "bias", bias, (N,), "(N,)", x)
     activation = activations.resolve(OP, activation, gates=False)
     chosen, _ = dispatch.pick(OP, x, weight, bias, backend=backend)
+    return linear_by(chosen, x, weight, bias, activation)
+
+
+def linear_by(chosen, x, weight, bias=None, activation=None):
+    """linear() by a backend that has been picked, of arguments that are a layer's own: what is left of a call when nothing is checked twice."""
     if chosen == "reference":
         dispatch.count(OP, chosen)
         return reference.linear(x, weight, bias, activation)
     inside = None if dispatch.needs_grad(x, weight, bias) else activation  # a gradient needs the value before it
+    N, K = weight.shape
     y = kernels.ops(chosen).linear_fwd(x.reshape(x.numel() // K, K), weight, bias, activations.IDS[inside]).view(*x.shape[:-1], N)
     return y if inside == activation else reference.ACTIVATIONS[activation](y)
 

@@ -319,7 +319,7 @@ def test_float32_where_torch_is_slow(model_type, monkeypatch):
 
 def test_float32_that_is_worth_a_call(monkeypatch):
     monkeypatch.setattr(adapters, "TORCH_IS_SLOW", True)
-    small, large = torch.nn.Linear(256, 256), torch.nn.Linear(1024, 1024)
+    small, large = torch.nn.Linear(256, 256), torch.nn.Linear(512, 512)
     with torch.no_grad(), terrazzo.patch(torch.nn.Sequential(small, large)) as handle:
         notes = {row.module: (row.backend, row.note) for row in handle.report()}
         assert notes == {"0": ("cpu", "for few rows torch's own: float32 stays with torch"), "1": ("cpu", "")}
@@ -328,7 +328,7 @@ def test_float32_that_is_worth_a_call(monkeypatch):
             layer(torch.randn(rows, layer.in_features))
             assert bool(terrazzo.counters()) == ours
     monkeypatch.setattr(adapters, "TORCH_IS_SLOW", False)
-    assert adapters.linear_serving(torch.randn(128, 1024), large.weight, None, None) == (None, "float32 stays with torch")
+    assert adapters.linear_serving(torch.randn(128, 512), large.weight, None, None) == (None, "float32 stays with torch")
 
 
 @pytest.mark.parametrize("vendor, mkl, slow", [("AuthenticAMD", True, True), ("GenuineIntel", True, False), (None, True, False), ("AuthenticAMD", False, False)])
