@@ -10,7 +10,8 @@
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 namespace {
 
-template <class T> void forward(const PatchCrossAttentionParams& p) {
+// kStream: outputs larger than the caches go past them, in whole vectors.
+template <class T, bool kStream> void forward(const PatchCrossAttentionParams& p) {
   using A = acc_t<T>;
   using V = Vec<A>;
   parallel_for(0, p.B * p.S * head_chunks<A>(p), cross_grain<A>(p), [&](int64_t begin, int64_t end) {
@@ -39,19 +40,27 @@ template <class T> void forward(const PatchCrossAttentionParams& p) {
           (V(A(1)) / sum).store(inverse);
           for (int64_t i = 0; i < heads.n; i++) {
             T* out = y + (row * p.H + h + i) * p.P;
-            weighted_sum(scores + i, v + heads.v_offset[i], list, p.v_stride_l, n, p.P,
-                         [&](int64_t c, V value) TZ_LAMBDA { store_n(value * V(inverse[i]), out + c, p.P - c); });
+            weighted_sum(scores + i, v + heads.v_offset[i], list, p.v_stride_l, n, p.P, [&](int64_t c, V value) TZ_LAMBDA {
+              if constexpr (kStream) (value * V(inverse[i])).stream(out + c);
+              else store_n(value * V(inverse[i]), out + c, p.P - c);
+            });
           }
         }
       }
     }
+    if (kStream) stream_fence();
   });
 }
 
 }  // namespace
 
 void patch_cross_attention_fwd(const PatchCrossAttentionParams& p) {
-  with_type(p.dtype, [&](auto t) { forward<decltype(t)>(p); });
+  with_type(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    const bool large = p.B * p.Lq * p.H * p.P * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+    if (large && p.P % Vec<acc_t<T>>::size == 0 && reinterpret_cast<uintptr_t>(p.y) % 64 == 0) forward<T, true>(p);
+    else forward<T, false>(p);
+  });
 }
 
 }}}  // namespace terrazzo::cpu::TZ_ISA
