@@ -25,7 +25,7 @@ template <int M, int N, int K, int WarpsM, int WarpsN, int Stages, int Blocks> s
 // few: rows of a decoding step, where reading b is all there is; many: the tensor cores are the limit.
 template <class T> struct Shapes {
   using few = TileShape<32, 64, 64, 1, 4, 4, 4>;
-  using many = TileShape<128, 128, 32, 2, 4, 3, 2>;
+  using many = TileShape<128, 128, 32, 2, 2, 3, 2>;
 };
 template <> struct Shapes<float> {
   using few = TileShape<32, 64, 32, 1, 4, 3, 4>;
