@@ -118,6 +118,7 @@ struct ExpertsCall {
         copies(w.copies), slots(checked_indices(x_in, indices), w.E) {
     p.T = x.size(0), p.D = x.size(1), p.E = w.E, p.N1 = w.N1, p.F = w.F, p.A = indices.size(1);
     p.w1 = w.w1, p.w_up = w.w_up, p.w2 = w.w2;
+    TZ_CHECK(p.E > 0, kOp, "E must be positive, got 0");
     check_shape(weights, {p.T, p.A}, kOp, "topk_weights");
     check_shape(bias1, {p.E, p.N1}, kOp, "bias_gate_up");
     check_shape(bias_up, {p.E, p.F}, kOp, "bias_up");

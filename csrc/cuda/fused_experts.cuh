@@ -31,8 +31,8 @@ inline cudaError_t slots_product(const FusedExpertsParams& p, const void* a, int
 // y[t] = the sum over a of weight * slots[place]; weight 1 when `weights` is null. In x's dtype.
 inline cudaError_t sum_slots(const FusedExpertsParams& p, const void* weights, void* y, cudaStream_t stream) {
   MoeUnpermuteCudaParams u{};
-  u.dtype = p.x_dtype, u.T = p.T, u.D = p.D, u.rows = p.slots, u.rows_stride = p.D, u.inverse = p.places, u.weights = weights, u.y = y;
-  if (p.E > 0) u.A = p.A, u.live = p.offs + p.E - 1;  // without experts nothing is summed
+  u.dtype = p.x_dtype, u.T = p.T, u.A = p.A, u.D = p.D, u.rows = p.slots, u.rows_stride = p.D, u.inverse = p.places, u.live = p.offs + p.E - 1;
+  u.weights = weights, u.y = y;
   return moe_unpermute_fwd_cuda(u, stream);
 }
 

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) fused_experts_bwd_weights_kernel(con
   if (pair >= p.S) return;
   const int32_t slot = p.places[pair];
   float sum = 0;
-  if (p.E > 0 && slot < p.offs[p.E - 1]) {
+  if (slot < p.offs[p.E - 1]) {
     for (int64_t i = lane_id(); i < parts; i += kWarp) sum += p.partials[slot * parts + i];
     const float* bias = p.bias2 ? static_cast<const float*>(p.bias2) + p.indices[pair] * p.D : nullptr;
     for (int64_t d = lane_id(); bias && d < p.D; d += kWarp) sum += bias[d] * load_float(p.x_dtype, p.dy, pair / p.A * p.D + d);

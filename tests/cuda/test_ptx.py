@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import terrazzo
 import torch
+from terrazzo import cases_moe
+from terrazzo.cases import Case
 
 from test_ops import DTYPES, assert_matches
 from tools import nvcc
 from tools.emulated_ptx import entries_of, running_ptx
-from tools.ptx_cases import BY_NAME, FURTHER, RUNS, run, shapes_of_launches, traffic_of
+from tools.ptx_cases import BY_NAME, FURTHER, MODEL_LIKE, RUNS, run, shapes_of_launches
 from tools.ptx_interpreter import PTXError, Traffic
 
 @pytest.mark.parametrize("case, dtype", RUNS, ids=str)
@@ -121,3 +123,33 @@ def test_sectors(addresses, nbytes, filled):
     traffic = Traffic()
     traffic.note("global", np.concatenate([LANES, LANES + 32]), np.concatenate([addresses, addresses]).astype(np.uint64) + np.uint64(1 << 40), nbytes)
     assert traffic.filled == (None if filled is None else pytest.approx(filled))
+
+
+def test_products_meet_no_banks(emulator):
+    """Copies into the ring and ldmatrix out of it are free of conflicts: what is left are the results, on their way out through shared memory."""
+    traffic = {}
+    with running_ptx(emulator, traffic):
+        run(Case("grouped_mm", "long", cases_moe.grouped(sizes=(128,), K=1024, N=256)), torch.bfloat16)
+    assert traffic["grouped_gemm_kernel"].conflict_share < 0.1
+
+
+WHOLE_SECTORS = {
+    "causal_conv1d_fn-channel_last": "causal_conv1d_fwd_channel_last_kernel causal_conv1d_bwd_channel_last_kernel",
+    "causal_conv1d_fn-channel_first": "causal_conv1d_fwd_channel_first_kernel",
+    "causal_conv1d_update-channel_last_state": "causal_conv1d_update_one_kernel",
+    "causal_conv1d_varlen_states-aligned": "causal_conv1d_varlen_states_kernel",
+    "selective_state_update-fp32_state": "state_update_kernel",
+    "selective_state_update-bf16_state": "state_update_kernel",
+    "rmsnorm_gated-wide": "rmsnorm_gated_fwd_kernel rmsnorm_gated_bwd_kernel",
+    "moe_unpermute-rows": "moe_unpermute_fwd_kernel moe_unpermute_bwd_kernel",
+    "patch_reduce-rows": "patch_reduce_fwd_kernel patch_reduce_bwd_kernel",
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_SECTORS)
+def test_sectors_are_wanted_whole(emulator, name):
+    """Kernels that bandwidth limits: nothing is fetched for a part of it, bar edges and weights."""
+    traffic, (case,) = {}, [case for case in MODEL_LIKE if str(case) == name]
+    with running_ptx(emulator, traffic):
+        run(case, torch.bfloat16)
+    assert {kernel: round(traffic[kernel].filled, 2) for kernel in WHOLE_SECTORS[name].split() if traffic[kernel].filled < 0.9} == {}
