@@ -2,6 +2,7 @@
 # make test      every test: the machine's best build, the op tests on every lesser one, sanitizers, install without a compiler
 # make sanitize  the op tests under address and undefined-behaviour sanitizers only
 # make cuda      the package with CUDA kernels for every GPU in build/cuda, built and tested without one (nvcc needed)
+# make resources  docs/cuda_kernels.md: registers, occupancy, instructions and accesses of every CUDA kernel (nvcc needed, no GPU)
 # make aot       every Triton kernel compiled for every GPU, and docs/triton_kernels.md written; no GPU needed
 # make emulated  the CUDA kernels on a CPU: plain, under the race detector, under sanitizers (CUDA's headers needed, no GPU)
 # make bench     the quick benchmark suite;  make targets  the speed targets
@@ -15,7 +16,7 @@ CUDA_TESTS := cuda/test_extension.py triton/test_fake.py test_dispatch.py test_c
 # The builds below the one this machine picks: portable and avx2 where it picks avx512.
 LESSER_ISAS = $$($(BIN)/python -c "from terrazzo import native; isas = ['portable', 'avx2', 'avx512', 'avx512_bf16']; print(*isas[:isas.index(native.isa())])")
 
-.PHONY: run test sanitize cuda test-install aot emulated bench targets build clean
+.PHONY: run test sanitize cuda test-install resources aot emulated bench targets build clean
 
 $(BIN)/.ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,9 +52,13 @@ sanitize: $(BIN)/.ready
 
 # Its objects are shared with the build in place, and with the tests in tests/cuda that look at what nvcc made.
 cuda: build
-	$(BIN)/python tests/tools/nvcc.py build
+	$(BIN)/python tests/tools/nvcc.py
 	cd build/cuda && PYTHONPATH=$(CURDIR)/build/cuda/lib $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
 	    -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(addprefix $(CURDIR)/tests/,$(CUDA_TESTS))
+
+# Minutes: every entry is compiled, launched and counted.
+resources: build
+	PYTHONPATH=tests $(BIN)/python -m tools.cuda_report
 
 # A wheel made with no compiler at hand: the reference backend serves every op. Run without site (-S), so that the
 # editable install's import hook does not lend its extension.

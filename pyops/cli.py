@@ -66,7 +66,8 @@ def _cuda_words(facts):
         return "not in this build"
     archs = ", ".join(f"PTX of {arch}" if arch.startswith("compute") else arch for arch in facts["built for"])
     driver = f"this machine's driver runs CUDA {facts['driver']}" if facts["driver"] else "no driver on this machine"
-    return f"{archs} (CUDA {facts['toolkit']}; {driver})"
+    gpus = [f"; {gpu['name']}, {gpu['capability']}: {gpu['why not'] or 'can run them'}" for gpu in facts["gpus"]]
+    return f"{archs} (CUDA {facts['toolkit']}; {driver}){''.join(gpus)}"
 
 
 def _info(args):

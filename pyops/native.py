@@ -123,5 +123,12 @@ def cuda_facts():
         "built for": list(CUDA_ARCHS),
         "toolkit": version(_cuda["toolkit"]),
         "driver": version(_cuda["driver"]) if _cuda["driver"] else None,
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)],
         "ops": sorted(CUDA_OPS),
     }
+
+
+def _gpu(index):
+    """A GPU that is here, and why the CUDA kernels can't run on it, if so."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return {"name": torch.cuda.get_device_name(index), "capability": f"sm_{major}{minor}", "why not": _device_why_not(index)}

@@ -61,8 +61,10 @@ struct ScanCall {
     if (cu_seqlens) p.first_chunks = scratch_memory({p.sequences + 1}, ScalarType::Int);
     p.chunks = scratch_memory({chunks, static_cast<int64_t>(sizeof(ScanChunk) / sizeof(int32_t))}, ScalarType::Int);
     p.decays = scratch_memory({chunks, p.H, kScanDecays, kScanChunk}, ScalarType::Float);
-    p.states = scratch_memory({chunks, p.H, p.P, p.N}, ScalarType::Float);
   }
+
+  // The states before each chunk, which the backward computes again in float.
+  void keep_states(ScalarType dtype) { p.states = scratch_memory({scan_chunks(p), p.H, p.P, p.N}, dtype); }
 
   void* scratch_memory(const std::vector<int64_t>& shape, ScalarType dtype) {
     scratch.push_back(empty(x, shape, dtype));
@@ -102,6 +104,7 @@ std::tuple<Tensor, Tensor> chunk_scan_fwd(const Tensor& x, const Tensor& dt, con
   p.y = mutable_data(y);
   Tensor states = empty(x, return_final_states ? std::vector<int64_t>{p.sequences, p.H, p.P, p.N} : std::vector<int64_t>{0}, call.acc);
   if (return_final_states) p.final_states = mutable_data(states);
+  if (!runs_on_cpu(x)) call.keep_states(p.x_dtype == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Float);
   TZ_RUN_WHERE(x, chunk_scan_fwd, p);
   return {y, states};
 }
@@ -143,6 +146,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
   }
   if (!runs_on_cpu(x)) {
     const int64_t chunks = scan_chunks(p), splits = scan_splits(p);
+    call.keep_states(ScalarType::Float);
     p.dstates = call.scratch_memory({chunks, p.H, p.P, p.N}, ScalarType::Float);
     p.dA_partials = call.scratch_memory({chunks, p.H}, ScalarType::Float);
     p.dbias_partials = call.scratch_memory({chunks, p.H}, ScalarType::Float);

@@ -47,10 +47,10 @@ struct Slots {
       return;
     }
     const int64_t pairs = p.S = indices.numel();
-    for (int64_t n : {p.E, pairs, pairs, pairs, p.E * expert_row_units(pairs)}) on_device.push_back(empty(indices, {n}, ScalarType::Int));
+    for (int64_t n : {p.E, pairs, pairs, pairs, sort_scratch(pairs, p.E + 1)}) on_device.push_back(empty(indices, {n}, ScalarType::Int));
     const auto at = [&](int i) { return static_cast<int32_t*>(mutable_data(on_device[i])); };
-    p.rows = {pairs, p.A, p.E, p.indices, at(0), at(1), at(2), at(3), at(4)};
-    p.offs = p.rows.offs, p.tokens = p.rows.tokens, p.places = p.rows.places;
+    p.rows = {{pairs, p.E, p.indices, at(1), at(2), at(0)}, at(3), p.A, at(4)};
+    p.offs = p.rows.offs, p.tokens = p.rows.tokens, p.places = p.rows.inverse;
   }
 };
 
@@ -118,6 +118,7 @@ struct ExpertsCall {
         copies(w.copies), slots(checked_indices(x_in, indices), w.E) {
     p.T = x.size(0), p.D = x.size(1), p.E = w.E, p.N1 = w.N1, p.F = w.F, p.A = indices.size(1);
     p.w1 = w.w1, p.w_up = w.w_up, p.w2 = w.w2;
+    TZ_CHECK(p.E > 0, kOp, "E must be positive, got 0");
     check_shape(weights, {p.T, p.A}, kOp, "topk_weights");
     check_shape(bias1, {p.E, p.N1}, kOp, "bias_gate_up");
     check_shape(bias_up, {p.E, p.F}, kOp, "bias_up");

@@ -27,7 +27,7 @@ MoeRouteCudaParams route_params(const Tensor& logits, const OptTensor& bias, int
 // The rows, their places and weights; every place named once.
 struct UnpermuteCall {
   Tensor rows, inverse, weights;
-  MoeUnpermuteParams p{};
+  MoeUnpermuteCudaParams p{};
 
   UnpermuteCall(const Tensor& rows_in, const Tensor& inverse_in, const Tensor& weights_in)
       : rows(unit_stride_last(rows_in)), inverse(cast_contiguous(inverse_in, ScalarType::Int)),
@@ -112,7 +112,7 @@ Tensor moe_unpermute_fwd(const Tensor& rows, const Tensor& inverse, const Tensor
 
 std::tuple<Tensor, Tensor> moe_unpermute_bwd(const Tensor& dy_in, const Tensor& rows, const Tensor& inverse, const Tensor& weights) {
   UnpermuteCall call(rows, inverse, weights);
-  MoeUnpermuteParams& p = call.p;
+  MoeUnpermuteCudaParams& p = call.p;
   check_shape(dy_in, {p.T, p.D}, kUnpermute, "dy");
   const Tensor dy = cast_contiguous(dy_in, rows.scalar_type());
   Tensor drows = empty(rows, {p.T * p.A, p.D}, rows.scalar_type()), dweights = empty(rows, {p.T, p.A}, acc_scalar(rows.scalar_type()));

@@ -155,7 +155,7 @@ cudaError_t byte_hash_rows_cuda(const ByteHashCudaParams& p, cudaStream_t stream
   if (s.n == 0) return cudaSuccess;
   cudaError_t error = byte_hash_ids_cuda(p, stream);
   if (error != cudaSuccess) return error;
-  error = radix_sort(s.keys, s.n, p.table_rows + 1, p.pairs, nullptr, nullptr, 0, p.sort, stream);
+  error = radix_sort(s.keys, s.n, p.table_rows + 1, {p.pairs}, p.sort, stream);
   if (error != cudaSuccess || !p.sparse) return error;
   SortPass scan{};
   scan.tiles = static_cast<unsigned>(ceil_div(s.n, kSortTile)), scan.bins = 1, scan.counts = p.sort, scan.totals = p.count;
@@ -173,7 +173,7 @@ cudaError_t byte_hash_embedding_bwd_cuda(const ByteHashCudaParams& p, cudaStream
     RowSums s{};
     s.keys = {p.tokens, p.byte_rows}, s.order = p.positions, s.n = p.B * p.L, s.D = p.D, s.per_position = 1;
     s.dy = p.dy, s.out_dtype = DType::f32, s.out = p.dbytes, s.parts = p.parts;
-    cudaError_t error = radix_sort(s.keys, s.n, p.byte_rows + 1, p.positions, nullptr, nullptr, 0, p.sort, stream);
+    cudaError_t error = radix_sort(s.keys, s.n, p.byte_rows + 1, {p.positions}, p.sort, stream);
     if (error == cudaSuccess) error = sum_rows(s, p.dtype, stream);
     if (error != cudaSuccess) return error;
   }

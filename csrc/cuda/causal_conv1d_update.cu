@@ -18,13 +18,29 @@ constexpr int64_t kMostBlocks = 65535;  // along y of a grid
 
 // The taps of n channels: taps[k] of the input k positions back, taps[kTaps] the bias.
 template <int n> TZ_DEVICE void load_weights(const CausalConv1dUpdateParams& p, int64_t d, float (&taps)[kTaps + 1][n]) {
+  if (p.W == kTaps && p.weight_stride_w == 1 && p.weight_stride_d == kTaps && reinterpret_cast<uintptr_t>(p.weight) % kVectorBytes == 0) {
+    float all[n * kTaps];  // side by side, as models have them
+    load_floats<n * kTaps>(p.weight_dtype, p.weight, d * kTaps, all);
+#pragma unroll
+    for (int j = 0; j < n; j++) {
+#pragma unroll
+      for (int k = 0; k < kTaps; k++) taps[k][j] = all[j * kTaps + kTaps - 1 - k];
+      taps[kTaps][j] = p.bias ? load_float(p.weight_dtype, p.bias, d + j) : 0;
+    }
+    return;
+  }
+  Element rmem[kTaps + 1][n]{};
 #pragma unroll
   for (int j = 0; j < n; j++) {
 #pragma unroll
     for (int k = 0; k < kTaps; k++)
-      taps[k][j] = k < p.W ? load_float(p.weight_dtype, p.weight, (d + j) * p.weight_stride_d + (p.W - 1 - k) * p.weight_stride_w) : 0;
-    taps[kTaps][j] = p.bias ? load_float(p.weight_dtype, p.bias, d + j) : 0;
+      if (k < p.W) rmem[k][j] = load_element(p.weight_dtype, p.weight, (d + j) * p.weight_stride_d + (p.W - 1 - k) * p.weight_stride_w);
+    if (p.bias) rmem[kTaps][j] = load_element(p.weight_dtype, p.bias, d + j);
   }
+#pragma unroll
+  for (int k = 0; k <= kTaps; k++)
+#pragma unroll
+    for (int j = 0; j < n; j++) taps[k][j] = to_float(p.weight_dtype, rmem[k][j]);
 }
 TZ_DEVICE int64_t slot_of(const CausalConv1dUpdateParams& p, int64_t b) {
   const int64_t slot = p.conv_state_indices ? p.conv_state_indices[b] : b;

@@ -24,6 +24,11 @@ constexpr int kBlocks = kChunk / 8;          // of 8 columns in 64
 using Accumulators = float[kBlocks][4];      // 16 x 64 of a warp
 using Decays = float[kScanDecays][kChunk];   // of one head in one chunk
 
+// How the forward keeps the states before each chunk for its own use: with bf16 inputs rounded to them, half the bytes of what is most
+// of its traffic. fp16's range might not hold them.
+template <class T> struct KeptState { using type = float; };
+template <> struct KeptState<__nv_bfloat16> { using type = __nv_bfloat16; };
+
 // What may be read in accesses of 16 bytes.
 struct Vectors { bool x, B, C, z, dy, states; };
 inline Vectors vectors_of(const ChunkScanCudaParams& p) {
@@ -38,8 +43,9 @@ inline Vectors vectors_of(const ChunkScanCudaParams& p) {
 
 // The launches of chunk_scan_states.cu: chunks and decays; the states before each chunk, or with `reverse` the gradients of those after
 // it. That of chunk_scan_bwd_bc.cu: shares of dB and dC.
+enum class Pass { forward, again, reverse };  // again: the forward's states for the backward, in float
 cudaError_t launch_decays(const ChunkScanCudaParams& p, cudaStream_t stream);
-cudaError_t launch_states(const ChunkScanCudaParams& p, bool reverse, cudaStream_t stream);
+cudaError_t launch_states(const ChunkScanCudaParams& p, Pass pass, cudaStream_t stream);
 cudaError_t launch_bwd_bc(const ChunkScanCudaParams& p, cudaStream_t stream);
 // Types and sizes that the kernels have no way for: sizes are counted in int, blocks along x of a grid.
 inline bool unsupported(const ChunkScanCudaParams& p) {

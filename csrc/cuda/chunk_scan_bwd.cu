@@ -268,8 +268,8 @@ cudaError_t chunk_scan_bwd_cuda(const ChunkScanCudaParams& p, cudaStream_t strea
   const int64_t chunks = scan_chunks(p), splits = scan_splits(p), width = p.H * (p.D_has_p ? p.P : 1), positions = p.B * p.L * p.G * p.N;
   if (scan::unsupported(p) || ceil_div(positions, kSumColumns) > INT32_MAX) return cudaErrorInvalidValue;
   cudaError_t error = scan::launch_decays(p, stream);
-  if (error == cudaSuccess) error = scan::launch_states(p, false, stream);
-  if (error == cudaSuccess) error = scan::launch_states(p, true, stream);
+  if (error == cudaSuccess) error = scan::launch_states(p, scan::Pass::again, stream);
+  if (error == cudaSuccess) error = scan::launch_states(p, scan::Pass::reverse, stream);
   if (error == cudaSuccess && chunks > 0)
     error = with_type(p.x_dtype, [&](auto t) {
       using T = decltype(t);

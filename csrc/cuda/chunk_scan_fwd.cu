@@ -3,8 +3,8 @@
 //
 // With the decays and the state before every chunk from chunk_scan_states.cu, per chunk and head
 //   y[l, p] = exp(cum_l) C[l] state[p] + sum over s <= l of (C[l] B[s]) exp(cum_l - cum_s) dt_s x[s, p] + D x[l, p],  then the gate.
-// The states in float are more bytes than x and y: memory is the limit, and a block takes each tile of a state from it once. Tiles of
-// n come in by cp.async, two stages; the scores C B^T stay in registers, where they are weighted and become a factor themselves.
+// The states are more bytes than x and y: memory is the limit, and a block takes each tile of a state from it once, of bf16's in bf16.
+// Tiles of n come in by cp.async, two stages; the scores C B^T stay in registers, where they are weighted and become a factor themselves.
 // C and B, which the heads of a group share, are read by each of their blocks, from L2.
 // Dao and Gu, "Transformers are SSMs" (2024), section 6.
 #include "chunk_scan.cuh"
@@ -16,9 +16,10 @@ namespace {
 constexpr int kTileN = 32;
 
 template <class T> struct ForwardSmem {
-  static constexpr int kPitchN = pitch_of<T>(kTileN), kPitchState = pitch_of<float>(kTileN), kPitchX = pitch_of<T>(64, true);
+  using State = typename KeptState<T>::type;
+  static constexpr int kPitchN = pitch_of<T>(kTileN), kPitchState = pitch_of<State>(kTileN), kPitchX = pitch_of<T>(64, true);
   struct Stage {
-    float state[64 * kPitchState];
+    State state[64 * kPitchState];
     T B[kChunk * kPitchN], C[kChunk * kPitchN];
   } stages[2];
   T x[kChunk * kPitchX];
@@ -28,6 +29,8 @@ template <class T> struct ForwardSmem {
 // Grid: chunks x heads (x), tiles of p (y). A warp has 16 positions.
 template <class T> __global__ void __launch_bounds__(kThreads, 3) chunk_scan_fwd_kernel(const ChunkScanCudaParams p, const Vectors vectors) {
   using Smem = ForwardSmem<T>;
+  using State = typename Smem::State;
+  constexpr int kStateVec = kVectorBytes / static_cast<int>(sizeof(State));
   TZ_DYNAMIC_SHARED(Smem, smem);
   const int N = static_cast<int>(p.N), P = static_cast<int>(p.P), H = static_cast<int>(p.H);
   const int64_t chunk_id = static_cast<int>(blockIdx.x) / H;
@@ -40,12 +43,12 @@ template <class T> __global__ void __launch_bounds__(kThreads, 3) chunk_scan_fwd
 
   const T* B = static_cast<const T*>(p.Bm) + chunk.row * p.B_stride_b + chunk.begin * p.B_stride_l + group * p.B_stride_g;
   const T* C = static_cast<const T*>(p.C) + chunk.row * p.C_stride_b + chunk.begin * p.C_stride_l + group * p.C_stride_g;
-  const float* state = static_cast<const float*>(p.states) + ((chunk_id * H + head) * P + p0) * N;
+  const State* state = static_cast<const State*>(p.states) + ((chunk_id * H + head) * P + p0) * N;
   const auto load = [&](int stage_id, int n0) {
     auto& stage = smem->stages[stage_id];
     load_tile<kChunk, kTileN>(stage.C, Smem::kPitchN, C + n0, p.C_stride_l, N - n0, vectors.C, real);
     load_tile<kChunk, kTileN>(stage.B, Smem::kPitchN, B + n0, p.B_stride_l, N - n0, vectors.B, real);
-    load_tile<64, kTileN>(stage.state, Smem::kPitchState, state + n0, N, N - n0, vectors.states, in_p);
+    load_tile<64, kTileN>(stage.state, Smem::kPitchState, state + n0, N, N - n0, N % kStateVec == 0, in_p);
     cp_async_commit();
   };
   load_tile<kChunk, 64>(smem->x, Smem::kPitchX, static_cast<const T*>(p.x) + chunk.row * p.x_stride_b + chunk.begin * p.x_stride_l + head * p.x_stride_h + p0,
@@ -67,9 +70,14 @@ template <class T> __global__ void __launch_bounds__(kThreads, 3) chunk_scan_fwd
     const auto& stage = smem->stages[step % 2];
     const int depth = rounded(N - n0);
     add_inputs<kTileN>(scores, stage.C + first_row * Smem::kPitchN, stage.B, Smem::kPitchN, depth, 0, first_row + kRowsOfWarp);
-    add_product<Input<T>, Weighted<T, false>, false, kTileN>(
-        y, [&](int n, float (&v)[8]) { load_a_floats<false>(v, stage.C + first_row * Smem::kPitchN + n, Smem::kPitchN); }, stage.state, Smem::kPitchState,
-        0, depth, P - p0);
+    if constexpr (sizeof(State) == 2) {
+      static_assert(Smem::kPitchState == Smem::kPitchN);
+      add_inputs<kTileN>(y, stage.C + first_row * Smem::kPitchN, stage.state, Smem::kPitchN, depth, 0, P - p0);
+    } else {
+      add_product<Input<T>, Weighted<T, false>, false, kTileN>(
+          y, [&](int n, float (&v)[8]) { load_a_floats<false>(v, stage.C + first_row * Smem::kPitchN + n, Smem::kPitchN); }, stage.state, Smem::kPitchState,
+          0, depth, P - p0);
+    }
     if (more) __syncthreads();  // the load after the next overwrites this stage
   }
 
@@ -112,7 +120,7 @@ cudaError_t chunk_scan_fwd_cuda(const ChunkScanCudaParams& p, cudaStream_t strea
   if (p.H == 0 || p.P == 0 || p.sequences == 0) return cudaSuccess;
   if (scan::unsupported(p)) return cudaErrorInvalidValue;
   cudaError_t error = scan::launch_decays(p, stream);
-  if (error == cudaSuccess) error = scan::launch_states(p, false, stream);
+  if (error == cudaSuccess) error = scan::launch_states(p, scan::Pass::forward, stream);
   const int64_t blocks = scan_chunks(p) * p.H;
   if (error != cudaSuccess || blocks == 0) return error;
   return with_type(p.x_dtype, [&](auto t) {

@@ -7,7 +7,7 @@
 //
 // Writing the states is most of all bytes: a block keeps 64 x 64 of one in the accumulators of its four warps for a whole sequence,
 // instead of a kernel per chunk and one that adds them up, which would move them three times. The next chunk is on its way by cp.async
-// while one is multiplied. States keep float's digits in every dtype: callers get them in float, and dA is summed from them.
+// while one is multiplied. They are carried with float's digits in every dtype: callers get them in float, and dA is summed from them.
 #include "chunk_scan.cuh"
 
 namespace terrazzo { namespace cuda { namespace scan {
@@ -96,16 +96,24 @@ __global__ void __launch_bounds__(kThreads) chunk_scan_decays_kernel(const Chunk
   if (threadIdx.x == 0 && blockIdx.y == 0) static_cast<ScanChunk*>(p.chunks)[chunk_id] = chunk;
 
   // steps, heads as neighbours: so they lie in memory
-  for (int i = threadIdx.x; i < kHeads * kChunk; i += kThreads) {
-    const int head = first_head + i % kHeads, l = i / kHeads;
-    float dt = 0;
-    if (is_real(chunk, l) && head < p.H) {
-      dt = load_float(p.dt_dtype, p.dt, chunk.row * p.dt_stride_b + (chunk.begin + l) * p.dt_stride_l + head * p.dt_stride_h);
-      if (p.dt_bias) dt += static_cast<const float*>(p.dt_bias)[head];
-      if (p.dt_softplus) dt = softplus(dt);
-      dt = fminf(fmaxf(dt, static_cast<float>(p.dt_min)), static_cast<float>(p.dt_max));
-    }
-    dt_smem[i % kHeads * (kChunk + 1) + l] = dt;
+  constexpr int kRounds = kHeads * kChunk / kThreads;
+  const int own = static_cast<int>(threadIdx.x) % kHeads;
+  const bool exists = first_head + own < p.H;
+  const float bias = exists && p.dt_bias ? static_cast<const float*>(p.dt_bias)[first_head + own] : 0.0f;
+  Element dt_rmem[kRounds]{};
+#pragma unroll
+  for (int i = 0; i < kRounds; i++) {
+    const int l = (static_cast<int>(threadIdx.x) + i * kThreads) / kHeads;
+    if (exists && is_real(chunk, l))
+      dt_rmem[i] = load_element(p.dt_dtype, p.dt, chunk.row * p.dt_stride_b + (chunk.begin + l) * p.dt_stride_l + (first_head + own) * p.dt_stride_h);
+  }
+#pragma unroll
+  for (int i = 0; i < kRounds; i++) {
+    const int l = (static_cast<int>(threadIdx.x) + i * kThreads) / kHeads;
+    float dt = to_float(p.dt_dtype, dt_rmem[i]) + bias;
+    if (p.dt_softplus) dt = softplus(dt);
+    dt = fminf(fmaxf(dt, static_cast<float>(p.dt_min)), static_cast<float>(p.dt_max));
+    dt_smem[own * (kChunk + 1) + l] = exists && is_real(chunk, l) ? dt : 0;
   }
   __syncthreads();
 
@@ -162,16 +170,17 @@ template <class T> struct StatesSmem {
 
 // Forward: values = x, rows = B, given = initial states, last = final states. Reverse: values = dy, rows = C, given and last the gradients
 // of the final and the initial states.
-template <class T> struct StatesOperands {
+template <class T, class S> struct StatesOperands {
   const T* values;  int64_t values_stride_b, values_stride_l, values_stride_h;  bool values_vectors;
   const T* rows;  int64_t rows_stride_b, rows_stride_l, rows_stride_g;  bool rows_vectors;
   const float* given;
-  float *states, *last;
+  S* states;
+  float* last;
 };
 
-// Grid: sequences x heads x tiles of p x tiles of n, all in x. A warp has 16 of p.
-template <class T, bool kReverse>
-__global__ void __launch_bounds__(kThreads, 2) chunk_scan_states_kernel(const ChunkScanCudaParams p, const StatesOperands<T> o) {
+// Grid: sequences x heads x tiles of p x tiles of n, all in x. A warp has 16 of p. S: what states are kept in.
+template <class T, class S, bool kReverse>
+__global__ void __launch_bounds__(kThreads, 2) chunk_scan_states_kernel(const ChunkScanCudaParams p, const StatesOperands<T, S> o) {
   using Smem = StatesSmem<T>;
   TZ_DYNAMIC_SHARED(Smem, smem);
   const int N = static_cast<int>(p.N), P = static_cast<int>(p.P), H = static_cast<int>(p.H);
@@ -218,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_scan_states_kernel(const Ch
   for (int i = 0; i < count; i++) {
     if (i + 1 < count) load(i + 1, ahead);
     if (i + 2 < count) ahead = chunk_at(p, chunk_of(i + 2));
-    float* out = o.states + (chunk_of(i) * H + head) * P * N + in_state;
+    S* out = o.states + (chunk_of(i) * H + head) * P * N + in_state;
     for_pairs(state, first_row, [&](int, int row, int column, float a, float b) {
       store_pair(a, b, out + static_cast<int64_t>(row) * N + column, left(row, column), pairs);
     });
@@ -254,18 +263,18 @@ __global__ void __launch_bounds__(kThreads, 2) chunk_scan_states_kernel(const Ch
   }
 }
 
-template <class T, bool kReverse> cudaError_t launch_states_of(const ChunkScanCudaParams& p, cudaStream_t stream) {
+template <class T, class S, bool kReverse> cudaError_t launch_states_of(const ChunkScanCudaParams& p, cudaStream_t stream) {
   const Vectors vectors = vectors_of(p);
-  StatesOperands<T> o;
+  StatesOperands<T, S> o;
   if (kReverse)
     o = {static_cast<const T*>(p.dy), p.dy_stride_b, p.dy_stride_l, p.dy_stride_h, vectors.dy, static_cast<const T*>(p.C), p.C_stride_b, p.C_stride_l,
-         p.C_stride_g, vectors.C, static_cast<const float*>(p.dfinal_states), static_cast<float*>(p.dstates), static_cast<float*>(p.dinitial_states)};
+         p.C_stride_g, vectors.C, static_cast<const float*>(p.dfinal_states), static_cast<S*>(p.dstates), static_cast<float*>(p.dinitial_states)};
   else
     o = {static_cast<const T*>(p.x), p.x_stride_b, p.x_stride_l, p.x_stride_h, vectors.x, static_cast<const T*>(p.Bm), p.B_stride_b, p.B_stride_l,
-         p.B_stride_g, vectors.B, static_cast<const float*>(p.initial_states), static_cast<float*>(p.states), static_cast<float*>(p.final_states)};
+         p.B_stride_g, vectors.B, static_cast<const float*>(p.initial_states), static_cast<S*>(p.states), static_cast<float*>(p.final_states)};
   const int64_t blocks = p.sequences * p.H * ceil_div(p.P, 64) * ceil_div(p.N, 64);
   if (blocks == 0) return cudaSuccess;
-  return launch(chunk_scan_states_kernel<T, kReverse>, dim3(static_cast<unsigned>(blocks)), kThreads, sizeof(StatesSmem<T>), stream, p, o);
+  return launch(chunk_scan_states_kernel<T, S, kReverse>, dim3(static_cast<unsigned>(blocks)), kThreads, sizeof(StatesSmem<T>), stream, p, o);
 }
 
 }  // namespace
@@ -280,9 +289,11 @@ cudaError_t launch_decays(const ChunkScanCudaParams& p, cudaStream_t stream) {
   return launch(chunk_scan_decays_kernel, dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(ceil_div(p.H, kHeads))), kThreads, 0, stream, p);
 }
 
-cudaError_t launch_states(const ChunkScanCudaParams& p, bool reverse, cudaStream_t stream) {
+cudaError_t launch_states(const ChunkScanCudaParams& p, Pass pass, cudaStream_t stream) {
   return with_type(p.x_dtype, [&](auto t) {
-    return reverse ? launch_states_of<decltype(t), true>(p, stream) : launch_states_of<decltype(t), false>(p, stream);
+    using T = decltype(t);
+    if (pass == Pass::reverse) return launch_states_of<T, float, true>(p, stream);
+    return pass == Pass::again ? launch_states_of<T, float, false>(p, stream) : launch_states_of<T, typename KeptState<T>::type, false>(p, stream);
   });
 }
 

@@ -96,11 +96,19 @@ template <int n> TZ_DEVICE void load_floats(DType dtype, const void* base, int64
   else if (dtype == DType::bf16) load_floats(static_cast<const __nv_bfloat16*>(base) + offset, out);
   else load_floats(static_cast<const __half*>(base) + offset, out);
 }
-TZ_DEVICE float load_float(DType dtype, const void* base, int64_t offset) {
-  float v[1];
-  load_floats<1>(dtype, base, offset, v);
-  return v[0];
+// One of them, in two steps: converting takes a branch, which waits for the load, so several are all loaded before the first is converted.
+struct Element {
+  uint32_t bits;
+};
+TZ_DEVICE Element load_element(DType dtype, const void* base, int64_t offset) {
+  if (dtype == DType::f32) return {__float_as_uint(static_cast<const float*>(base)[offset])};
+  return {__bfloat16_as_ushort(static_cast<const __nv_bfloat16*>(base)[offset])};  // or a half, as it is
 }
+TZ_DEVICE float to_float(DType dtype, Element v) {
+  if (dtype != DType::f16) return __uint_as_float(dtype == DType::f32 ? v.bits : v.bits << 16);
+  return to_float(__ushort_as_half(static_cast<unsigned short>(v.bits)));
+}
+TZ_DEVICE float load_float(DType dtype, const void* base, int64_t offset) { return to_float(dtype, load_element(dtype, base, offset)); }
 // Floats as n neighbours, in as many accesses as they need.
 template <class T, int n> TZ_DEVICE void store_floats(const float (&v)[n], T* p) {
   constexpr int kPiece = sizeof(T) * n <= kVectorBytes ? n : kVectorBytes / static_cast<int>(sizeof(T));

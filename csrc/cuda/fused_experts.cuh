@@ -7,9 +7,6 @@
 
 namespace terrazzo { namespace cuda {
 
-// y[t] = the sum over a of weight * rows[place]; weight 1 when `weights` is null. rows and y in x's dtype.
-cudaError_t combine_experts(const FusedExpertsParams& p, const float* weights, void* y, cudaStream_t stream);
-
 inline GateParams gate_params(const FusedExpertsParams& p) { return {p.activation, p.gated, static_cast<float>(p.alpha), static_cast<float>(p.limit)}; }
 inline GroupRows slot_rows(const FusedExpertsParams& p) { return {p.offs, static_cast<int>(p.E), static_cast<int>(p.S)}; }
 inline int64_t product_columns(const FusedExpertsParams& p) { return p.N1 + (p.w_up.data ? p.F : 0); }
@@ -29,6 +26,14 @@ inline cudaError_t slots_product(const FusedExpertsParams& p, const void* a, int
   g.a = a, g.a_stride_m = a_stride, g.a_stride_k = 1, g.b = w, g.K2 = K2, g.b2 = w2;
   g.bias = bias, g.bias_stride_e = p.D, g.c = p.slots;
   return experts_product_cuda(g, stream);
+}
+
+// y[t] = the sum over a of weight * slots[place]; weight 1 when `weights` is null. In x's dtype.
+inline cudaError_t sum_slots(const FusedExpertsParams& p, const void* weights, void* y, cudaStream_t stream) {
+  MoeUnpermuteCudaParams u{};
+  u.dtype = p.x_dtype, u.T = p.T, u.A = p.A, u.D = p.D, u.rows = p.slots, u.rows_stride = p.D, u.inverse = p.places, u.live = p.offs + p.E - 1;
+  u.weights = weights, u.y = y;
+  return moe_unpermute_fwd_cuda(u, stream);
 }
 
 }}  // namespace terrazzo::cuda

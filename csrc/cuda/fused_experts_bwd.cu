@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) fused_experts_bwd_weights_kernel(con
   if (pair >= p.S) return;
   const int32_t slot = p.places[pair];
   float sum = 0;
-  if (slot >= 0) {
+  if (slot < p.offs[p.E - 1]) {
     for (int64_t i = lane_id(); i < parts; i += kWarp) sum += p.partials[slot * parts + i];
     const float* bias = p.bias2 ? static_cast<const float*>(p.bias2) + p.indices[pair] * p.D : nullptr;
     for (int64_t d = lane_id(); bias && d < p.D; d += kWarp) sum += bias[d] * load_float(p.x_dtype, p.dy, pair / p.A * p.D + d);
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) fused_experts_bwd_weights_kernel(con
 
 cudaError_t fused_experts_bwd_cuda(const FusedExpertsCudaParams& p, cudaStream_t stream) {
   if (!fits(p)) return cudaErrorInvalidValue;
-  cudaError_t error = expert_rows_cuda(p.rows, stream);  // the weight gradients read offs even if there is no token
+  cudaError_t error = moe_permute_cuda(p.rows, stream);  // the weight gradients read offs even if there is no token
   if (error != cudaSuccess || p.T == 0 || p.D == 0) return error;
   int64_t parts = 0;
   error = through_gates(p, parts, stream);
@@ -140,7 +140,7 @@ cudaError_t fused_experts_bwd_cuda(const FusedExpertsCudaParams& p, cudaStream_t
   if (error != cudaSuccess || !p.dx) return error;
   const int64_t K2 = p.w_up.data ? p.F : 0;
   error = slots_product(p, p.dproducts, product_columns(p), transposed(p.w1), p.N1, transposed(p.w_up), K2, nullptr, stream);
-  return error != cudaSuccess ? error : combine_experts(p, nullptr, p.dx, stream);
+  return error != cudaSuccess ? error : sum_slots(p, nullptr, p.dx, stream);
 }
 
 }}  // namespace terrazzo::cuda

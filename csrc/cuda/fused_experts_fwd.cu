@@ -1,9 +1,10 @@
 // A layer of experts, forward: y[t] = sum over a of weight[t, a] (gate(x[t] w1[e] + bias1[e]) w2[e] + bias2[e]), e = expert a of t.
 //
-//   0. pairs of token and choice are sorted by expert: a pair's place is its slot (expert_rows.cu)
+//   0. pairs of token and choice are sorted by expert: a pair's place is its slot (moe_permute.cu)
 //   1. h[slot] = gate(x[token] w1, x[token] w_up): rows of x are gathered as they are loaded, the gate works on the accumulators; both
 //      products are kept for the backward where asked for, as floats in w1's order of columns
-//   2. slots = h w2 + bias2 (grouped_gemm.cu)      3. y[t] = weighted sum of the token's slots, in the order of its choices
+//   2. slots = h w2 + bias2 (grouped_gemm.cu)
+//   3. y[t] = weighted sum of the token's slots, in the order of its choices (moe_unpermute.cu)
 //
 // g and u are computed in one tile: its columns alternate in eights, g u g u ..., or one by one where the weights do, so that x is read
 // once and a thread finds both of a column. Limited by the tensor cores with many tokens, by reading the weights with few.
@@ -128,59 +129,15 @@ cudaError_t first_product(const FusedExpertsCudaParams& p, cudaStream_t stream) 
   });
 }
 
-// ---- the sum of a token's slots ------------------------------------------------------------------------------
-constexpr int kThreads = 256;
-
-struct CombineArgs {
-  int64_t T, A, D;
-  const int32_t* places;  // [T, A]
-  const float* weights;   // [T, A] or null
-  const void* slots;      // [S, D]
-  void* y;                // [T, D]
-};
-
-// A thread for kVec neighbours of a token.
-template <class T, int kVec> __global__ void __launch_bounds__(kThreads) fused_experts_combine_kernel(const CombineArgs p) {
-  const int64_t pieces = p.D / kVec, piece = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, token = piece / pieces;
-  if (token >= p.T) return;
-  const int64_t d = piece % pieces * kVec;
-  float sum[kVec] = {};
-  for (int64_t pair = token * p.A; pair < (token + 1) * p.A; pair++) {
-    const int32_t place = p.places[pair];
-    if (place < 0) continue;
-    const float weight = p.weights ? p.weights[pair] : 1.0f;
-    float row[kVec];
-    load_floats(static_cast<const T*>(p.slots) + place * p.D + d, row);
-#pragma unroll
-    for (int j = 0; j < kVec; j++) sum[j] += weight * row[j];
-  }
-  store_vector(to_vector<T>(sum), static_cast<T*>(p.y) + token * p.D + d);
-}
-
 }  // namespace
-
-cudaError_t combine_experts(const FusedExpertsParams& p, const float* weights, void* y, cudaStream_t stream) {
-  const CombineArgs args{p.T, p.A, p.D, p.places, weights, p.slots, y};
-  return with_type(p.x_dtype, [&](auto t) {
-    using T = decltype(t);
-    constexpr int kVec = kVectorBytes / sizeof(T);
-    const auto run = [&](auto kernel, int vec) {
-      const int64_t blocks = ceil_div(p.T * (p.D / vec), kThreads);
-      if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-      return launch(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, args);
-    };
-    if (aligned(p.slots, p.D, sizeof(T)) && aligned(y, p.D, sizeof(T))) return run(fused_experts_combine_kernel<T, kVec>, kVec);
-    return run(fused_experts_combine_kernel<T, 1>, 1);
-  });
-}
 
 cudaError_t fused_experts_fwd_cuda(const FusedExpertsCudaParams& p, cudaStream_t stream) {
   if (!fits(p)) return cudaErrorInvalidValue;
   if (p.T == 0 || p.D == 0) return cudaSuccess;
-  cudaError_t error = expert_rows_cuda(p.rows, stream);
+  cudaError_t error = moe_permute_cuda(p.rows, stream);
   if (error == cudaSuccess) error = first_product(p, stream);
   if (error == cudaSuccess) error = slots_product(p, p.h, p.F, p.w2, p.F, {}, 0, p.bias2, stream);
-  if (error == cudaSuccess) error = combine_experts(p, static_cast<const float*>(p.weights), p.y, stream);
+  if (error == cudaSuccess) error = sum_slots(p, p.weights, p.y, stream);
   return error;
 }
 

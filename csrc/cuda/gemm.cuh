@@ -25,7 +25,7 @@ template <int M, int N, int K, int WarpsM, int WarpsN, int Stages, int Blocks> s
 // few: rows of a decoding step, where reading b is all there is; many: the tensor cores are the limit.
 template <class T> struct Shapes {
   using few = TileShape<32, 64, 64, 1, 4, 4, 4>;
-  using many = TileShape<128, 128, 32, 2, 4, 3, 2>;
+  using many = TileShape<128, 128, 32, 2, 2, 3, 2>;
 };
 template <> struct Shapes<float> {
   using few = TileShape<32, 64, 32, 1, 4, 3, 4>;
@@ -76,12 +76,19 @@ template <class T, bool kRowsOfK, int kOuter, int kDepth, int kThreads> struct O
   static_assert(kThreads % kChunks == 0 && kRows % kStep == 0);
   static constexpr int kStrideI = kRowsOfK ? kPitch : 1, kStrideK = kRowsOfK ? 1 : kPitch;
 
+  // Eight lanes write 128 bytes at a time: where those are two rows, of rows four apart, for neighbours' would meet in banks.
+  TZ_DEVICE static int first_row() {
+    const int row = static_cast<int>(threadIdx.x) / kChunks;
+    return kChunks == 4 ? row / 8 * 8 + row % 8 / 2 + row % 2 * 4 : row;
+  }
+  static_assert(kChunks > 4 || (kChunks == 4 && kStep % 8 == 0));
+
   const char* address[kRowsOfK ? kPasses : 1];  // null outside
   int left;                                      // of the chunk's outer indices, where they are neighbours
 
   // outer_at(i): the Outer of index i of the tile.
   template <class F> TZ_DEVICE void begin(const F& outer_at) {
-    const int row = threadIdx.x / kChunks, column = threadIdx.x % kChunks * kChunk;
+    const int row = first_row(), column = threadIdx.x % kChunks * kChunk;
     if constexpr (kRowsOfK) {
 #pragma unroll
       for (int pass = 0; pass < kPasses; pass++) {
@@ -95,7 +102,7 @@ template <class T, bool kRowsOfK, int kOuter, int kDepth, int kThreads> struct O
   }
   // The piece from k on, of which left_k exist. rows: where rows of k come from, or null.
   TZ_DEVICE void fill(T* tile, const Operand& op, int k, int left_k, const int32_t* rows) const {
-    const int row = threadIdx.x / kChunks, column = threadIdx.x % kChunks * kChunk;
+    const int row = first_row(), column = threadIdx.x % kChunks * kChunk;
 #pragma unroll
     for (int pass = 0; pass < kPasses; pass++) {
       const int r = row + pass * kStep;

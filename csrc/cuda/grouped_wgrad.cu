@@ -86,15 +86,16 @@ __global__ void __launch_bounds__(kSumThreads) grouped_sum_kernel(const GroupedW
     const int end = rows.end(e);
     float sum = 0;
     for (int64_t row = rows.end(e - 1) + warp; row < end && n < p.N; row += kSumWarps * kUnroll) {
-      float v[kUnroll];
+      Element dy_rmem[kUnroll]{};
+      float weight[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; i++) {
         const int64_t r = row + i * kSumWarps;
-        v[i] = r < end ? load_float(p.dy_dtype, p.dy, (p.dy_rows ? p.dy_rows[r] : r) * p.dy_stride_m + n * p.dy_stride_n) : 0.0f;
-        if (p.weights && r < end) v[i] *= p.weights[p.weight_rows[r]];
+        if (r < end) dy_rmem[i] = load_element(p.dy_dtype, p.dy, (p.dy_rows ? p.dy_rows[r] : r) * p.dy_stride_m + n * p.dy_stride_n);
+        weight[i] = p.weights && r < end ? p.weights[p.weight_rows[r]] : 1.0f;
       }
 #pragma unroll
-      for (int i = 0; i < kUnroll; i++) sum += v[i];
+      for (int i = 0; i < kUnroll; i++) sum += weight[i] * to_float(p.dy_dtype, dy_rmem[i]);
     }
     sums_smem[threadIdx.x] = sum;
     __syncthreads();

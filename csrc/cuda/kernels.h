@@ -23,7 +23,6 @@ cudaError_t grouped_wgrad_bwd_cuda(const GroupedWgradBwdParams& p, cudaStream_t 
 cudaError_t linear_fwd_cuda(const GroupedGemmParams& p, cudaStream_t stream);
 cudaError_t linear_bwd_cuda(const GroupedGemmBwdParams& p, cudaStream_t stream);
 cudaError_t experts_product_cuda(const GroupedGemmCudaParams& p, cudaStream_t stream);
-cudaError_t expert_rows_cuda(const ExpertRowsParams& p, cudaStream_t stream);
 cudaError_t fused_experts_fwd_cuda(const FusedExpertsCudaParams& p, cudaStream_t stream);
 cudaError_t fused_experts_bwd_cuda(const FusedExpertsCudaParams& p, cudaStream_t stream);
 cudaError_t experts_wgrad_cuda(const GroupedWgradCudaParams& p, cudaStream_t stream);
@@ -37,8 +36,8 @@ cudaError_t local_attention_bwd_cuda(const LocalAttentionCudaParams& p, cudaStre
 cudaError_t moe_route_fwd_cuda(const MoeRouteCudaParams& p, cudaStream_t stream);
 cudaError_t moe_route_bwd_cuda(const MoeRouteCudaParams& p, cudaStream_t stream);
 cudaError_t moe_permute_cuda(const MoePermuteCudaParams& p, cudaStream_t stream);
-cudaError_t moe_unpermute_fwd_cuda(const MoeUnpermuteParams& p, cudaStream_t stream);
-cudaError_t moe_unpermute_bwd_cuda(const MoeUnpermuteParams& p, cudaStream_t stream);
+cudaError_t moe_unpermute_fwd_cuda(const MoeUnpermuteCudaParams& p, cudaStream_t stream);
+cudaError_t moe_unpermute_bwd_cuda(const MoeUnpermuteCudaParams& p, cudaStream_t stream);
 cudaError_t byte_hash_ids_cuda(const ByteHashCudaParams& p, cudaStream_t stream);
 cudaError_t byte_hash_rows_cuda(const ByteHashCudaParams& p, cudaStream_t stream);
 cudaError_t byte_hash_embedding_fwd_cuda(const ByteHashCudaParams& p, cudaStream_t stream);

@@ -1,5 +1,6 @@
 // Pairs (token, choice) sorted by expert, stably; those of no expert of ours last.
-//   order [pairs] the pair at each place, inverse [pairs] the place of each pair, offs [E] the end of each expert's places
+//   order [pairs] the pair at each place, inverse [pairs] the place of each pair, offs [E] the end of each expert's places; and for
+//   fused_experts, whose slots these places are, tokens [pairs] the token at each place
 //
 // Latency is the limit: a pair is 12 bytes. Up to 1023 experts are one pass of radix_sort.cuh, up to 2048 pairs one launch; more of both
 // take more of them. Nothing is asked of the device on the way.
@@ -35,9 +36,11 @@ __global__ void __launch_bounds__(kThreads) moe_permute_ends_kernel(const Expert
 }  // namespace
 
 cudaError_t moe_permute_cuda(const MoePermuteCudaParams& p, cudaStream_t stream) {
+  if (p.pairs > INT32_MAX || p.E >= INT32_MAX) return cudaErrorInvalidValue;
   const ExpertKeys keys{p.indices, static_cast<int>(p.E)};
   const bool one_pass = sort_plan(p.pairs, p.E + 1).passes == 1;
-  const cudaError_t error = radix_sort(keys, p.pairs, p.E + 1, p.order, p.inverse, one_pass ? p.offs : nullptr, keys.E, p.sort, stream);
+  const Sorted sorted{p.order, p.inverse, one_pass ? p.offs : nullptr, keys.E, p.tokens, static_cast<int>(p.A)};
+  const cudaError_t error = radix_sort(keys, p.pairs, p.E + 1, sorted, p.sort, stream);
   if (error != cudaSuccess || one_pass) return error;
   return launch(moe_permute_ends_kernel, dim3(static_cast<unsigned>(ceil_div(p.E, kThreads))), kThreads, 0, stream, keys,
                 static_cast<const int32_t*>(p.order), p.pairs, p.offs);

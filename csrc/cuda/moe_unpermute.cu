@@ -1,6 +1,7 @@
 // Each token's rows summed up again: y[t] = sum over a of weights[t, a] rows[inverse[t, a]].
 // Layouts: rows [T * A, D] with a row stride, weights and inverse [T, A], y [T, D] and drows [T * A, D] contiguous. inverse is a
-// permutation; a place that isn't one of the rows counts for nothing.
+// permutation; a place that isn't one of the rows counts for nothing. The same sums a token's slots in fused_experts, where the rows of
+// pairs of no expert of ours, behind `live` of them, hold nothing.
 //
 // Memory bandwidth is the limit: rows read once, y written once. Forward: a thread has 16 bytes of the channels of one token and reads
 // kRows rows of it at a time, all under way at once. Backward: a warp has one pair, so that dweights is a sum over lanes; drows of
@@ -16,14 +17,15 @@ constexpr int kThreads = 128, kRows = 4, kSteps = 2;
 constexpr int kPairs = kThreads / kWarp;  // of a block of the backward
 
 // Grid: tiles of `tokens` tokens.
-template <class T, int kVec> __global__ void __launch_bounds__(kThreads) moe_unpermute_fwd_kernel(const MoeUnpermuteParams p, const int tokens) {
+template <class T, int kVec> __global__ void __launch_bounds__(kThreads) moe_unpermute_fwd_kernel(const MoeUnpermuteCudaParams p, const int tokens) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * tokens, left = p.T - first;
   const int pieces = static_cast<int>(p.D / kVec), count = pieces * static_cast<int>(left < tokens ? left : tokens), A = static_cast<int>(p.A);
+  const int64_t rows = p.live ? *p.live : p.T * A;
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const int token = i / pieces;
     const int64_t t = first + token, d = static_cast<int64_t>(i - token * pieces) * kVec;
     const int32_t* inverse = p.inverse + t * A;
-    const float* weights = static_cast<const float*>(p.weights) + t * A;
+    const float* weights = static_cast<const float*>(p.weights) + (p.weights ? t * A : 0);
     float acc[kVec] = {};
     for (int a = 0; a < A; a += kRows) {
       Vector<T, kVec> rows_rmem[kRows];
@@ -31,16 +33,17 @@ template <class T, int kVec> __global__ void __launch_bounds__(kThreads) moe_unp
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
         const int place = a + r < A ? inverse[a + r] : -1;
-        live[r] = place >= 0 && place < p.T * A;
+        live[r] = place >= 0 && place < rows;
         if (live[r]) rows_rmem[r] = load_vector<T, kVec>(static_cast<const T*>(p.rows) + place * p.rows_stride + d);
       }
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
         if (!live[r]) continue;
+        const float weight = p.weights ? weights[a + r] : 1.0f;
         float v[kVec];
         to_floats(rows_rmem[r], v);
 #pragma unroll
-        for (int j = 0; j < kVec; j++) acc[j] += weights[a + r] * v[j];
+        for (int j = 0; j < kVec; j++) acc[j] += weight * v[j];
       }
     }
     store_vector(to_vector<T>(acc), static_cast<T*>(p.y) + t * p.D + d);
@@ -48,7 +51,7 @@ template <class T, int kVec> __global__ void __launch_bounds__(kThreads) moe_unp
 }
 
 // Grid: tiles of kPairs pairs.
-template <class T, int kVec> __global__ void __launch_bounds__(kThreads) moe_unpermute_bwd_kernel(const MoeUnpermuteParams p) {
+template <class T, int kVec> __global__ void __launch_bounds__(kThreads) moe_unpermute_bwd_kernel(const MoeUnpermuteCudaParams p) {
   constexpr int kStep = kWarp * kVec;
   const int lane = threadIdx.x % kWarp;
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kPairs + threadIdx.x / kWarp;
@@ -85,7 +88,7 @@ template <class T, int kVec> __global__ void __launch_bounds__(kThreads) moe_unp
 
 // fn(T{}, vector width)
 template <int value> struct Constant { static constexpr int v = value; };
-template <class F> cudaError_t with_shape(const MoeUnpermuteParams& p, bool rows_aligned, const F& fn) {
+template <class F> cudaError_t with_shape(const MoeUnpermuteCudaParams& p, bool rows_aligned, const F& fn) {
   if (p.T * p.A > INT32_MAX || p.D > INT32_MAX / kThreads) return cudaErrorInvalidValue;
   return with_type(p.dtype, [&](auto t) {
     constexpr int kVec = kVectorBytes / sizeof(t);
@@ -98,7 +101,7 @@ unsigned count(int64_t n) { return static_cast<unsigned>(n); }
 
 }  // namespace
 
-cudaError_t moe_unpermute_fwd_cuda(const MoeUnpermuteParams& p, cudaStream_t stream) {
+cudaError_t moe_unpermute_fwd_cuda(const MoeUnpermuteCudaParams& p, cudaStream_t stream) {
   if (p.T == 0 || p.D == 0) return cudaSuccess;
   return with_shape(p, aligned(p.y, p.D, size_of(p.dtype)), [&](auto t, auto vec) {
     const int tokens = tokens_of(p.D / decltype(vec)::v);
@@ -106,7 +109,7 @@ cudaError_t moe_unpermute_fwd_cuda(const MoeUnpermuteParams& p, cudaStream_t str
   });
 }
 
-cudaError_t moe_unpermute_bwd_cuda(const MoeUnpermuteParams& p, cudaStream_t stream) {
+cudaError_t moe_unpermute_bwd_cuda(const MoeUnpermuteCudaParams& p, cudaStream_t stream) {
   if (p.T * p.A == 0) return cudaSuccess;
   const int64_t bytes = size_of(p.dtype);
   return with_shape(p, aligned(p.dy, p.D, bytes) && aligned(p.drows, p.D, bytes), [&](auto t, auto vec) {

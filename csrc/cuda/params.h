@@ -30,25 +30,35 @@ struct GroupedWgradCudaParams : GroupedWgradParams {
   const int32_t* weight_rows;
 };
 
-// The pairs of token and choice sorted by expert, ties in the order of the pairs; indices of no expert of ours get no place.
-struct ExpertRowsParams {
-  int64_t pairs, A, E;
-  const int32_t* indices;  // [pairs]
-  int32_t* offs;           // [E] the end of each expert's places
-  int32_t* order;          // [pairs] the pair at each place; behind offs[E - 1] nothing is written
-  int32_t* tokens;         // [pairs] its token, order / A
-  int32_t* places;         // [pairs] the place of each pair, or -1
-  int32_t* counts;         // [E, expert_row_units(pairs)] scratch
-};
-// Runs of neighbouring pairs, each sorted by a warp.
-inline int64_t expert_row_units(int64_t pairs) {
-  const int64_t units = (pairs + 127) / 128;
-  return units < 512 ? units : 512;
+// A stable sort of n numbers by keys from 0 up to a limit, see radix_sort.cuh: passes of so many bits, over so many tiles.
+constexpr int64_t kSortTile = 2048, kSortBits = 10;
+struct SortPlan { int64_t tiles, bins; int passes, bits; };
+inline SortPlan sort_plan(int64_t n, int64_t limit) {
+  int bits = 1;
+  while (bits < 63 && (limit - 1) >> bits) bits++;
+  SortPlan plan{};
+  plan.tiles = n > 0 ? (n + kSortTile - 1) / kSortTile : 1;
+  plan.passes = static_cast<int>((bits + kSortBits - 1) / kSortBits);
+  plan.bits = (bits + plan.passes - 1) / plan.passes, plan.bins = int64_t{1} << plan.bits;
+  return plan;
+}
+inline int64_t sort_scratch(int64_t n, int64_t limit) {  // int32 numbers
+  const SortPlan plan = sort_plan(n, limit);
+  return (plan.tiles + 1) * plan.bins + (plan.passes > 1 ? n : 0);
 }
 
-// h, slots and dproducts are in x's dtype; tokens, places and offs are what `rows` makes.
+struct MoePermuteCudaParams : MoePermuteParams {
+  int32_t* tokens;  int64_t A;  // [pairs] the token at each place, order / A; or null
+  int32_t* sort;                // [sort_scratch(pairs, E + 1)]
+};
+struct MoeUnpermuteCudaParams : MoeUnpermuteParams {  // weights of the forward may be null: ones
+  const int32_t* live;  // [1] how many of the rows count, the first ones; null: all
+};
+
+// h, slots and dproducts are in x's dtype; tokens, places and offs are what `rows` makes. Pairs of no expert of ours have places too,
+// behind those of all others.
 struct FusedExpertsCudaParams : FusedExpertsParams {
-  ExpertRowsParams rows;
+  MoePermuteCudaParams rows;
   float* partials;  // [S, dot_partials(F)] of the backward: parts of <dh, h>
 };
 inline int64_t dot_partials(int64_t F) { return (F + 63) / 64 * 4; }
@@ -98,27 +108,6 @@ struct MoeRouteCudaParams : MoeRouteParams {
   float* scores;  // [T, E + n_group] of the forward, or null: they lie in shared memory
 };
 constexpr int64_t kMostSharedScores = 3072;  // of a token
-
-// A stable sort of n numbers by keys from 0 up to a limit, see radix_sort.cuh: passes of so many bits, over so many tiles.
-constexpr int64_t kSortTile = 2048, kSortBits = 10;
-struct SortPlan { int64_t tiles, bins; int passes, bits; };
-inline SortPlan sort_plan(int64_t n, int64_t limit) {
-  int bits = 1;
-  while (bits < 63 && (limit - 1) >> bits) bits++;
-  SortPlan plan{};
-  plan.tiles = n > 0 ? (n + kSortTile - 1) / kSortTile : 1;
-  plan.passes = static_cast<int>((bits + kSortBits - 1) / kSortBits);
-  plan.bits = (bits + plan.passes - 1) / plan.passes, plan.bins = int64_t{1} << plan.bits;
-  return plan;
-}
-inline int64_t sort_scratch(int64_t n, int64_t limit) {  // int32 numbers
-  const SortPlan plan = sort_plan(n, limit);
-  return (plan.tiles + 1) * plan.bins + (plan.passes > 1 ? n : 0);
-}
-
-struct MoePermuteCudaParams : MoePermuteParams {
-  int32_t* sort;  // [sort_scratch(pairs, E + 1)]
-};
 
 struct ByteHashCudaParams : ByteHashParams {
   const int32_t* cu_seqlens;  int64_t texts;  // [texts + 1] or null; in the place of `segments`
@@ -170,7 +159,7 @@ struct ChunkScanCudaParams : ChunkScanParams {  // without segments: sequences a
   void* first_chunks;                                                   // [sequences + 1] int32, with cu_seqlens
   void* chunks;                                                         // [scan_chunks(p)] ScanChunk
   void* decays;                                                         // [scan_chunks(p), H, kScanDecays, kScanChunk] float
-  void* states;                                                         // [scan_chunks(p), H, P, N] float, before each chunk
+  void* states;                                                         // [scan_chunks(p), H, P, N] before each chunk: float, bf16 in its forward
   // of the backward alone
   void* dstates;                                                        // like states, after each chunk
   void* dA_partials;  void* dbias_partials;                             // [scan_chunks(p), H] float

@@ -40,18 +40,23 @@ TZ_DEVICE int block_exclusive(int& v) {
   return total;
 }
 
+// What a sort leaves; all but the order may be null.
+struct Sorted {
+  int32_t* order = nullptr;                        // [n] the number at each place
+  int32_t* inverse = nullptr;                      // [n] the place of each number
+  int32_t* ends = nullptr;  int num_ends = 0;      // [num_ends] where the numbers of each key end; of a single pass
+  int32_t* quotients = nullptr;  int divisor = 1;  // [n] order / divisor
+};
+
 // One pass: what it reads and where it leads.
 struct SortPass {
   const int32_t* from;   // [n] the numbers as sorted so far, or null: 0, 1, ...
-  int32_t* to;           // [n]
+  Sorted to;
   int64_t n;
   unsigned tiles;
   int shift, bins;
   int32_t* counts;       // [bins, tiles], not used when there is one tile
   int32_t* totals;       // [bins]
-  int32_t* inverse;      // [n] the place of each number, or null
-  int32_t* ends;         // [num_ends] where the numbers of each key end, or null; of a single pass
-  int num_ends;
 };
 
 // The number at place i and its digit; -1 and `bins` behind the last.
@@ -134,7 +139,7 @@ template <class Keys> __global__ void __launch_bounds__(kSortThreads) sort_place
     const int all = block_exclusive(start);
     if (d < bins) {
       starts_smem[d] = lower + start + (alone ? 0 : pass.counts[static_cast<int64_t>(d) * pass.tiles + blockIdx.x]);
-      if (pass.ends && blockIdx.x == 0 && d < pass.num_ends) pass.ends[d] = lower + start + count;
+      if (pass.to.ends && blockIdx.x == 0 && d < pass.to.num_ends) pass.to.ends[d] = lower + start + count;
     }
     lower += all;
   }
@@ -144,25 +149,24 @@ template <class Keys> __global__ void __launch_bounds__(kSortThreads) sort_place
   for (int r = 0; r < kSortRounds; r++) {
     if (number[r] < 0) continue;
     const int place = starts_smem[digit[r]] + warps_smem[warp * bins + digit[r]] + rank[r];
-    pass.to[place] = number[r];
-    if (pass.inverse) pass.inverse[number[r]] = place;
+    pass.to.order[place] = number[r];
+    if (pass.to.inverse) pass.to.inverse[number[r]] = place;
+    if (pass.to.quotients) pass.to.quotients[place] = number[r] / pass.to.divisor;
   }
 }
 
-// order [n]: the number at each place; keys(i) lies in [0, limit). inverse and ends may be null; ends only where there is one pass.
-template <class Keys>
-cudaError_t radix_sort(const Keys& keys, int64_t n, int64_t limit, int32_t* order, int32_t* inverse, int32_t* ends, int num_ends, int32_t* scratch,
-                       cudaStream_t stream) {
+// keys(i) of the numbers i < n lies in [0, limit); scratch [sort_scratch(n, limit)].
+template <class Keys> cudaError_t radix_sort(const Keys& keys, int64_t n, int64_t limit, const Sorted& sorted, int32_t* scratch, cudaStream_t stream) {
   const SortPlan plan = sort_plan(n, limit);
   int32_t* const other = scratch + (plan.tiles + 1) * plan.bins;
   for (int i = 0; i < plan.passes; i++) {
-    const bool last = i == plan.passes - 1;
+    const bool to_order = (plan.passes - i) % 2;  // the last one does
     SortPass pass{};
-    pass.from = i == 0 ? nullptr : (plan.passes - i) % 2 ? other : order;
-    pass.to = (plan.passes - i) % 2 ? order : other;
+    pass.from = i == 0 ? nullptr : to_order ? other : sorted.order;
+    pass.to.order = to_order ? sorted.order : other;
+    if (i == plan.passes - 1) pass.to = sorted;
     pass.n = n, pass.tiles = static_cast<unsigned>(plan.tiles), pass.shift = i * plan.bits, pass.bins = static_cast<int>(plan.bins);
     pass.totals = scratch, pass.counts = scratch + plan.bins;
-    if (last) pass.inverse = inverse, pass.ends = ends, pass.num_ends = num_ends;
     const size_t digits = static_cast<size_t>(plan.bins) * sizeof(int);
     if (plan.tiles > 1) {
       cudaError_t error = launch(sort_count_kernel<Keys>, dim3(pass.tiles), kSortThreads, digits, stream, pass, keys);

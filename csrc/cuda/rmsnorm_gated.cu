@@ -181,8 +181,7 @@ template <class T, int kVec, int kTeam> __global__ void __launch_bounds__(thread
       float dw[kVec] = {};
       if (!first_row) load_floats(partial + c, dw);  // the thread's own: a team is the block where a group is this long
       write(c, load_vector<T, kVec>(x + c), load_vector<T, kVec>((z ? z : x) + c), load_vector<T, kVec>(dy + c), dw);
-#pragma unroll
-      for (int j = 0; j < kVec; j++) partial[c + j] = dw[j];
+      store_floats(dw, partial + c);
     }
     first_row = false;
   }
@@ -191,16 +190,12 @@ template <class T, int kVec, int kTeam> __global__ void __launch_bounds__(thread
   if constexpr (kTeams == 1) {
 #pragma unroll
     for (int i = 0; i < kHeld; i++)
-#pragma unroll
-      for (int j = 0; j < kVec; j++)
-        if ((i * kTeam + lane) * kVec < n) partial[(i * kTeam + lane) * kVec + j] = dw_rmem[i][j];
+      if ((i * kTeam + lane) * kVec < n) store_floats(dw_rmem[i], partial + (i * kTeam + lane) * kVec);
     for (int c = kHeldChannels + lane; first_row && c < n; c += kTeam) partial[c] = 0;  // no row came here
   } else {
     TZ_SHARED(float, teams_smem, kTeams * kHeldChannels);
 #pragma unroll
-    for (int i = 0; i < kHeld; i++)
-#pragma unroll
-      for (int j = 0; j < kVec; j++) teams_smem[team * kHeldChannels + (i * kTeam + lane) * kVec + j] = dw_rmem[i][j];
+    for (int i = 0; i < kHeld; i++) store_floats(dw_rmem[i], teams_smem + team * kHeldChannels + (i * kTeam + lane) * kVec);
     __syncthreads();
     for (int c = threadIdx.x; c < n; c += threads_of(kTeam)) {
       float sum = 0;

@@ -15,27 +15,24 @@ namespace terrazzo { namespace cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRows = 2;            // 4 need registers that cost more warps than the loads are worth
-constexpr int kBlocksPerSm = 6;     // at most 80 registers, without spilling
+constexpr int kRows = 2;  // 4 need registers that cost more warps than the loads are worth; so do six blocks an SM where steps differ
 constexpr int64_t kMostBlocks = 65535;  // along y or z of a grid
 
 // kVec neighbours of a vector with any stride.
 template <int kVec> TZ_DEVICE void load_strided(DType dtype, const void* base, int64_t offset, int64_t stride, bool vectors, float (&v)[kVec]) {
   if (vectors) return load_floats<kVec>(dtype, base, offset, v);
+  Element rmem[kVec];
 #pragma unroll
-  for (int j = 0; j < kVec; j++) v[j] = load_float(dtype, base, offset + j * stride);
-}
-
-TZ_DEVICE float step_size(const StateUpdateParams& p, int64_t b, int64_t h, int64_t i) {
-  float dt = load_float(p.dt_dtype, p.dt, b * p.dt_stride_b + h * p.dt_stride_h + i * p.dt_stride_p);
-  if (p.dt_bias) dt += load_float(p.param_dtype, p.dt_bias, h * p.dt_bias_stride_h + i * p.dt_bias_stride_p);
-  return p.dt_softplus ? softplus(dt) : dt;
+  for (int j = 0; j < kVec; j++) rmem[j] = load_element(dtype, base, offset + j * stride);
+#pragma unroll
+  for (int j = 0; j < kVec; j++) v[j] = to_float(dtype, rmem[j]);
 }
 
 // Grid: heads x tiles of p x rows. lanes: of a team, a power of two. S: the state's type. kPerHead: dt and A don't vary in a head;
 // vectors: B, C and A come in vectors too.
 template <class S, int kVec, bool kPerHead>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) state_update_kernel(const StateUpdateParams p, const int lanes, const bool vectors) {
+__global__ void __launch_bounds__(kThreads, kPerHead ? 6 : 5) state_update_kernel(const StateUpdateParams p, const int lanes, const bool vectors) {
+  constexpr int kSteps = kPerHead ? 1 : kRows;  // different step sizes of a thread
   const int team = threadIdx.x / lanes, lane = threadIdx.x % lanes, teams = kThreads / lanes;
   const int N = static_cast<int>(p.N), P = static_cast<int>(p.P);
   const int64_t h = blockIdx.x, g = blockIdx.x / (static_cast<unsigned>(p.H) / static_cast<unsigned>(p.G));
@@ -50,24 +47,44 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) state_update_kernel(co
     }
     S* state = static_cast<S*>(p.state) + slot * p.state_stride_s + h * p.state_stride_h + first * p.state_stride_p;
     const int64_t state_step = teams * p.state_stride_p;
-    float head_decay = 0;
-    if (kPerHead) head_decay = expf(step_size(p, b, h, 0) * load_float(p.param_dtype, p.A, h * p.A_stride_h));
-
-    float dt[kRows], dtx[kRows], out[kRows];
+    // the state's first pieces and all that stands beside it are under way before anything is waited for
+    Vector<S, kVec> state_rmem[kRows]{};
+    const auto load_state = [&](int n) {
+#pragma unroll
+      for (int r = 0; r < kRows; r++)
+        if (n < N && first + r * teams < P) state_rmem[r] = load_vector<S, kVec>(state + r * state_step + n);
+    };
+    if (kPerHead) load_state(lane * kVec);
+    Element dt_rmem[kSteps], bias_rmem[kSteps]{}, A_rmem{}, x_rmem[kRows]{}, z_rmem[kRows]{}, D_rmem[kRows]{};
+#pragma unroll
+    for (int r = 0; r < kSteps; r++) {
+      const int i = min(first + r * teams, P - 1);
+      dt_rmem[r] = load_element(p.dt_dtype, p.dt, b * p.dt_stride_b + h * p.dt_stride_h + i * p.dt_stride_p);
+      if (p.dt_bias) bias_rmem[r] = load_element(p.param_dtype, p.dt_bias, h * p.dt_bias_stride_h + i * p.dt_bias_stride_p);
+    }
+    if (kPerHead) A_rmem = load_element(p.param_dtype, p.A, h * p.A_stride_h);
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
       const int i = first + r * teams;
-      dt[r] = dtx[r] = out[r] = 0;
       if (i >= P) continue;
-      dt[r] = step_size(p, b, h, i);
-      dtx[r] = dt[r] * load_float(p.x_dtype, p.x, b * p.x_stride_b + h * p.x_stride_h + i * p.x_stride_p);
+      x_rmem[r] = load_element(p.x_dtype, p.x, b * p.x_stride_b + h * p.x_stride_h + i * p.x_stride_p);
+      if (lane == 0 && p.z) z_rmem[r] = load_element(p.x_dtype, p.z, b * p.z_stride_b + h * p.z_stride_h + i * p.z_stride_p);
+      if (lane == 0 && p.D) D_rmem[r] = load_element(p.param_dtype, p.D, h * p.D_stride_h + i * p.D_stride_p);
     }
 
-    for (int n = lane * kVec; n < N; n += lanes * kVec) {
-      Vector<S, kVec> state_rmem[kRows];
+    float dt[kSteps], dtx[kRows], out[kRows] = {};
 #pragma unroll
-      for (int r = 0; r < kRows; r++)
-        if (first + r * teams < P) state_rmem[r] = load_vector<S, kVec>(state + r * state_step + n);
+    for (int r = 0; r < kSteps; r++) {
+      dt[r] = to_float(p.dt_dtype, dt_rmem[r]);
+      if (p.dt_bias) dt[r] += to_float(p.param_dtype, bias_rmem[r]);
+      if (p.dt_softplus) dt[r] = softplus(dt[r]);
+    }
+    const float head_decay = kPerHead ? expf(dt[0] * to_float(p.param_dtype, A_rmem)) : 0;
+#pragma unroll
+    for (int r = 0; r < kRows; r++) dtx[r] = dt[r % kSteps] * to_float(p.x_dtype, x_rmem[r]);
+
+    for (int n = lane * kVec; n < N; n += lanes * kVec) {
+      if (!kPerHead) load_state(n);
       float B[kVec], C[kVec];
       load_strided<kVec>(p.x_dtype, p.Bm, b * p.B_stride_b + g * p.B_stride_g + n * p.B_stride_n, p.B_stride_n, vectors, B);
       load_strided<kVec>(p.x_dtype, p.C, b * p.C_stride_b + g * p.C_stride_g + n * p.C_stride_n, p.C_stride_n, vectors, C);
@@ -80,11 +97,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) state_update_kernel(co
         if (!kPerHead) load_strided<kVec>(p.param_dtype, p.A, h * p.A_stride_h + i * p.A_stride_p + n * p.A_stride_n, p.A_stride_n, vectors, A);
 #pragma unroll
         for (int j = 0; j < kVec; j++) {
-          v[j] = (kPerHead ? head_decay : expf(dt[r] * A[j])) * v[j] + dtx[r] * B[j];
+          v[j] = (kPerHead ? head_decay : expf(dt[r % kSteps] * A[j])) * v[j] + dtx[r] * B[j];
           out[r] += v[j] * C[j];
         }
         store_vector(to_vector<S>(v), state + r * state_step + n);
       }
+      if (kPerHead) load_state(n + lanes * kVec);
     }
 
     // the sums over n, skip, gate
@@ -93,10 +111,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) state_update_kernel(co
       const int i = first + r * teams;
       float y = warp_sum(out[r], lanes);
       if (lane > 0 || i >= P) continue;
-      if (p.D)
-        y += load_float(p.x_dtype, p.x, b * p.x_stride_b + h * p.x_stride_h + i * p.x_stride_p) *
-             load_float(p.param_dtype, p.D, h * p.D_stride_h + i * p.D_stride_p);
-      if (p.z) y *= silu(load_float(p.x_dtype, p.z, b * p.z_stride_b + h * p.z_stride_h + i * p.z_stride_p));
+      if (p.D) y += to_float(p.x_dtype, x_rmem[r]) * to_float(p.param_dtype, D_rmem[r]);
+      if (p.z) y *= silu(to_float(p.x_dtype, z_rmem[r]));
       store_float(y, p.x_dtype, p.out, (b * p.H + h) * P + i);
     }
   }

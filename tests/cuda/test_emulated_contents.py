@@ -23,6 +23,14 @@ def test_offsets_and_experts_out_of_range_touch_nothing(emulator):
     assert all(torch.equal(found[0], y) for y in found[1:])
 
 
+def test_without_experts_there_is_nothing_to_run(emulator):
+    """The op itself says so: the kernels divide by the number of experts."""
+    x, none = torch.randn(5, 8), torch.empty(0, 10, 8)
+    with pytest.raises(RuntimeError, match=r"terrazzo.fused_experts: E must be positive, got 0"):
+        torch.ops.terrazzo_emulated.fused_experts_fwd(x, none, None, torch.empty(0, 8, 5), torch.rand(5, 2), torch.ones(5, 2, dtype=torch.int32), None, None, None, 1,
+                                                      False, 1.0, 1.0, False)
+
+
 @orders
 def test_ids_and_ends_that_mean_nothing_stay_in_bounds(emulator, order):
     """On a GPU nobody looks at what integers hold before the kernels do: any result, but inside the tensors (TERRAZZO_EMULATOR=sanitize sees that)."""

@@ -156,6 +156,19 @@ def test_info(capsys):
     assert "sm_80, sm_90a, sm_100a, PTX of compute_100" in capsys.readouterr().out
 
 
+def test_info_names_the_gpus(monkeypatch, capsys):
+    gpu(monkeypatch, (9, 0))
+    capabilities = [(9, 0), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["cuda kernels"]
+    assert facts["gpus"][0] == {"name": "GPU 0", "capability": "sm_90", "why not": None}
+    said = cli._cuda_words(facts)
+    assert "; GPU 0, sm_90: can run them; GPU 1, sm_75: this build of terrazzo has CUDA kernels for sm_80" in said
+
+
 def test_why(capsys):
     cli._why(SimpleNamespace(op="rmsnorm_gated", shape="4,64", set=[], dtype="bf16", device="cuda", backend=None))
     said = capsys.readouterr().out

@@ -1,7 +1,10 @@
 """nvcc compiles every CUDA kernel for every target without a warning, and nothing is spilled. No GPU is needed."""
+import re
+
 import pytest
 
-from tools import emulator, nvcc
+from tools import cuda_report, emulator, nvcc
+from tools.ptx_cases import shapes_of_launches
 
 archs = pytest.mark.parametrize("arch", nvcc.ARCHS)
 
@@ -30,9 +33,33 @@ def test_wrappers_become_their_instructions(arch):
     assert all(found[name] for name in nvcc.INSTRUCTIONS), found
 
 
-def test_resources_are_those_in_the_readme():
-    """After a change: python tests/tools/nvcc.py table."""
+def test_every_kernel_has_its_floor():
+    """A row of csrc/cuda/README.md: bytes, flops, tiling, trade. `name_{a,b}` are two."""
+    def spelt(name):
+        head, brace, rest = name.partition("{")
+        inner, _, tail = rest.partition("}")
+        return [head + part + tail for part in inner.split(",")] if brace else [name]
+
+    rows = re.findall(r"^\| (`.*?) \|", (nvcc.ROOT / "csrc/cuda/README.md").read_text(), re.MULTILINE)
+    named = {name for row in rows for quoted in re.findall(r"`([^`]+)`", row) for name in spelt(quoted)}
+    folder = nvcc.ROOT / "csrc/cuda"
+    defined = {name for path in folder.glob("*.cu*") for name in re.findall(r"(\w+)_kernel\(const", path.read_text())}
+    assert len(defined) > 50 and defined <= named
+
+
+def test_resources_are_those_in_the_docs(emulator):
+    """After a change: make resources."""
     made(nvcc.build)
-    if f"nvcc {nvcc.version()}:" not in nvcc.written():
+    if f"nvcc {nvcc.version()}:" not in cuda_report.written("resources"):
         pytest.skip(f"the table is not of nvcc {nvcc.version()}")
-    assert nvcc.table() == nvcc.written()
+    assert cuda_report.resources(shapes_of_launches(emulator)) == cuda_report.written("resources")
+
+
+@pytest.mark.parametrize(
+    "arch, registers, shared, threads, warps",
+    [("sm_80", 32, 0, 256, 64), ("sm_80", 128, 0, 256, 16), ("sm_80", 129, 0, 128, 12), ("sm_80", 168, 0, 128, 12), ("sm_80", 32, 55296, 128, 8),
+     ("sm_90a", 32, 55296, 128, 16), ("sm_90a", 16, 0, 32, 32), ("sm_100a", 255, 0, 512, 0), ("sm_90a", 40, 99 * 1024, 1024, 32)],
+)  # fmt: skip
+def test_occupancy(arch, registers, shared, threads, warps):
+    """As NVIDIA's occupancy calculator has it."""
+    assert cuda_report.resident_warps(arch, registers, shared, threads) == warps

@@ -3,61 +3,20 @@
 The emulator runs g++'s compilation of the same sources, without their inline PTX. Here the compiled kernels run, with the instructions
 that are written by hand, and races, uninitialised shared memory and accesses out of bounds or misaligned are found in them.
 """
-import functools
 import re
 
+import numpy as np
 import pytest
 import terrazzo
 import torch
-from terrazzo import cases
+from terrazzo import cases_moe
+from terrazzo.cases import Case
 
 from test_ops import DTYPES, assert_matches
 from tools import nvcc
-from tools.emulated_cases import CASES, check_blocks_of_entropies, check_sparse_gradient
-from tools.emulated_ptx import entries_of, noting, running_ptx
-from tools.ptx_interpreter import PTXError
-
-# Small cases that together launch every entry, in every dtype.
-CHOSEN = {
-    "causal_conv1d_fn": "packed_states packed_states_channel_first edges edges_channel_first odd_channels_sliced odd_channels_first_sliced length_1 "
-                        "length_2_channel_first states_channel_first fp32_weight",
-    "causal_conv1d_varlen_fn": "odd_channels edges",
-    "causal_conv1d_varlen_states": "mixed aligned",
-    "causal_conv1d_update": "hf_layout channel_last_state width_2 width_3 odd_channels circular_several slots fp32_state_channel_last more_than_the_ring",
-    "mamba_chunk_scan_combined": "packed_states gated_states varlen split_group several_odd_tiles dt_limit",
-    "selective_state_update": "gated slots odd_sizes mamba1 not_expanded odd_not_expanded long_rows_not_expanded bf16_state_aligned "
-                              "bf16_state_odd bf16_state_not_expanded bf16_state_odd_not_expanded fp16_state_aligned fp16_state_odd fp16_state_not_expanded "
-                              "fp16_state_odd_not_expanded",
-    "rmsnorm_gated": "groups_norm_first odd_width strided_rows a_warp 128_threads 512_threads scalar_warp wide read_again",
-    "grouped_mm": "bias_transposed_rows_behind strided long_sums long_sums_transposed large_tiles large_tiles_transposed converted_weights",
-    "gmm": "trans_a trans_a_aligned",
-    "linear": "gelu transposed_aligned",
-    "moe_route": "dbrx deepseek_v3 norm_3 more_scores_than_shared_memory",
-    "moe_permute": "sentinels several_tiles two_passes",
-    "moe_unpermute": "plain odd_sizes fp32_weights long_rows",
-    "fused_experts": "gpt_oss interleaved sentinels odd_sizes separate_bias no_gate dbrx large_tiles large_tiles_gpt_oss sorted_by_several_blocks",
-    "patch_reduce": "amax mean ties_amin_odd_width ragged_mean aligned_mean wide far_apart_amin",
-    "patch_cross_attention": "patches_window_ragged_masked bytes_window_ragged_masked patches_packed bytes_two_a_patch patches_128_channels bytes_256_channels",
-    "local_attention": "packed_grouped_masked strided_scale 96_of_128_channels 256_channels",
-    "entropy_patch": "top valid odd_sizes masked 32_lanes_scalar several_blocks a_block_for_a_row",
-    "patch_lengths_from_entropies": "max_length packed_top tiles_packed_max_length tiles_packed_top",
-    "patch_lengths_from_tokens": "space_packed tiles_space",
-    "patch_ids_from_lengths": "zeros tiles",
-    "byte_hash_ids": "functions",
-    "byte_hash_embedding": "packed functions wide aligned_mixed odd_sizes many",
-}
-BY_NAME = {str(case): case for case in CASES}
-CASES_RUN = [BY_NAME[f"{op}-{name}"] for op, names in CHOSEN.items() for name in names.split()]
-RUNS = [(case, dtype) for case in CASES_RUN for dtype in (("fp32", "bf16", "fp16") if any(
-    isinstance(v, torch.Tensor) and v.is_floating_point() for v in case.make(torch.float32).values()) else ("fp32",))]
-FURTHER = {"sparse_gradient": check_sparse_gradient}
-FURTHER |= {f"patcher_{dtype}": functools.partial(check_blocks_of_entropies, DTYPES[dtype], threshold=0.9) for dtype in ("fp32", "bf16", "fp16")}
-
-
-def run(case, dtype):
-    kwargs = case.make(dtype)
-    return kwargs, cases.run(case, kwargs, "cuda", gradients=bool(case.grads))
-
+from tools.emulated_ptx import entries_of, running_ptx
+from tools.ptx_cases import BY_NAME, FURTHER, MODEL_LIKE, RUNS, run, shapes_of_launches
+from tools.ptx_interpreter import PTXError, Traffic
 
 @pytest.mark.parametrize("case, dtype", RUNS, ids=str)
 def test_compiled(emulator, case, dtype):
@@ -77,12 +36,7 @@ def test_compiled_further(emulator, name):
 
 def test_every_entry_is_launched(emulator):
     """A new kernel, or a new instantiation, needs a case above. The fibers run them here: the launches are the same."""
-    with noting(emulator) as launched:
-        for case, dtype in RUNS:
-            run(case, DTYPES[dtype])
-        for check in FURTHER.values():
-            check()
-    missing = {entry for source in nvcc.SOURCES for entry in entries_of(source)} - set(launched)
+    missing = {entry for source in nvcc.SOURCES for entry in entries_of(source)} - set(shapes_of_launches(emulator))
     assert not sorted(f"{entry.source} {entry.name}" for entry in missing)
 
 
@@ -131,3 +85,71 @@ def test_memory_of_nobody_is_out_of_bounds(emulator):
     kwargs = BY_NAME["rmsnorm_gated-one_row"].make(torch.float32)
     with pytest.raises(PTXError, match=r"rmsnorm_gated_fwd_kernel.*global memory out of bounds.*\(common.cuh:\d+\)"), running_ptx(emulator):
         terrazzo.rmsnorm_gated(**kwargs, backend="cuda")
+
+
+# ---- what accesses cost
+
+LANES = np.arange(32)
+
+
+@pytest.mark.parametrize(
+    "addresses, nbytes, steps, conflicts",
+    [
+        (4 * LANES, 4, 1, 0),
+        (0 * LANES, 4, 1, 0),                                # one word for all
+        (128 * LANES, 4, 32, 31),                            # all in one bank
+        (8 * LANES, 4, 2, 1),
+        (2 * LANES, 2, 1, 0),
+        (8 * LANES, 8, 2, 0),                                # half a warp at a time
+        (16 * LANES, 16, 4, 0),
+        (80 * LANES, 16, 4, 0),                              # the rows of a tile: pitches of 80 bytes, and of 64
+        (64 * LANES, 16, 16, 12),
+    ],
+)  # fmt: skip
+def test_bank_conflicts(addresses, nbytes, steps, conflicts):
+    traffic = Traffic()
+    traffic.note("shared", LANES, addresses.astype(np.uint64), nbytes)
+    assert (traffic.steps, traffic.conflicts) == (steps, conflicts)
+
+
+@pytest.mark.parametrize(
+    "addresses, nbytes, filled",
+    [
+        (4 * LANES, 4, 1.0), (16 * LANES, 16, 1.0), (8 * LANES, 4, 0.5), (128 * LANES, 4, 1 / 8), (128 * LANES, 16, 0.5), (4 * LANES + 16, 4, 0.8),
+        (4 * (LANES // 2), 4, 1.0), (0 * LANES, 4, None),
+    ],
+)  # fmt: skip
+def test_sectors(addresses, nbytes, filled):
+    traffic = Traffic()
+    traffic.note("global", np.concatenate([LANES, LANES + 32]), np.concatenate([addresses, addresses]).astype(np.uint64) + np.uint64(1 << 40), nbytes)
+    assert traffic.filled == (None if filled is None else pytest.approx(filled))
+
+
+def test_products_meet_no_banks(emulator):
+    """Copies into the ring and ldmatrix out of it are free of conflicts: what is left are the results, on their way out through shared memory."""
+    traffic = {}
+    with running_ptx(emulator, traffic):
+        run(Case("grouped_mm", "long", cases_moe.grouped(sizes=(128,), K=1024, N=256)), torch.bfloat16)
+    assert traffic["grouped_gemm_kernel"].conflict_share < 0.1
+
+
+WHOLE_SECTORS = {
+    "causal_conv1d_fn-channel_last": "causal_conv1d_fwd_channel_last_kernel causal_conv1d_bwd_channel_last_kernel",
+    "causal_conv1d_fn-channel_first": "causal_conv1d_fwd_channel_first_kernel",
+    "causal_conv1d_update-channel_last_state": "causal_conv1d_update_one_kernel",
+    "causal_conv1d_varlen_states-aligned": "causal_conv1d_varlen_states_kernel",
+    "selective_state_update-fp32_state": "state_update_kernel",
+    "selective_state_update-bf16_state": "state_update_kernel",
+    "rmsnorm_gated-wide": "rmsnorm_gated_fwd_kernel rmsnorm_gated_bwd_kernel",
+    "moe_unpermute-rows": "moe_unpermute_fwd_kernel moe_unpermute_bwd_kernel",
+    "patch_reduce-rows": "patch_reduce_fwd_kernel patch_reduce_bwd_kernel",
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_SECTORS)
+def test_sectors_are_wanted_whole(emulator, name):
+    """Kernels that bandwidth limits: nothing is fetched for a part of it, bar edges and weights."""
+    traffic, (case,) = {}, [case for case in MODEL_LIKE if str(case) == name]
+    with running_ptx(emulator, traffic):
+        run(case, torch.bfloat16)
+    assert {kernel: round(traffic[kernel].filled, 2) for kernel in WHOLE_SECTORS[name].split() if traffic[kernel].filled < 0.9} == {}

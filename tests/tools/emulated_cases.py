@@ -93,7 +93,8 @@ def further_cases():
         "large_tiles_gpt_oss": experts(T=80, D=40, F=72, E=2, layout="interleaved", activation="swiglu_oai", bias=True, limit=1.5),
         "large_tiles_separate_bias": experts(T=80, D=40, F=72, E=2, layout="separate", bias=True),
         "large_tiles_no_gate": experts(T=80, D=40, F=136, E=2, layout="no_gate", bias=True),
-        "sorted_by_several_blocks": experts(T=520, D=8, F=8, E=40),
+        "sorted_by_several_blocks": experts(T=1030, D=8, F=8, E=40),
+        "sorted_in_two_passes": experts(T=9, D=8, F=8, E=1024),
         "converted_weights": experts(D=32, F=40, weight_dtype=torch.bfloat16),
         "gate_and_up_not_alike": unlike(experts(layout="separate")),
     }

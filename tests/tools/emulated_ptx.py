@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import nvcc
-from .ptx_interpreter import launch
+from .ptx_interpreter import Traffic, launch
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Entry:
         return found and found[1]
 
 
-def _demangled(names):
+def demangled(names):
     said = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     return said.splitlines()
 
@@ -44,7 +44,7 @@ def _demangled(names):
 def entries_of(source):
     """{Entry: its name in the PTX} of a file of csrc/cuda."""
     mangled = re.findall(r"\.entry ([\w$]+)", nvcc.ptx(source))
-    return {Entry(source.name, name): entry for name, entry in zip(_demangled(mangled), mangled)}
+    return {Entry(source.name, name): entry for name, entry in zip(demangled(mangled), mangled)}
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def _functions(library):
             base = int(fields[1], 16)
         elif file.endswith(".cu") and "_kernel" in name:
             symbols[int(fields[1], 16)] = file, name
-    names = _demangled([name for _, name in symbols.values()])
+    names = demangled([name for _, name in symbols.values()])
     return {address: Entry(file, name) for (address, (file, _)), name in zip(symbols.items(), names)}, base
 
 
@@ -110,22 +110,29 @@ def _asked(emulator, answer):
 
 @contextmanager
 def noting(emulator):
-    """Gives a list that the Entry of every launch is appended to; the fibers run it."""
-    launched = []
-    with _asked(emulator, lambda entry, _: launched.append(entry) or RUN_HERE):
-        yield launched
+    """Gives {Entry: {(threads of a block, bytes of dynamic shared memory), …}} of every launch; the fibers run it."""
+    shapes = {}
+
+    def note(entry, it):
+        shapes.setdefault(entry, set()).add((it.block[0] * it.block[1] * it.block[2], it.dynamic_shared))
+        return RUN_HERE
+
+    with _asked(emulator, note):
+        yield shapes
 
 
 @contextmanager
-def running_ptx(emulator):
-    """The same, but the PTX runs. A kernel may touch the tensors that are made inside, and no others."""
+def running_ptx(emulator, traffic=None):
+    """Gives a list of the Entry of every launch, whose PTX runs. A kernel may touch the tensors that are made inside, and no others.
+    traffic: {kernel: Traffic}, what each one's accesses cost is counted there."""
     functions, launched = emulator.functions, []
 
     def run(entry, it):
         source = nvcc.ROOT / "csrc/cuda" / entry.source
         values = [ctypes.string_at(v.data, v.bytes) for v in it.values[:it.count]]
         launched.append(entry)
-        launch(nvcc.ptx(source), entries_of(source)[entry], tuple(it.grid), tuple(it.block), values, it.dynamic_shared, regions=_tensors(functions))
+        launch(nvcc.ptx(source), entries_of(source)[entry], tuple(it.grid), tuple(it.block), values, it.dynamic_shared, regions=_tensors(functions),
+               traffic=None if traffic is None else traffic.setdefault(entry.kernel, Traffic()))
         return RAN
 
     functions.emulator_record_allocations(1)

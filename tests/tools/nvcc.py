@@ -1,7 +1,6 @@
 """Builds the package with its CUDA kernels for GPUs that aren't there, and reads what became of each kernel.
 
-    python tests/tools/nvcc.py build    # into build/cuda/lib, and says what that took
-    python tests/tools/nvcc.py table    # the same, and writes the table of resources in csrc/cuda/README.md anew
+    python tests/tools/nvcc.py    # into build/cuda/lib, and says what that took
 
 setup.py does the compiling, once for the package and for these tests; the objects of the CPU kernels are those of the package in place.
 """
@@ -25,19 +24,17 @@ except ImportError:  # run as a script
 ROOT = emulator.ROOT
 BUILD = ROOT / "build/nvcc"
 LIBRARY = ROOT / "build/cuda/lib"  # to be put on PYTHONPATH
-README = ROOT / "csrc/cuda/README.md"
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHS = ("sm_80", "sm_90a", "sm_100a")  # setup.py's own choice
 FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", f"-I{ROOT / 'csrc'}"]
 INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS")  # mma.sync, ldmatrix, cp.async
-BEGIN, END = "<!-- resources -->", "<!-- end of resources -->"
 
 
 @dataclass(frozen=True)
 class Kernel:
     """One instantiation: what `cuobjdump -res-usage` says. stack holds what was spilled, and arrays that did not fit registers."""
 
-    name: str
+    mangled: str
     registers: int
     stack: int
     shared: int
@@ -121,16 +118,7 @@ def kernels(binary, arch):
     """Every kernel for an architecture in a cubin or an object."""
     said = subprocess.run([tool("cuobjdump"), "-res-usage", "-arch", arch, binary], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
-    return [Kernel(_plain(name), int(reg), int(stack) + int(local), int(shared)) for name, reg, stack, shared, local in found]
-
-
-def _plain(mangled):
-    """The last identifier of a mangled name: _ZN8terrazzo4cuda15some_kernelIfE… -> some_kernel."""
-    name, rest = "", mangled.removeprefix("_ZN").removeprefix("_Z")
-    while length := re.match(r"\d+", rest):
-        begin, end = length.end(), length.end() + int(length[0])
-        name, rest = rest[begin:end], rest[end:]
-    return name
+    return [Kernel(name, int(reg), int(stack) + int(local), int(shared)) for name, reg, stack, shared, local in found]
 
 
 def instructions(cubin):
@@ -138,37 +126,15 @@ def instructions(cubin):
     return Counter(name for name in re.findall(r"\b[A-Z]{4,6}\b", sass) if name in INSTRUCTIONS)
 
 
-def table():
-    """The rows of README.md: of each kernel the largest instantiation."""
-    rows = ["| kernel | instantiations | registers " + " / ".join(ARCHS) + " | static shared memory, bytes |", "|---|---|---|---|"]
-    for source in SOURCES:
-        found = {arch: kernels(built(source), arch) for arch in ARCHS}
-        for name in sorted({kernel.name for kernel in found[ARCHS[0]]}):
-            same = {arch: [k for k in found[arch] if k.name == name] for arch in ARCHS}
-            registers = " / ".join(f"{min(k.registers for k in ks)}–{max(k.registers for k in ks)}" for ks in same.values())
-            rows.append(f"| `{name}` | {len(same[ARCHS[0]])} | {registers} | {max(k.shared for ks in same.values() for k in ks)} |")
-    return f"nvcc {version()}:\n\n" + "\n".join(rows)
-
-
-def written():
-    return README.read_text().partition(BEGIN)[2].partition(END)[0].strip()
-
-
-def main(what):
+def main():
     build()
     times, extension = seconds(), LIBRARY / "terrazzo/_C.abi3.so"
     slowest = ", ".join(f"{name} {took:.0f} s" for name, took in sorted(times.items(), key=lambda item: -item[1])[:3])
     print(f"{extension.relative_to(ROOT)}: {extension.stat().st_size / 1e6:.1f} MB; nvcc took {sum(times.values()):.0f} s for {len(times)} files ({slowest})")
-    if what == "table":
-        text = README.read_text()
-        head, _, rest = text.partition(BEGIN)
-        README.write_text(f"{head}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in (["build"], ["table"]):
-        sys.exit(__doc__)
     try:
-        main(sys.argv[1])
+        main()
     except emulator.CannotBuild as error:
         sys.exit(str(error))

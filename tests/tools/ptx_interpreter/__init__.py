@@ -11,12 +11,13 @@ and between blocks in global memory, barriers and warp instructions that some th
 
 Read in this order: numbers.py (types), parser.py (text -> Kernel), program.py (Kernel -> Steps; registry of instructions),
 machine.py (threads, divergence, barriers), memory.py (memory spaces and their checks), then the instructions: control.py,
-moves.py, arithmetic.py, bits.py, memory_access.py, warps.py; launch.py is the front.
+moves.py, arithmetic.py, bits.py, memory_access.py, warps.py; launch.py is the front. traffic.py counts bank conflicts and sectors.
 
 Beyond it: races between lanes of one warp, the order of float additions inside the tensor cores, timing, and everything
 newer than sm_80 (wgmma, TMA, mbarrier, clusters).
 """
 from .launch import launch, running_ptx
 from .parser import PTXError
+from .traffic import Traffic
 
-__all__ = ["PTXError", "launch", "running_ptx"]
+__all__ = ["PTXError", "Traffic", "launch", "running_ptx"]

@@ -13,6 +13,7 @@ from .machine import Wave
 from .memory import GlobalMemory
 from .parser import PTXError, parse
 from .program import Program
+from .traffic import Traffic
 
 WAVE_THREADS = 1024  # blocks run side by side up to this many threads: wide enough for numpy, and the registers stay in the cache
 
@@ -26,6 +27,11 @@ class Launch:
     parameters: np.ndarray
     memory: GlobalMemory
     dynamic_shared: int
+    traffic: Traffic | None = None
+
+    def note(self, *access):
+        if self.traffic is not None:
+            self.traffic.note(*access)
 
     @property
     def threads(self):
@@ -37,15 +43,15 @@ def program_of(ptx, name):
     return Program(parse(ptx, name))
 
 
-def launch(ptx, name, grid, block, arguments, dynamic_shared=0, touched=(), regions=()):
+def launch(ptx, name, grid, block, arguments, dynamic_shared=0, touched=(), regions=(), traffic=None):
     """Runs a kernel. Arguments: tensors, numbers, or bytes for structs; the kernel may touch the tensors' storages, those
-    of the tensors in `touched`, and `regions`: (address, bytes). Returns the number of instructions, each counted once for all
-    threads that run it together.
+    of the tensors in `touched`, and `regions`: (address, bytes). A Traffic counts its accesses. Returns the number of instructions, each
+    counted once for all threads that run it together.
     """
     program = program_of(ptx, name)
     regions = [_region(t) for t in (*arguments, *touched) if isinstance(t, torch.Tensor)] + program.regions + list(regions)
     grid, block = ((*sizes, 1, 1)[:3] for sizes in (grid, block))
-    running = Launch(grid, block, _pack(program, arguments), GlobalMemory(regions), dynamic_shared)
+    running = Launch(grid, block, _pack(program, arguments), GlobalMemory(regions), dynamic_shared, traffic)
     blocks = grid[0] * grid[1] * grid[2]
     together = max(1, WAVE_THREADS // (-(-running.threads // 32) * 32))
     return sum(Wave(program, running, first, min(together, blocks - first)).run() for first in range(0, blocks, together))

@@ -33,6 +33,7 @@ def load(wave, space, columns, addresses, nbytes, unwritten_too=False):
         return found
     word = min(nbytes, 8)
     words = nbytes // word
+    wave.launch.note(space, columns, addresses, nbytes)
     if space == "shared":
         wave.shared.check(addresses, nbytes)
         return wave.shared.load(addresses, wave.block[columns], wave.warp[columns], word, words, unwritten_too)
@@ -54,6 +55,7 @@ def store(wave, space, columns, addresses, data, nbytes):
         return
     word = min(nbytes, 8)
     words = nbytes // word
+    wave.launch.note(space, columns, addresses, nbytes)
     if space == "shared":
         wave.shared.check(addresses, nbytes)
         wave.shared.store(addresses, wave.block[columns], wave.warp[columns], data, word, words)
