@@ -39,6 +39,7 @@ BWD = configs.Table(  # for both passes
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, itemsize=2, up_to={"P": 128}),  # half of it spills in 4 warps
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, arch=("sm9", "sm12", "gfx"), up_to={"P": 64}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1, itemsize=2),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 )
 BLOCK_IDS, BLOCK_BEFORE = 64, 1024
