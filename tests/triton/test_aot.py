@@ -1,4 +1,5 @@
-"""What `make aot` gates, on the part of it that is quick: bfloat16, each kernel at a size or two, the rows that the tables pick."""
+"""What `make aot` gates, on the part of it that is quick: bfloat16, each kernel at a size or two, the rows that the tables pick; matrix products
+for every target, the rest for three."""
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,8 @@ from tools import triton_aot
 from tools.triton_launches import LAUNCHES
 
 OPS = [op for op in LAUNCHES if triton_aot.has_triton(op)]
+MATRIX = ("mamba_chunk_scan_combined", "grouped_mm", "fused_experts", "local_attention", "patch_cross_attention")
+COMPILED = [(op, arch) for op in OPS for arch in ("sm80", "sm90", "gfx942")] + [(op, arch) for op in MATRIX for arch in ("sm100", "gfx950")]
 KERNEL = triton_aot.Kernel("op", "kernel", "bf16", "gfx942", "BLOCK_M=16", "a call", "", 100, 0, 64 * 1024, {"MFMA": 4}, True, (), 1.0)
 
 
@@ -22,8 +25,7 @@ def test_every_triton_op_has_calls():
 
 
 @pytest.mark.unpoisoned  # gigabytes that nobody touches
-@pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op, arch", COMPILED)
 def test_compiles_within_the_device(op, arch):
     found = triton_aot.examine(op, "bf16", arch, triton_aot.quick_calls(op), every_row=False)
     assert not found.errors and found.kernels
