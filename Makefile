@@ -69,7 +69,7 @@ test-install: $(BIN)/.ready
 	    PYTHONPATH=lib:$$($(abspath $(BIN))/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])") \
 	    $(abspath $(BIN))/python -S $(CURDIR)/tests/without_extension.py
 
-# Minutes; what Triton has compiled before comes from its cache.
+# An hour or two; what was compiled before comes from Triton's cache, so an interrupted run goes on where it was.
 aot: build
 	PYTHONPATH=tests $(BIN)/python -m tools.triton_aot --write docs/triton_kernels.md
 

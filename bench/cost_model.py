@@ -183,7 +183,13 @@ def _backward_alone(forward, both):
 
 
 SOME_H100 = Gpu("H100, variant not said, taken as SXM", H100.tflops, H100.tbs)
+# tokens a second of one scan, turned into microseconds
+SCAN_SIZE, SCAN_WORK = "4096 tokens, 128 heads of 64, state 128; dtype not said, taken as bfloat16", chunk_scan.work(4096, 128, 64, 128, BF16)
 PUBLISHED = (
+    Published("mamba_ssm's scan in vLLM, five kernels", SOME_H100, SCAN_SIZE, 4096 / 12.06409, SCAN_WORK, "vllm-project/vllm #27299"),
+    Published("the same fused into one kernel", SOME_H100, SCAN_SIZE, 4096 / 20.90137, SCAN_WORK, "vllm-project/vllm #27299"),
+    *(Published("mamba_ssm's state update in vLLM, tuned", H100, f"batch {batch}, 128 heads of 64, state 128 in float16, 8 groups", us,
+                state_update.work(batch, 128, 64, 128, BF16), "vllm-project/vllm #43083") for batch, us in ((1, 3.62), (32, 55.48))),
     Published("torch grouped_mm", H100, "16 experts, 8192 rows, 5120 x 8192", 1310,
               grouped_gemm.work(16, 8192, 5120, 8192, BF16), "pytorch/ao #2490"),
     Published("torch grouped_mm", H100, "16 experts, 8192 rows, 8192 x 5120", 1260,
@@ -215,8 +221,8 @@ Mode `bwd` is forward and backward together, a training step of the op. Launches
 PUBLISHED_HEAD = """
 ## What others publish
 
-Times of other implementations, bfloat16, beside the floor of the same size on the same GPU. Only measurements that state GPU, size
-and dtype are listed: an op that isn't here has none that was found.
+Times of other implementations, bfloat16, beside the floor of the same size on the same GPU, launches not counted. Only measurements that state
+GPU and size are listed, and what else had to be assumed: an op that isn't here has none that was found.
 
 | what | GPU | size | published | floor | reaches | source |
 |---|---|---|---|---|---|---|"""

@@ -91,6 +91,7 @@ def _cross_cases():
             f"{queries}_long_patches": cross(queries, ((150, 3, 90, 1),), S=4, K=2, H=2),
             f"{queries}_long_padding": cross(queries, (((70, -1), 5, 2, (90, -1), (3, 9), 4, (40, -1)), (6, (150, -1), (58, 11))), S=13, K=2, H=2),
             f"{queries}_negative_scale": cross(queries, scale=-0.4, K=2, window=2),
+            f"{queries}_wide_heads": cross(queries, K=2, H=1, P=130),
             f"{queries}_many_patches": cross(queries, ((2, 3, 1, 4) * 60, (4, 3, 2, 1) * 60), S=240, K=2),
         }.items()
 

@@ -79,7 +79,7 @@ def causal_conv1d_fwd_kernel(
             x = tl.where((reach >= k)[:, None], x, 0.0)
         if HAS_INIT:
             if k > 0:
-                offs = before.to(tl.int64) * stride_init_s + (W - 1 - k + reach) * stride_init_w
+                offs = before.to(tl.int64) * stride_init_s + (W - 1 - k + reach).to(tl.int64) * stride_init_w
                 mask = ((before >= 0) & (reach < k))[:, None] & mask_d[None, :]
                 x += tl.load(init_ptr + offs[:, None] + offs_d[None, :] * stride_init_d, mask=mask, other=0.0).to(x.dtype)
         tap = tl.load(weight_ptr + offs_d * stride_weight_d + (W - 1 - k) * stride_weight_w, mask=mask_d, other=0.0).to(tl.float32)
@@ -144,7 +144,7 @@ def causal_conv1d_bwd_kernel(
                     x = tl.where((reach >= j)[:, None], x, 0.0)
                 if HAS_INIT:
                     if j > 0:
-                        offs = before.to(tl.int64) * stride_init_s + (W - 1 - j + reach) * stride_init_w
+                        offs = before.to(tl.int64) * stride_init_s + (W - 1 - j + reach).to(tl.int64) * stride_init_w
                         mask = ((before >= 0) & (reach < j))[:, None] & mask_d[None, :]
                         x += tl.load(init_ptr + offs[:, None] + offs_d[None, :] * stride_init_d, mask=mask, other=0.0).to(x.dtype)
                 inputs = inputs + (x.to(tl.float32),)
@@ -179,7 +179,7 @@ def causal_conv1d_bwd_kernel(
                 last_reach = tl.zeros_like(l) + W
             left = end - l
             kept = (left >= 1) & (left <= W - 1) & (last_reach >= left - 1)
-            offs = s.to(tl.int64) * stride_dfinal_s + (W - 1 - left) * stride_dfinal_w
+            offs = s.to(tl.int64) * stride_dfinal_s + (W - 1 - left).to(tl.int64) * stride_dfinal_w
             dx += tl.load(dfinal_ptr + offs[:, None] + offs_d[None, :] * stride_dfinal_d, mask=kept[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
         out = dx_ptr + batch * stride_dx_b + offs_l[:, None] * stride_dx_l + offs_d[None, :] * stride_dx_d
         tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=(l < L)[:, None] & mask_d[None, :])
@@ -247,7 +247,8 @@ def causal_conv1d_fwd_states_kernel(
     state = tl.load(x_ptr + b.to(tl.int64) * stride_x_b + offs_d[:, None] * stride_x_d + offs_l[None, :] * stride_x_l,
                     mask=mask & of_run[None, :], other=0.0)
     if HAS_INIT:
-        older = tl.load(init_ptr + s.to(tl.int64) * stride_init_s + offs_d[:, None] * stride_init_d + (w + count)[None, :] * stride_init_w,
+        later = (w + count).to(tl.int64)
+        older = tl.load(init_ptr + s.to(tl.int64) * stride_init_s + offs_d[:, None] * stride_init_d + later[None, :] * stride_init_w,
                         mask=mask & (w < tl.where(initial, W - 1 - count, 0))[None, :], other=0.0)
         state += older.to(state.dtype)
     tl.store(final_ptr + (s.to(tl.int64) * D + offs_d[:, None]) * (W - 1) + w[None, :], state, mask=mask)
@@ -272,7 +273,8 @@ def causal_conv1d_bwd_states_kernel(
     sequence = s.to(tl.int64)
     dinit = tl.zeros((BLOCK_D, BLOCK_W), tl.float32)
     if HAS_DFINAL:
-        dinit += tl.load(dfinal_ptr + sequence * stride_dfinal_s + offs_d[:, None] * stride_dfinal_d + (w - count)[None, :] * stride_dfinal_w,
+        older = (w - count).to(tl.int64)
+        dinit += tl.load(dfinal_ptr + sequence * stride_dfinal_s + offs_d[:, None] * stride_dfinal_d + older[None, :] * stride_dfinal_w,
                          mask=mask & (w >= tl.where(initial, count, W))[None, :], other=0.0).to(tl.float32)
     for i in tl.static_range(W - 1):
         l = begin + i

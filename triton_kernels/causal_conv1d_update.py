@@ -48,8 +48,8 @@ def causal_conv1d_update_kernel(
             column = next_column + back
             if CIRCULAR:
                 column = tl.where(column < 0, column + state_len, column)
-            new = tl.load(x_row + back[None, :] * stride_x_l, mask=mask & (back >= 0)[None, :], other=0.0)
-            old = tl.load(state_row + column[None, :] * stride_state_w, mask=mask & (back < 0)[None, :], other=0.0).to(new.dtype)
+            new = tl.load(x_row + back[None, :].to(tl.int64) * stride_x_l, mask=mask & (back >= 0)[None, :], other=0.0)
+            old = tl.load(state_row + column[None, :].to(tl.int64) * stride_state_w, mask=mask & (back < 0)[None, :], other=0.0).to(new.dtype)
             tap = tl.load(weight_ptr + offs_d * stride_weight_d + (W - 1 - k) * stride_weight_w, mask=mask_d, other=0.0).to(tl.float32)
             acc += (new + old).to(tl.float32) * tap[:, None]
         if SILU:
@@ -63,18 +63,19 @@ def causal_conv1d_update_kernel(
         for begin in range(0, L, BLOCK_L):
             l = begin + tl.arange(0, BLOCK_L)
             mask = live[:, None] & ((l < L) & (l >= L - state_len))[None, :]
-            new = tl.load(x_row + l[None, :] * stride_x_l, mask=mask, other=0.0)
-            tl.store(state_row + ((next_column + l) % state_len)[None, :] * stride_state_w, new.to(state_ptr.dtype.element_ty), mask=mask)
+            new = tl.load(x_row + l[None, :].to(tl.int64) * stride_x_l, mask=mask, other=0.0)
+            column = ((next_column + l) % state_len).to(tl.int64)
+            tl.store(state_row + column[None, :] * stride_state_w, new.to(state_ptr.dtype.element_ty), mask=mask)
     # or the window, shifted by L
     else:
         for begin in range(0, state_len, BLOCK_S):
             w = begin + tl.arange(0, BLOCK_S)
             mask = live[:, None] & (w < state_len)[None, :]
             back = w + L - state_len
-            old = tl.load(state_row + (w + L)[None, :] * stride_state_w, mask=mask & (back < 0)[None, :], other=0.0)
-            new = tl.load(x_row + back[None, :] * stride_x_l, mask=mask & (back >= 0)[None, :], other=0.0)
+            old = tl.load(state_row + (w + L)[None, :].to(tl.int64) * stride_state_w, mask=mask & (back < 0)[None, :], other=0.0)
+            new = tl.load(x_row + back[None, :].to(tl.int64) * stride_x_l, mask=mask & (back >= 0)[None, :], other=0.0)
             tl.debug_barrier()
-            tl.store(state_row + w[None, :] * stride_state_w, old + new.to(old.dtype), mask=mask)
+            tl.store(state_row + w[None, :].to(tl.int64) * stride_state_w, old + new.to(old.dtype), mask=mask)
 
 
 @triton.jit

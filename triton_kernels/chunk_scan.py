@@ -64,7 +64,7 @@ def chunk_scan_fwd_kernel(
     x = load_tile(x_ptr + row * stride_x_b + head * stride_x_h, offs_l, stride_x_l, real, offs_p, stride_x_p, mask_p)
     y = acc * tl.exp(hi)[:, None] + weighted_dot(scores * tl.exp(between) * dt[None, :], x, True, False, PRECISION)
     if HAS_D:
-        y += tl.load(D_ptr + head * stride_D_h + offs_p * stride_D_p, mask=mask_p, other=0.0).to(tl.float32)[None, :] * x.to(tl.float32)
+        y += tl.load(D_ptr + head * stride_D_h + offs_p.to(tl.int64) * stride_D_p, mask=mask_p, other=0.0).to(tl.float32)[None, :] * x.to(tl.float32)
     if HAS_Z:
         z = load_tile(z_ptr + row * stride_z_b + head * stride_z_h, offs_l, stride_z_l, real, offs_p, stride_z_p, mask_p).to(tl.float32)
         y *= z * tl.sigmoid(z)

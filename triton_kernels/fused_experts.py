@@ -172,7 +172,8 @@ def fused_experts_bwd_gate_kernel(
         else:
             h, by_g = activation_curve(g, ACTIVATION)
         tl.store(partial_ptr + offs_m.to(tl.int64) * tiles_n + tile_n, tl.sum(tl.where(mask, dh * h, 0.0), 1), mask=mask_m)
-        weight = tl.load(weights_ptr + token.to(tl.int64) * stride_weights_t + (pair % A) * stride_weights_a, mask=mask_m, other=0.0).to(tl.float32)
+        rank = (pair % A).to(tl.int64)
+        weight = tl.load(weights_ptr + token.to(tl.int64) * stride_weights_t + rank * stride_weights_a, mask=mask_m, other=0.0).to(tl.float32)
         h_tile = h_ptr + row.to(tl.int64) * F + tl.arange(0, BLOCK_M)[:, None] * F
         tl.store(h_tile + offs_n[None, :], (h * weight[:, None]).to(h_ptr.dtype.element_ty), mask=mask)
         dh *= weight[:, None]

@@ -45,7 +45,7 @@ BWD_KEYS = configs.Table(
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1, up_to={"P": 128}),
-    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=1),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 )
 FLOOR = tl.constexpr(-1e30)  # the score of what is not seen: finite, so that differences of two stay numbers
 
@@ -66,7 +66,7 @@ def store_rows(ptr, stride_l, offs_l, mask_l, value, P: tl.constexpr, BLOCK_P: t
 
 
 @triton.jit
-def _scores(
+def scores(
     x, y, x_ptr, y_ptr, offs_x, offs_y, mask_x, mask_y, stride_x_l, stride_x_p, stride_y_l, stride_y_p,
     PRECISION: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -135,7 +135,7 @@ def _fwd_step(
     mask_n = offs_n < L
     k = load_rows(k_ptr, stride_k_l, stride_k_p, offs_n, mask_n, P, BLOCK_P).to(q.dtype)
     v = load_rows(v_ptr, stride_v_l, stride_v_p, offs_n, mask_n, P, BLOCK_P).to(q.dtype)
-    s = _scores(q, k, q_ptr, k_ptr, offs_m, offs_n, mask_m, mask_n, stride_q_l, stride_q_p, stride_k_l, stride_k_p, PRECISION, P, BLOCK_P, BLOCK_K)
+    s = scores(q, k, q_ptr, k_ptr, offs_m, offs_n, mask_m, mask_n, stride_q_l, stride_q_p, stride_k_l, stride_k_p, PRECISION, P, BLOCK_P, BLOCK_K)
     if MASKED:
         seen = (offs_n[None, :] >= low[:, None]) & (offs_n[None, :] < high[:, None])
         if HAS_KEY_MASK:
@@ -208,15 +208,15 @@ def _bwd_queries_step(
     mask_n = offs_n < L
     k = load_rows(k_ptr, stride_k_l, stride_k_p, offs_n, mask_n, P, BLOCK_P).to(q.dtype)
     v = load_rows(v_ptr, stride_v_l, stride_v_p, offs_n, mask_n, P, BLOCK_P).to(q.dtype)
-    s = _scores(q, k, q_ptr, k_ptr, offs_m, offs_n, mask_m, mask_n, stride_q_l, stride_q_p, stride_k_l, stride_k_p, PRECISION, P, BLOCK_P, BLOCK_K)
+    s = scores(q, k, q_ptr, k_ptr, offs_m, offs_n, mask_m, mask_n, stride_q_l, stride_q_p, stride_k_l, stride_k_p, PRECISION, P, BLOCK_P, BLOCK_K)
     p = tl.exp2(s * unit - lse[:, None])
     if MASKED:
         seen = (offs_n[None, :] >= low[:, None]) & (offs_n[None, :] < high[:, None])
         if HAS_KEY_MASK:
             seen &= tl.load(key_mask_ptr + offs_n.to(tl.int64) * stride_key_mask_l, mask=mask_n, other=0)[None, :] != 0
         p = tl.where(seen, p, 0.0)
-    dp = _scores(dy, v, dy_ptr, v_ptr, offs_m, offs_n, mask_m, mask_n,
-                 stride_dy_l, stride_dy_p, stride_v_l, stride_v_p, PRECISION, P, BLOCK_P, BLOCK_K)
+    dp = scores(dy, v, dy_ptr, v_ptr, offs_m, offs_n, mask_m, mask_n,
+                stride_dy_l, stride_dy_p, stride_v_l, stride_v_p, PRECISION, P, BLOCK_P, BLOCK_K)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(q.dtype), k, dq, input_precision=PRECISION)
 
@@ -283,13 +283,13 @@ def _bwd_keys_step(
     dy = load_rows(dy_ptr, stride_dy_l, stride_dy_p, offs_m, mask_m, P, BLOCK_P).to(q.dtype)
     lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf"))
     delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
-    s = _scores(k, q, k_ptr, q_ptr, offs_n, offs_m, mask_n, mask_m, stride_k_l, stride_k_p, stride_q_l, stride_q_p, PRECISION, P, BLOCK_P, BLOCK_K)
+    s = scores(k, q, k_ptr, q_ptr, offs_n, offs_m, mask_n, mask_m, stride_k_l, stride_k_p, stride_q_l, stride_q_p, PRECISION, P, BLOCK_P, BLOCK_K)
     p = tl.exp2(s * unit - lse[None, :])
     if MASKED:
         p = tl.where((offs_m[None, :] >= low[:, None]) & (offs_m[None, :] < high[:, None]), p, 0.0)
     dv = tl.dot(p.to(q.dtype), dy, dv, input_precision=PRECISION)
-    dp = _scores(v, dy, v_ptr, dy_ptr, offs_n, offs_m, mask_n, mask_m,
-                 stride_v_l, stride_v_p, stride_dy_l, stride_dy_p, PRECISION, P, BLOCK_P, BLOCK_K)
+    dp = scores(v, dy, v_ptr, dy_ptr, offs_n, offs_m, mask_n, mask_m,
+                stride_v_l, stride_v_p, stride_dy_l, stride_dy_p, PRECISION, P, BLOCK_P, BLOCK_K)
     ds = p * (dp - delta[None, :])
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
@@ -343,7 +343,7 @@ def block_P(P):
     return max(16, triton.next_power_of_2(P))
 
 
-def _block_K(q):
+def block_K(q):
     """Channels of a head in one product of scores: float32 rows of 256, and their two TF32 parts, take more registers than there are."""
     whole = block_P(q.shape[-1])
     return 64 if q.element_size() == 4 and whole > 128 else whole
@@ -379,7 +379,7 @@ def local_attention_fwd_triton(q, k, v, window, causal, scale, key_mask, cu_seql
         local_attention_fwd_kernel[(triton.cdiv(L, BLOCK_M) * H * B,)](
             q, k, v, y, lse, key_mask, bounds, L, H, H // k.shape[2], window - 1, 0 if causal else window - 1, scale * math.log2(math.e),
             *q.stride(), *k.stride(), *v.stride(), *mask_strides(key_mask), HAS_KEY_MASK=key_mask is not None, PACKED=bounds is not None,
-            PRECISION=runtime.dot_precision(q.device, q.dtype), P=P, BLOCK_M=BLOCK_M, BLOCK_P=block_P(P), BLOCK_K=_block_K(q), **options,
+            PRECISION=runtime.dot_precision(q.device, q.dtype), P=P, BLOCK_M=BLOCK_M, BLOCK_P=block_P(P), BLOCK_K=block_K(q), **options,
         )
 
     FWD.launch(q, run, P=block_P(P), masked=int(key_mask is not None))
@@ -396,7 +396,7 @@ def local_attention_bwd_triton(dy, q, k, v, y, lse, window, causal, scale, key_m
     delta = torch.empty_like(lse)
     band = (window - 1, 0 if causal else window - 1, scale * math.log2(math.e), scale)
     flags = dict(HAS_KEY_MASK=key_mask is not None, PACKED=bounds is not None, PRECISION=runtime.dot_precision(q.device, q.dtype), P=P,
-                 BLOCK_P=block_P(P), BLOCK_K=_block_K(q))
+                 BLOCK_P=block_P(P), BLOCK_K=block_K(q))
 
     def run_queries(BLOCK_M, **options):
         local_attention_bwd_queries_kernel[(triton.cdiv(L, BLOCK_M) * H * B,)](

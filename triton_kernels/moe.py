@@ -144,7 +144,8 @@ def moe_route_bwd_kernel(
     picked = tl.zeros((BLOCK_T, BLOCK_E), tl.int32)
     for a in range(A):
         expert = tl.load(indices_ptr + offs_t.to(tl.int64) * A + a, mask=mask_t, other=-1)
-        grad = tl.load(dweights_ptr + offs_t.to(tl.int64) * stride_dweights_t + a * stride_dweights_a, mask=mask_t, other=0.0).to(tl.float32)
+        rank = tl.cast(a, tl.int64)
+        grad = tl.load(dweights_ptr + offs_t.to(tl.int64) * stride_dweights_t + rank * stride_dweights_a, mask=mask_t, other=0.0).to(tl.float32)
         here = offs_e[None, :] == expert[:, None]
         dw = tl.where(here, grad[:, None], dw)
         picked = tl.where(here, 1, picked)
@@ -275,7 +276,8 @@ def moe_unpermute_fwd_kernel(
     live = 2147483647
     if HAS_OFFS:
         live = tl.load(offs_ptr + E - 1)
-    for a in range(A):
+    for i in range(A):
+        a = tl.cast(i, tl.int64)
         place = tl.load(inverse_ptr + offs_t * A + a, mask=mask_t, other=live)
         mask = place < live
         row_ptrs = rows_ptr + place[:, None].to(tl.int64) * stride_rows_m + offs_d[None, :].to(tl.int64) * stride_rows_d

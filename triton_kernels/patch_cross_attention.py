@@ -20,14 +20,17 @@ import triton
 import triton.language as tl
 
 from . import configs, runtime
-from .local_attention import FLOOR, block_P, load_rows, mask_strides, store_rows
+from .local_attention import FLOOR, block_K, block_P, load_rows, mask_strides, scores, store_rows
 
 FWD = configs.Table(
     "patch_cross_attention_fwd",
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2, arch=("sm",), itemsize=2, up_to={"bytes_ask": 0, "P": 64}),  # 16 patches
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=8, num_stages=2, arch=("sm",), itemsize=2, up_to={"bytes_ask": 0, "P": 128}),
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2, itemsize=2, up_to={"P": 128}),  # 64 bytes, 15 patches
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 64}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, arch=("sm10",), up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 )
 BWD = configs.Table(  # for both passes
     "patch_cross_attention_bwd",
@@ -35,7 +38,9 @@ BWD = configs.Table(  # for both passes
     configs.Row({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2, itemsize=2, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, itemsize=2, up_to={"P": 128}),  # half of it spills in 4 warps
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, arch=("sm9", "sm12", "gfx"), up_to={"P": 64}),
-    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1, up_to={"P": 128}),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1, itemsize=2),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 )
 BLOCK_IDS, BLOCK_BEFORE = 64, 1024
 
@@ -90,14 +95,15 @@ def _keys_of(
     k_ptr, v_ptr, ids_ptr, key_mask_ptr, start, end, S, stride_k_l, stride_k_p, stride_v_l, stride_v_p, stride_ids_l, stride_key_mask_l,
     BYTES_ASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):
-    """k and v of the rows from start on, and their patches: S, later than any query, where nobody may see the key."""
+    """k and v of the rows from start on, these rows, which of them exist, and their patches: S, later than any query, for keys hidden from all."""
     offs_n = start + tl.arange(0, BLOCK_N)
     mask_n = offs_n < end
     k = load_rows(k_ptr, stride_k_l, stride_k_p, offs_n, mask_n, P, BLOCK_P)
     v = load_rows(v_ptr, stride_v_l, stride_v_p, offs_n, mask_n, P, BLOCK_P)
+    live = mask_n
     if HAS_KEY_MASK:
-        mask_n &= tl.load(key_mask_ptr + offs_n.to(tl.int64) * stride_key_mask_l, mask=mask_n, other=0) != 0
-    return k, v, _patches(ids_ptr, stride_ids_l, offs_n, mask_n, S, S, K, not BYTES_ASK)
+        live &= tl.load(key_mask_ptr + offs_n.to(tl.int64) * stride_key_mask_l, mask=mask_n, other=0) != 0
+    return k, v, offs_n, mask_n, _patches(ids_ptr, stride_ids_l, offs_n, live, S, S, K, not BYTES_ASK)
 
 
 @triton.jit
@@ -124,7 +130,7 @@ def patch_cross_attention_fwd_kernel(
     stride_q_b, stride_q_l, stride_q_h, stride_q_p, stride_k_b, stride_k_l, stride_k_h, stride_k_p,
     stride_v_b, stride_v_l, stride_v_h, stride_v_p, stride_ids_b, stride_ids_l, stride_key_mask_b, stride_key_mask_l,
     BYTES_ASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     h, rest = (tl.program_id(0) % H).to(tl.int64), tl.program_id(0) // H
     blocks_m = tl.cdiv(Lq, BLOCK_M)
@@ -140,16 +146,18 @@ def patch_cross_attention_fwd_kernel(
     of_query = _patches(ids_ptr, stride_ids_l, offs_m, mask_m, S, -1, K, BYTES_ASK)
     first = tl.min(tl.where(of_query < 0, S, of_query), 0)
     begin, end = _rows_of(starts_ptr, tl.maximum(first - window + 1, 0), tl.max(of_query, 0) + 1, K, not BYTES_ASK)
-    q = load_rows(q_ptr + b * stride_q_b + h * stride_q_h, stride_q_l, stride_q_p, offs_m, mask_m, P, BLOCK_P)
+    q_ptr += b * stride_q_b + h * stride_q_h
+    q = load_rows(q_ptr, stride_q_l, stride_q_p, offs_m, mask_m, P, BLOCK_P)
     acc = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     top = tl.full((BLOCK_M,), FLOOR, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(begin, end, BLOCK_N):
-        k, v, of_key = _keys_of(
+        k, v, offs_n, mask_n, of_key = _keys_of(
             k_ptr, v_ptr, ids_ptr, key_mask_ptr, start, end, S, stride_k_l, stride_k_p, stride_v_l, stride_v_p, stride_ids_l, stride_key_mask_l,
             BYTES_ASK, HAS_KEY_MASK, K, P, BLOCK_N, BLOCK_P,
         )
-        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+        s = scores(q, k.to(q.dtype), q_ptr, k_ptr, offs_m, offs_n, mask_m, mask_n,
+                   stride_q_l, stride_q_p, stride_k_l, stride_k_p, PRECISION, P, BLOCK_P, BLOCK_K)
         p, factor, top, total = _softmax_step(top, total, s, _sees(of_query, of_key, window), unit)
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * factor[:, None], input_precision=PRECISION)
     y = acc / tl.where(total == 0, 1.0, total)[:, None]
@@ -163,7 +171,7 @@ def patch_cross_attention_bwd_queries_kernel(
     stride_k_b, stride_k_l, stride_k_h, stride_k_p, stride_v_b, stride_v_l, stride_v_h, stride_v_p,
     stride_ids_b, stride_ids_l, stride_key_mask_b, stride_key_mask_l,
     BYTES_ASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """dq, and stats (B, H, 3, Lq): the largest product q . k of each query, the inverse of its softmax's sum, and D."""
     h, rest = (tl.program_id(0) % H).to(tl.int64), tl.program_id(0) // H
@@ -180,19 +188,23 @@ def patch_cross_attention_bwd_queries_kernel(
     of_query = _patches(ids_ptr, stride_ids_l, offs_m, mask_m, S, -1, K, BYTES_ASK)
     first = tl.min(tl.where(of_query < 0, S, of_query), 0)
     begin, end = _rows_of(starts_ptr, tl.maximum(first - window + 1, 0), tl.max(of_query, 0) + 1, K, not BYTES_ASK)
-    q = load_rows(q_ptr + b * stride_q_b + h * stride_q_h, stride_q_l, stride_q_p, offs_m, mask_m, P, BLOCK_P)
-    dy = load_rows(dy_ptr + b * stride_dy_b + h * stride_dy_h, stride_dy_l, stride_dy_p, offs_m, mask_m, P, BLOCK_P).to(q.dtype)
+    q_ptr += b * stride_q_b + h * stride_q_h
+    q = load_rows(q_ptr, stride_q_l, stride_q_p, offs_m, mask_m, P, BLOCK_P)
+    dy_ptr += b * stride_dy_b + h * stride_dy_h
+    dy = load_rows(dy_ptr, stride_dy_l, stride_dy_p, offs_m, mask_m, P, BLOCK_P).to(q.dtype)
     # once for the softmax and D
     top = tl.full((BLOCK_M,), FLOOR, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     D = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(begin, end, BLOCK_N):
-        k, v, of_key = _keys_of(
+        k, v, offs_n, mask_n, of_key = _keys_of(
             k_ptr, v_ptr, ids_ptr, key_mask_ptr, start, end, S, stride_k_l, stride_k_p, stride_v_l, stride_v_p, stride_ids_l, stride_key_mask_l,
             BYTES_ASK, HAS_KEY_MASK, K, P, BLOCK_N, BLOCK_P,
         )
-        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
-        dp = tl.dot(dy, tl.trans(v.to(q.dtype)), input_precision=PRECISION)
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        s = scores(q, k, q_ptr, k_ptr, offs_m, offs_n, mask_m, mask_n, stride_q_l, stride_q_p, stride_k_l, stride_k_p, PRECISION, P, BLOCK_P, BLOCK_K)
+        dp = scores(dy, v, dy_ptr, v_ptr, offs_m, offs_n, mask_m, mask_n,
+                    stride_dy_l, stride_dy_p, stride_v_l, stride_v_p, PRECISION, P, BLOCK_P, BLOCK_K)
         p, factor, top, total = _softmax_step(top, total, s, _sees(of_query, of_key, window), unit)
         D = D * factor + tl.sum(p * dp, 1)
     inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
@@ -204,14 +216,16 @@ def patch_cross_attention_bwd_queries_kernel(
     # once more for dq
     dq = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     for start in range(begin, end, BLOCK_N):
-        k, v, of_key = _keys_of(
+        k, v, offs_n, mask_n, of_key = _keys_of(
             k_ptr, v_ptr, ids_ptr, key_mask_ptr, start, end, S, stride_k_l, stride_k_p, stride_v_l, stride_v_p, stride_ids_l, stride_key_mask_l,
             BYTES_ASK, HAS_KEY_MASK, K, P, BLOCK_N, BLOCK_P,
         )
-        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
-        dp = tl.dot(dy, tl.trans(v.to(q.dtype)), input_precision=PRECISION)
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        s = scores(q, k, q_ptr, k_ptr, offs_m, offs_n, mask_m, mask_n, stride_q_l, stride_q_p, stride_k_l, stride_k_p, PRECISION, P, BLOCK_P, BLOCK_K)
+        dp = scores(dy, v, dy_ptr, v_ptr, offs_m, offs_n, mask_m, mask_n,
+                    stride_dy_l, stride_dy_p, stride_v_l, stride_v_p, PRECISION, P, BLOCK_P, BLOCK_K)
         p = tl.where(_sees(of_query, of_key, window), tl.exp2((s - top[:, None]) * unit), 0.0) * inverse[:, None]
-        dq = tl.dot((p * (dp - D[:, None])).to(q.dtype), k.to(q.dtype), dq, input_precision=PRECISION)
+        dq = tl.dot((p * (dp - D[:, None])).to(q.dtype), k, dq, input_precision=PRECISION)
     store_rows(dq_ptr + (b * Lq * H + h) * P, H * P, offs_m, mask_m, dq * scale, P, BLOCK_P)
 
 
@@ -222,7 +236,7 @@ def patch_cross_attention_bwd_keys_kernel(
     stride_k_b, stride_k_l, stride_k_h, stride_k_p, stride_v_b, stride_v_l, stride_v_h, stride_v_p,
     stride_ids_b, stride_ids_l, stride_key_mask_b, stride_key_mask_l,
     BYTES_ASK: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     kv, rest = (tl.program_id(0) % Hk).to(tl.int64), tl.program_id(0) // Hk
     blocks_n = tl.cdiv(Lk, BLOCK_N)
@@ -232,9 +246,11 @@ def patch_cross_attention_bwd_keys_kernel(
         starts_ptr += b * (S + 1)
     if HAS_KEY_MASK:
         key_mask_ptr += b * stride_key_mask_b
-    k, v, of_key = _keys_of(
-        k_ptr + b * stride_k_b + kv * stride_k_h, v_ptr + b * stride_v_b + kv * stride_v_h, ids_ptr, key_mask_ptr, start_n, Lk, S,
-        stride_k_l, stride_k_p, stride_v_l, stride_v_p, stride_ids_l, stride_key_mask_l, BYTES_ASK, HAS_KEY_MASK, K, P, BLOCK_N, BLOCK_P,
+    k_ptr += b * stride_k_b + kv * stride_k_h
+    v_ptr += b * stride_v_b + kv * stride_v_h
+    k, v, offs_n, mask_n, of_key = _keys_of(
+        k_ptr, v_ptr, ids_ptr, key_mask_ptr, start_n, Lk, S, stride_k_l, stride_k_p, stride_v_l, stride_v_p, stride_ids_l, stride_key_mask_l,
+        BYTES_ASK, HAS_KEY_MASK, K, P, BLOCK_N, BLOCK_P,
     )
     k, v = k.to(q_ptr.dtype.element_ty), v.to(q_ptr.dtype.element_ty)
     last = tl.max(tl.where(of_key < S, of_key, -1), 0)
@@ -242,25 +258,27 @@ def patch_cross_attention_bwd_keys_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
     for h in range(kv * group, (kv + 1) * group):
+        q_head, dy_head = q_ptr + b * stride_q_b + h * stride_q_h, dy_ptr + b * stride_dy_b + h * stride_dy_h
         at = stats_ptr + (b * Hk * group + h) * 3 * Lq
         for start in range(begin, end, BLOCK_M):
             offs_m = start + tl.arange(0, BLOCK_M)
             mask_m = offs_m < end
-            q = load_rows(q_ptr + b * stride_q_b + h * stride_q_h, stride_q_l, stride_q_p, offs_m, mask_m, P, BLOCK_P)
-            dy = load_rows(dy_ptr + b * stride_dy_b + h * stride_dy_h, stride_dy_l, stride_dy_p, offs_m, mask_m, P, BLOCK_P).to(q.dtype)
+            q = load_rows(q_head, stride_q_l, stride_q_p, offs_m, mask_m, P, BLOCK_P)
+            dy = load_rows(dy_head, stride_dy_l, stride_dy_p, offs_m, mask_m, P, BLOCK_P).to(q.dtype)
             of_query = _patches(ids_ptr, stride_ids_l, offs_m, mask_m, S, -1, K, BYTES_ASK)
             top = tl.load(at + offs_m, mask=mask_m, other=0.0)
             inverse = tl.load(at + Lq + offs_m, mask=mask_m, other=0.0)
             D = tl.load(at + 2 * Lq + offs_m, mask=mask_m, other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
+            s = scores(q, k, q_head, k_ptr, offs_m, offs_n, mask_m, mask_n,
+                       stride_q_l, stride_q_p, stride_k_l, stride_k_p, PRECISION, P, BLOCK_P, BLOCK_K)
+            dp = scores(dy, v, dy_head, v_ptr, offs_m, offs_n, mask_m, mask_n,
+                        stride_dy_l, stride_dy_p, stride_v_l, stride_v_p, PRECISION, P, BLOCK_P, BLOCK_K)
             p = tl.where(_sees(of_query, of_key, window), tl.exp2((s - top[:, None]) * unit), 0.0) * inverse[:, None]
             dv = tl.dot(tl.trans(p.to(q.dtype)), dy, dv, input_precision=PRECISION)
             dk = tl.dot(tl.trans((p * (dp - D[:, None])).to(q.dtype)), q, dk, input_precision=PRECISION)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
     out = (b * Lk * Hk + kv) * P
-    store_rows(dk_ptr + out, Hk * P, offs_n, offs_n < Lk, dk * scale, P, BLOCK_P)
-    store_rows(dv_ptr + out, Hk * P, offs_n, offs_n < Lk, dv, P, BLOCK_P)
+    store_rows(dk_ptr + out, Hk * P, offs_n, mask_n, dk * scale, P, BLOCK_P)
+    store_rows(dv_ptr + out, Hk * P, offs_n, mask_n, dv, P, BLOCK_P)
 
 
 def _starts(patch_ids, S):
@@ -275,7 +293,7 @@ def _starts(patch_ids, S):
 def _flags(q, bytes_ask, k_per_patch, key_mask):
     P = q.shape[3]
     return dict(BYTES_ASK=bytes_ask, HAS_KEY_MASK=key_mask is not None, PRECISION=runtime.dot_precision(q.device, q.dtype), K=k_per_patch, P=P,
-                BLOCK_P=block_P(P))
+                BLOCK_P=block_P(P), BLOCK_K=block_K(q))
 
 
 def patch_cross_attention_fwd_triton(q, k, v, patch_ids, num_patches, bytes_ask, k_per_patch, scale, window, key_mask, cu_seqlens):

@@ -51,6 +51,11 @@ def is_tracing():
     return _tracing.active
 
 
+def is_capturing():
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def visible(kernel):
     """A kernel for launching: itself, or under `tracing` what stands in a graph for it."""
     return torch.library.wrap_triton(kernel) if _tracing.active else kernel

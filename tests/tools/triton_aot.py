@@ -4,7 +4,8 @@
 
 The kernels are compiled through their launchers at the sizes of real models (triton_launches.py), with every row of their tables
 of configurations that serves there. Offenders are listed and end it with 1: spilled registers; tl.dot of 16-bit numbers
-without a tensor-core instruction; more shared memory than the device has; a row that no call reaches; whatever does not compile.
+without a tensor-core instruction; more shared memory than the device has; an address from a product of 32 bits; a row that no
+call reaches; whatever does not compile.
 """
 import argparse
 import multiprocessing
@@ -20,14 +21,21 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from terrazzo.bench import cost_model
-from terrazzo.triton_kernels import configs, runtime
+from terrazzo.triton_kernels import configs, library, runtime
 
 from .triton_compile import TARGETS, compiling, resources
 from .triton_launches import LAUNCHES
+from .ttir import narrow_offsets
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORES = {"HMMA", "HGMMA", "UTCHMMA", "MFMA"}
 DOT_OF_16_BITS = re.compile(r"tt\.dot\b.*: tensor<\S*x(bf16|f16)> \* tensor<\S*x(bf16|f16)>")
+INDICES = {  # kernel -> a variable, product of two numbers, that numbers what a dimension holds
+    "chunk_scan_states_kernel": ("first",),    # chunks
+    "chunk_scan_bwd_bc_kernel": ("first",),    # heads
+    "rmsnorm_gated_fwd_kernel": ("offs_d",),   # channels
+    "rmsnorm_gated_bwd_kernel": ("offs_d",),
+}
 DOC = Path(__file__).parents[2] / "docs/triton_kernels.md"
 
 
@@ -47,6 +55,7 @@ class Kernel:
     shared: int    # bytes
     instructions: dict
     dots: bool     # tl.dot of 16-bit operands
+    narrow: tuple  # products of 32 bits that addresses come of
     seconds: float
 
     def offences(self):
@@ -59,6 +68,8 @@ class Kernel:
             found.append(f"{where}: {self.shared / 1024:.0f} KiB of shared memory, {self.arch} has {runtime.SHARED_KIB[self.arch]}")
         if self.dots and not TENSOR_CORES & set(self.instructions):
             found.append(f"{where}: tl.dot of 16-bit operands without a tensor-core instruction")
+        if self.narrow:
+            found.append(f"{where}: addresses come of products of 32 bits: {'; '.join(self.narrow)}")
         return found
 
 
@@ -143,9 +154,9 @@ def examine(op, dtype, arch, calls=None, every_row=True):
     def on_launch(launch):
         key = launch.compiled.hash
         if key not in seen:
-            dots = bool(DOT_OF_16_BITS.search(launch.compiled.asm["ttir"]))
-            seen[key] = Kernel(op, launch.kernel, dtype, arch, config_of(launch), call.name, key, dots=dots, seconds=launch.seconds,
-                               **resources(launch, arch))
+            ttir = launch.compiled.asm["ttir"]
+            seen[key] = Kernel(op, launch.kernel, dtype, arch, config_of(launch), call.name, key, dots=bool(DOT_OF_16_BITS.search(ttir)),
+                               narrow=tuple(narrow_offsets(ttir, INDICES.get(launch.kernel, ()))), seconds=launch.seconds, **resources(launch, arch))
 
     for call in LAUNCHES[op] if calls is None else calls:
         try:
@@ -206,6 +217,15 @@ is chosen while tracing, from the tables even where tuning is on; alignment is t
 count launches from within such a graph. Exported programs keep the op, as torch does with its own. The other ops stay whole: their time is in
 matrix products, sorting or attention; opening them has not been tried.
 
+## Addresses, CUDA graphs
+Offsets are int64: `make aot` also reads each kernel's IR ([tests/tools/ttir.py](../tests/tools/ttir.py)) and refuses an address that comes of a 32-bit
+product of two numbers, unless a block's size bounds one of them.
+
+Launchers wait for nothing: a test runs every one of them, backward included, on tensors without contents, where reading a number is an error
+(tests/triton/test_fake.py), so calls can be captured in a CUDA graph once a first call has compiled them. Not `gmm`, which takes sizes
+on the host; patch lengths only with `max_patches`. With tuning on, what was not tuned before the capture takes the row of the table. No graph
+has been captured so far, for want of a GPU.
+
 ## Tensor descriptors, warp specialisation
 `grouped_gemm_fwd_kernel`, which `grouped_mm`, `gmm`, `linear` and the second product of `fused_experts` share, reads large tiles on sm_90 and
 sm_100 through descriptors made on the host (TMA=True below, UTMALDG); the row with pointers beside it says what that saves. Its numerics are seen in
@@ -216,6 +236,13 @@ Warp specialisation (`tl.range(…, warp_specialize=True)`) of the same kernel i
 loop over K: 168 registers with tiles of 128 x 256 and 8 warps, 255 with 128 x 128 and 4). For sm_90 it changes nothing with 8 warps, and with 4
 its pass breaks off ("Other parent ops are not supported"). No interpreter at hand runs the hand-over between warps: nothing would have checked it.
 """
+CONFIGURATIONS = """
+## Configurations
+Tile sizes come from these tables, read top down: the first row whose conditions hold for the device, the size of an element and the sizes of
+the call. `TERRAZZO_TRITON_AUTOTUNE=1` times a table's rows for the device and the element instead, once for each new size; nothing else is ever timed.
+
+| table | where | tiles | warps | stages |
+|---|---|---|---|---|"""
 LIMITS = "Shared memory of a block, KiB: {limits}."
 
 
@@ -228,6 +255,26 @@ def _cell(kernels):
     return " · ".join([f"{registers}" + (f" (spills {spills})" if spills else ""), f"{shared / 1024:.0f}", *([" ".join(names)] if names else [])])
 
 
+def _where(row):
+    """The conditions of a row of a table."""
+    found = ["/".join(row.arch)] if row.arch else []
+    found += {2: ["16 bits"], 4: ["32 bits"], None: []}[row.itemsize]
+    found += [f"{name} ≤ {bound}" if bound else f"{name} = 0" for name, bound in row.up_to.items()]
+    return ", ".join(found) or "everything else"
+
+
+def configurations():
+    """The lines of the section that shows every table of configurations."""
+    for family in library.SCHEMAS:
+        runtime.load(family)
+    lines = CONFIGURATIONS.splitlines()
+    for name in sorted(configs.TABLES):
+        for i, row in enumerate(configs.TABLES[name].rows):
+            tiles = " ".join(f"{key}={value}" for key, value in row.blocks.items())
+            lines.append(f"| {'' if i else name} | {_where(row)} | {tiles} | {row.num_warps} | {row.num_stages} |")
+    return lines
+
+
 def document(kernels, archs):
     """The text of docs/triton_kernels.md."""
     import triton
@@ -238,6 +285,7 @@ def document(kernels, archs):
     compiled = {dtype: ", ".join(arch for arch in archs if any((k.dtype, k.arch) == (dtype, arch) for k in kernels)) for dtype in DTYPES}
     seen = "; ".join(f"{dtype} for {found}" for dtype, found in compiled.items() if found) + f": {len(kernels)} compilations"
     lines = [HEAD.format(triton=triton.__version__, seen=seen), LIMITS.format(limits=", ".join(f"{a} {runtime.SHARED_KIB[a]}" for a in archs))]
+    lines += configurations()
     ops = {k.name: dict.fromkeys(other.op for other in kernels if other.name == k.name) for k in kernels}
     for name in sorted(shown):
         lines += ["", f"## {name}", f"Of {', '.join(ops[name])}.", ""]

@@ -166,6 +166,7 @@ LAUNCHES = {
         Call(f"{name}, {queries} ask{more}", cases_patches.cross(queries, lengths=(PATCHES,), S=S, K=2, H=H, Hk=Hk, P=P, **extra), QKV)
         for queries in ("patches", "bytes")
         for name, H, Hk, P, more, extra in (("BLT-1B", 16, 16, 64, "", {}), ("grouped heads", 32, 8, 128, "", {}),
+                                            ("heads of 192", 8, 8, 192, "", {}), ("heads of 256", 8, 4, 256, "", {}),
                                             ("BLT-1B", 16, 16, 64, ", window", dict(window=2)))
     ),
     "local_attention": (

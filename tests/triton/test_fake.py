@@ -8,6 +8,7 @@ import pytest
 import terrazzo
 import torch
 from terrazzo import cases, native
+from terrazzo.bench import cost_model
 from terrazzo.triton_kernels import library, runtime
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
@@ -18,6 +19,7 @@ from triton.runtime import driver
 
 from test_ops import served_by
 from tools.triton_compile import _Driver
+from tools.triton_launches import LAUNCHES
 
 # The namespace of the ops that serve a public function: CUDA kernels where the extension has them.
 NAMESPACES = {entry.name: "terrazzo" if native.CUDA_OPS.issuperset(entry.ops) else "terrazzo_triton" for entry in terrazzo.dispatch.OPS.values()}
@@ -150,3 +152,50 @@ def test_launches_stand_in_the_backward_graph(case):
         driver._active = active
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert called.count("triton_kernel_wrapper_functional") > 1 and not [name for name in called if "terrazzo" in name], called
+
+
+class Recorded(TorchDispatchMode):
+    """Notes the calls of the Triton ops: (name, arguments)."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == library.NAMESPACE:
+            self.calls.append((func._schema.name.partition("::")[2], args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("op", [op for op in LAUNCHES if "triton" in terrazzo.dispatch.OPS[op].limits])
+def test_launchers_never_wait_for_the_gpu(op):
+    """What a CUDA graph needs: on the way from an op's arguments to its last launch nothing is read from the GPU, and no shape depends on
+    contents. Fake tensors have none: reading one is an error. (They are on the CPU: indexing them on "cuda" wants a torch built for GPUs.)"""
+    for call in LAUNCHES[op]:
+        calls, kernels = [], []
+        with cost_model.counting([]), Recorded(calls):
+            call.run(op, torch.bfloat16)
+        assert calls
+        with cost_model.counting(kernels), FakeTensorMode(), torch.no_grad():
+            for name, args in calls:
+                fake = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
+                getattr(runtime.load(library.NAMES[name]), f"{name}_triton")(*fake)
+        assert kernels
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.nonzero, lambda x: x.repeat_interleave(x), lambda x: x[x > 0]])
+def test_reading_a_fake_tensor_is_an_error(read):
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="data-dependent|dynamic|not supported|_local_scalar_dense|nonzero|repeat_interleave"):
+        read(torch.empty(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("op", ["local_attention", "patch_cross_attention"])
+def test_heads_over_256_are_refused(op):
+    """By name, with the reason."""
+    with FakeTensorMode():
+        q = torch.empty(1, 6, 2, 257, device="cuda")
+        rest = dict(window=3) if op == "local_attention" else dict(patch_ids=torch.empty(1, 6, dtype=torch.int32, device="cuda"))
+        with pytest.raises(terrazzo.BackendError, match="'triton'.*heads of 257 channels are over the 256"):
+            getattr(terrazzo, op)(q, q, q, **rest, backend="triton")
+        assert terrazzo.can_run(op, "triton", torch.empty(1, 6, 2, 256, device="cuda")) is None

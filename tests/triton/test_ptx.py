@@ -1,7 +1,8 @@
 """What the compiler makes of every Triton op, run: its PTX for sm_80 in the PTX interpreter, against the float64 reference.
 
 Slower than Triton's interpreter, and another thing: it runs the compiled kernels, with their layouts, shared memory,
-pipelines and tensor-core instructions, and finds races and accesses out of bounds. So one small case of each op.
+pipelines and tensor-core instructions, and finds races and accesses out of bounds. So one small case of each op, and of
+what takes a path of its own through a kernel: scores of wide heads in float32, summed in parts.
 """
 import pytest
 import terrazzo
@@ -13,6 +14,7 @@ from tools.ptx_interpreter import running_ptx
 
 OPS = {entry.name for entry in terrazzo.dispatch.OPS.values() if "triton" in entry.limits}
 ENOUGH = 200  # elements: smaller cases are corner cases
+IN_PARTS = [(case, "fp32") for case in cases.CASES if case.name in ("patches_wide_heads", "bytes_wide_heads", "wide_heads")]
 
 
 def tensors(case):
@@ -33,7 +35,7 @@ def chosen():
         yield from ((case, dtype) for dtype in (("fp32", "bf16", "fp16") if floating else ("fp32",)))
 
 
-@pytest.mark.parametrize("case, dtype", list(chosen()), ids=str)
+@pytest.mark.parametrize("case, dtype", [*chosen(), *IN_PARTS], ids=str)
 def test_compiled(case, dtype):
     dtype = DTYPES[dtype]
     kwargs = case.make(dtype)
