@@ -11,7 +11,7 @@ import torch
 
 from terrazzo.tolerance import check
 
-from . import memory
+from . import gpu, memory
 from .cases import clone_inputs, runner
 from .timer import time_once
 
@@ -30,17 +30,41 @@ class Accuracy:
     why: str = ""
     first_call_ns: float | None = None
     peak_bytes: int | None = None  # host memory above what was held before the second call
+    peak_device_bytes: int | None = None  # the device's likewise
+
+
+class Inputs:
+    """A case's inputs by seed, drawn once where those of two seeds are small enough to stay. `base` is the run's own --seed."""
+
+    KEPT_BYTES = 1 << 29  # of one set
+
+    def __init__(self, case, base=0):
+        self.case, self.base, self.kept = case, base, {}
+
+    def __call__(self, seed):
+        if seed in self.kept:
+            return self.kept[seed]
+        made = self.case.inputs(seed + 1000 * self.base)
+        if len(self.kept) < len(SEEDS) and size_of(made) <= self.KEPT_BYTES:
+            self.kept[seed] = made
+        return made
+
+
+def size_of(inputs):
+    """Bytes of the tensors among a case's inputs."""
+    return sum(t.numel() * t.element_size() for t in inputs.values() if isinstance(t, torch.Tensor))
 
 
 class Oracle:
     """What the outputs should be for each seed: in float64, and in the case's own dtype by the same reference."""
 
-    def __init__(self, case):
+    def __init__(self, case, inputs=None):
         self.case = case
+        self.inputs = inputs or Inputs(case)
         self.reference = case.reference()
         self.expected = {}
         for seed in SEEDS:
-            inputs = gate_inputs(case, seed)
+            inputs = self.gate_inputs(seed)
             same = self._run(clone_inputs(inputs))
             self.expected[seed] = (same, same) if case.nmse_limit else (self._run(clone_inputs(inputs, torch.float64)), same)
 
@@ -49,10 +73,10 @@ class Oracle:
             inputs = self.case.narrow(inputs)
         return tuple(t.clone() for t in runner(self.case, self.reference, inputs)())
 
+    def gate_inputs(self, seed):
+        inputs = self.inputs(seed)
+        return self.case.prepare(inputs) if self.case.prepare else inputs
 
-def gate_inputs(case, seed):
-    inputs = case.inputs(seed)
-    return case.prepare(inputs) if case.prepare else inputs
 
 
 def overwrite(inputs, values):
@@ -63,20 +87,26 @@ def overwrite(inputs, values):
             tensor.as_strided(sizes, tensor.stride()).copy_(values[name].as_strided(sizes, values[name].stride()))
 
 
-def gate(case, fn, oracle, ours):
-    """Accuracy of `fn`, and the time of its first call."""
-    inputs = clone_inputs(gate_inputs(case, SEEDS[0]))
+def gate(case, fn, oracle, ours, cuda=None):
+    """Accuracy of `fn`, and the time of its first call. cuda: torch.cuda where the inputs lie there."""
+    inputs = clone_inputs(oracle.gate_inputs(SEEDS[0]))
     run = runner(case, fn, inputs)
     found, result = Accuracy(), []
 
     def call():
         result[:] = run()
+        if cuda is not None:
+            cuda.synchronize()
 
     for number, seed in enumerate(SEEDS):
-        expected_inputs = gate_inputs(case, seed)
+        expected_inputs = oracle.gate_inputs(seed)
         if number:
             overwrite(inputs, expected_inputs)
-            found.peak_bytes = memory.peak_of(call)
+            host = lambda: memory.peak_of(call)  # noqa: E731
+            if cuda is None:
+                found.peak_bytes = host()
+            else:
+                found.peak_device_bytes = gpu.peak_of(lambda: setattr(found, "peak_bytes", host()), cuda)
         else:
             found.first_call_ns = time_once(call)
         why = _misuse(case, inputs, expected_inputs, result)

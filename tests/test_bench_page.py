@@ -18,7 +18,8 @@ ENVIRONMENT = {"schema": 1, "kind": "environment", "cpu": "a made-up <cpu>", "th
 
 
 def row(op, size, provider, ms, dtype="fp32", status="ok", speedup=None, reason="", nmse=1e-13):
-    found = {"schema": 1, "kind": "row", "op": op, "size": size, "dtype": dtype, "mode": "fwd", "provider": provider, "threads": 2, "status": status, "reason": reason,
+    found = {"schema": 2, "kind": "row", "op": op, "size": size, "dtype": dtype, "mode": "fwd", "provider": provider, "threads": 2, "device": "cpu", "cold": False,
+             "status": status, "reason": reason,
              "command": f"terrazzo bench {op} --match '{size}' --provider {provider}"}  # fmt: skip
     if status == "ok":
         found |= {"median_ms": ms, "p20_ms": ms * 0.97, "p80_ms": ms * 1.05, "min_ms": ms * 0.95, "n": 9, "noisy": False, "gflops": 30 / ms, "gbs": 12 / ms,
@@ -32,7 +33,7 @@ def made_up_rows():
         for dtype in ("fp32", "bf16"):
             for L in lengths:
                 ms = L / 512 * (1 if op.startswith("causal") else 8)
-                rows += [row(op, f"1x8448x{L}", "terrazzo", ms, dtype, speedup=8 if L == 512 else 2, nmse=1e-5 if dtype == "bf16" else 1e-13),
+                rows += [row(op, f"1x8448x{L}", "cpu", ms, dtype, speedup=8 if L == 512 else 2, nmse=1e-5 if dtype == "bf16" else 1e-13),
                          row(op, f"1x8448x{L}", "hf", 8 * ms, dtype, speedup=1.0)]  # fmt: skip
     rows.append(row("causal_conv1d_fn", "1x8448x512", "causal_conv1d", 0, status="unavailable", reason="causal_conv1d is <not> installed"))
     rows.append(row("causal_conv1d_fn", "1x8448x512", "my_conv", 0, status="wrong", reason="row 3"))
@@ -58,8 +59,8 @@ def test_summary_by_hand():
 
 
 def test_scaling_lines_are_sizes_that_differ_in_one_number():
-    rows = [row("op", size, "terrazzo", ms) for size, ms in (("1x8x512 N64", 1.0), ("1x8x1024 N64", 2.0), ("1x8x2048 N64", 4.0), ("1x8x512 N128", 9.0))]
-    assert page.scalings(rows) == [("1x8x▢ N64 fp32 fwd", [("terrazzo", [(512, 1.0), (1024, 2.0), (2048, 4.0)])])]
+    rows = [row("op", size, "cpu", ms) for size, ms in (("1x8x512 N64", 1.0), ("1x8x1024 N64", 2.0), ("1x8x2048 N64", 4.0), ("1x8x512 N128", 9.0))]
+    assert page.scalings(rows) == [("1x8x▢ N64 fp32 fwd", [("cpu", [(512, 1.0), (1024, 2.0), (2048, 4.0)])])]
     assert [pattern for pattern, _ in page.scalings(rows[:2])] == ["1x8x▢ N64 fp32 fwd"]
     assert page.scalings(rows[:1]) == []
 
@@ -85,13 +86,13 @@ def test_every_row_case_and_reason_is_there(report):
 
 def test_the_same_rows_of_two_files_stand_side_by_side(tmp_path):
     for name in ("old", "new"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(ENVIRONMENT) + "\n" + json.dumps(row("op", "1", "terrazzo", 1.0)) + "\n")
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(ENVIRONMENT) + "\n" + json.dumps(row("op", "1", "cpu", 1.0)) + "\n")
     text = page.html([tmp_path / "old.jsonl", tmp_path / "new.jsonl"])
-    assert text.count('class="case"') == 1 and "terrazzo · old" in text and "terrazzo · new" in text
+    assert text.count('class="case"') == 1 and "cpu · old" in text and "cpu · new" in text
 
 
 def test_a_sweep_over_threads_is_a_scaling_line(tmp_path):
-    rows = [row("op", "1x8", "terrazzo", 4 / n) | {"threads": n} for n in (1, 2, 4)]
+    rows = [row("op", "1x8", "cpu", 4 / n) | {"threads": n} for n in (1, 2, 4)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *rows)))
     text = page.html([tmp_path / "a.jsonl"])
     assert text.count('class="case"') == 3 and "1x8 ▢ threads fp32 fwd" in text
