@@ -2,22 +2,22 @@
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from html import escape
 from pathlib import Path
 
 from . import plots
 from .compare import read_all
 from .page_style import SCRIPT, STYLE
+from .plots import number
 from .suite import OURS, standing_for_us
 
 OPEN_CASES = 16  # a page of no more shows them all open
 
 
-def number(value, digits=3):
-    if value is None:
-        return "–"
-    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
+def small(value):
+    """An error."""
+    return "–" if value is None else f"{value:.1e}" if value else "0"
 
 
 def geometric_mean(values):
@@ -96,7 +96,7 @@ def _cards(rows):
                   _stat(f"{number(worst['speedup'])}×", f"the worst case: {worst['op']} {case_of(worst)}")]
     if timed:
         wildest = max(timed, key=lambda row: row["nmse"])
-        cards.append(_stat(f"{wildest['nmse']:.1e}", f"largest error (NMSE against float64): {wildest['op']} {case_of(wildest)}"))
+        cards.append(_stat(small(wildest["nmse"]), f"largest error (NMSE against float64): {wildest['op']} {case_of(wildest)}"))
     failed = [row for row in rows if row["status"] in ("wrong", "failed")]
     whose = ": " + ", ".join(sorted({row["provider"] for row in failed})) if failed else ""
     cards.append(_stat(str(len(failed)), f"rows wrong or failed, of {sum(row['status'] != 'unavailable' for row in rows)} that ran{whose}"))
@@ -106,7 +106,7 @@ def _cards(rows):
 def _summary_html(rows):
     ops = summary(rows)
     lines = [(f'<a href="#{escape(s["op"], quote=True)}">{escape(s["op"])}</a>', str(s["cases"]), f"{number(s['speedup'])}×" if s["speedup"] else "–",
-              f"{number(s['worst'])}×" if s["worst"] else "–", number(s["limit"]), f"{s['nmse']:.1e}" if s["nmse"] is not None else "–",
+              f"{number(s['worst'])}×" if s["worst"] else "–", number(s["limit"]), small(s["nmse"]),
               escape(s["worst_case"] or "")) for s in ops]  # fmt: skip
     drawn = []
     fastest = [(s["op"], s["worst"], s["speedup"], s["best"]) for s in ops if s["speedup"]]
@@ -116,7 +116,7 @@ def _summary_html(rows):
     if nearest:
         drawn.append(plots.ranges("Time ÷ what this machine allows", nearest, (1.0, "the limit")))
     heads = ("op", "cases", "speed-up", "worst", "× limit", "largest NMSE", "where the worst is")
-    return (f'<h2 id="summary">Summary</h2>{_cards(rows)}<div class="grid">{"".join(f"<div class=card>{svg}</div>" for svg in drawn)}</div>'
+    return (f'<h2 id="summary">Summary</h2>{_cards(rows)}<div class="grid two">{"".join(f"<div class=card>{svg}</div>" for svg in drawn)}</div>'
             f'<div class="card" style="margin-top:.8rem">{table(heads, lines, last=True)}</div>'
             '<p class="soft">Of terrazzo’s own kernels; speed-up and × limit are geometric means. A dot is the mean, its line runs from least to most.</p>')  # fmt: skip
 
@@ -133,12 +133,19 @@ def _models_html(rows):
     lines = []
     for (op, case), job in jobs.items():
         units = {row["unit"] for row in job.values() if row.get("unit")}
-        cells = [_rate(job.get(name)) for name in names]
+        cells = [_rate(job.get(name)) + _times(job.get(name)) for name in names]
         error = max((row["nmse"] for name, row in job.items() if row["status"] == "ok" and _rank(name)[0] < len(OURS)), default=None)
         peaks = "/".join(number(job[name]["peak_bytes"] / 1e6, 2) if job.get(name, {}).get("peak_bytes") is not None else "–" for name in names)
         lines.append((escape(f"{op} {case}"), *cells, escape("/".join(sorted(units)) or "–"), "–" if error is None else f"{error:.0e}", peaks))
     heads = ("model and job", *names, "a second", "logits’ NMSE", "MB of a call")
     return f'<h2 id="models">Whole models</h2><div class="card">{table(heads, lines)}</div>'
+
+
+def _times(row):
+    """How much faster than its baseline, unless it is that."""
+    if row is None or row.get("speedup") is None or row["provider"].split(" · ")[0] == row.get("baseline"):
+        return ""
+    return f' <span class="soft">{number(row["speedup"])}×</span>'
 
 
 def _rate(row):
@@ -176,6 +183,15 @@ def scalings(rows):
     return [(p, [(name, sorted(line.items())) for name, line in families[p].items()]) for p in chosen]
 
 
+def _spread(numbers, least=1.25):
+    """Those far enough from their neighbours to be written on one logarithmic axis, at most seven."""
+    chosen = []
+    for n in numbers:
+        if not chosen or n >= least * chosen[-1]:
+            chosen.append(n)
+    return chosen[:: -(-len(chosen) // 7)]
+
+
 def _roofline(op, rows, colour, calibration):
     points = [(colour(r["provider"]), r["gflops"] / r["gbs"], r["gflops"], f"{r['provider']} {case_of(r)}: {number(r['gflops'])} GFLOP/s, {number(r['times_limit'])} × the limit")
               for r in rows if r["gflops"] and r["gbs"]]  # fmt: skip
@@ -199,7 +215,8 @@ def _op_plots(op, rows, colour, calibration):
     drawn = [_roofline(op, timed, colour, calibration)]
     for pattern, lines in scalings(timed)[:4]:
         points = [(colour(name), n, ms, f"{name} {n}: {number(ms)} ms") for name, line in lines for n, ms in line]
-        drawn.append(plots.loglog(f"Time over ▢ in {pattern}", "▢", "ms", lines=[(colour(name), line) for name, line in lines if len(line) > 1], points=points))
+        drawn.append(plots.loglog(f"Time over ▢ in {pattern}", "the number at ▢", "ms", lines=[(colour(name), line) for name, line in lines if len(line) > 1],
+                                  points=points, marks=_spread(sorted({n for _, line in lines for n, _ in line}))))  # fmt: skip
     errors = [(colour(r["provider"]), r["median_ms"], max(r["nmse"], 1e-18), f"{r['provider']} {case_of(r)}: NMSE {r['nmse']:.1e}, {number(r['median_ms'])} ms") for r in timed]
     if errors:
         drawn.append(plots.loglog("Error against time", "ms", "NMSE", points=errors))
@@ -221,7 +238,7 @@ def _cells(row):
     memory = " + ".join(number(size / 1e6) for size in megabytes if size is not None) or "–"
     return [escape(row["provider"]), number(row["median_ms"]) + (' <span class="soft">noisy</span>' if row["noisy"] else ""), f"{number(row['p20_ms'])}–{number(row['p80_ms'])}",
             number(row["min_ms"]), str(row["n"]), "–" if row.get("speedup") is None else f"{number(row['speedup'])}×", number(row["times_limit"]), number(row["gflops"]),
-            number(row["gbs"]), f"{row['max_abs']:.1e}", f"{row['nmse']:.1e}", number(row["first_call_ms"]), memory]  # fmt: skip
+            number(row["gbs"]), small(row["max_abs"]), small(row["nmse"]), number(row["first_call_ms"]), memory]  # fmt: skip
 
 
 def _line(row):
@@ -272,9 +289,10 @@ def html(paths):
         for *_, found, _ in files:
             found[:] = [row | {"size": f"{row['size']} {row['threads']} threads"} for row in found]
         rows = [row for _, _, found, _ in files for row in found]
-    identity = [(row["op"], case_of(row), row["provider"]) for row in rows]
-    if len(set(identity)) < len(identity) and len(files) > 1:
-        rows = [row | {"provider": f"{row['provider']} · {Path(path).stem}"} for path, _, found, _ in files for row in found]
+    if len(files) > 1:  # rows that several files have are told apart by the file's name
+        identity = lambda row: (row["op"], case_of(row), row["provider"])  # noqa: E731
+        often = Counter(map(identity, rows))
+        rows = [row | {"provider": f"{row['provider']} · {Path(path).stem}"} if often[identity(row)] > 1 else row for path, _, found, _ in files for row in found]
     names = sorted({row["provider"] for row in rows if row["status"] == "ok"}, key=_rank)
     colour = names.index
     count = len({(row["op"], case_of(row)) for row in rows})

@@ -9,12 +9,12 @@ STYLE = """:root{color-scheme:light dark;--bg:#f6f5f1;--card:#fff;--ink:#1f2428;
 main{max-width:74rem;margin:0 auto;padding:1.5rem 1rem 4rem}h1{font-size:1.9rem;line-height:1.2;margin:0}h2{font-size:1.35rem;margin:2.5rem 0 .7rem}
 h3{font-size:1rem;margin:1.5rem 0 .5rem}p{margin:.4rem 0}.soft{color:var(--soft)}.bad{color:var(--bad)}.good{color:var(--good)}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.8rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,13rem),1fr));gap:.8rem;margin:1.2rem 0}
+.two{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,12rem),1fr));gap:.8rem;margin:1.2rem 0}
 .card,.case{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.9rem 1rem;min-width:0}.card{overflow-wrap:anywhere}
 .stat b{display:block;font-size:2rem;line-height:1.2;font-weight:650;letter-spacing:-.01em}.stat.lead{background:var(--tint);border-color:transparent}
 .stat span{font-size:.87rem}.wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 td,th{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}tr:last-child td{border-bottom:0}
-th{color:var(--soft);font-weight:600;vertical-align:bottom}td:first-child,th:first-child,.left{text-align:left}td.left{white-space:normal;min-width:9rem}
+th{color:var(--soft);font-weight:600;vertical-align:bottom}td:first-child,th:first-child,.left{text-align:left}td.left{white-space:normal;min-width:13rem}table{overflow-wrap:normal}
 tr.ours td:first-child{font-weight:650}a{color:inherit;text-decoration-color:var(--soft);text-underline-offset:2px}svg{width:100%;height:auto;display:block}
 .case{margin:.5rem 0;padding:0}.case>summary{display:flex;flex-wrap:wrap;gap:.1rem 1rem;align-items:baseline;padding:.6rem 1rem;cursor:pointer;list-style:none}
 .case>summary::-webkit-details-marker{display:none}.case>summary::before{content:"▸";color:var(--soft)}.case[open]>summary::before{content:"▾"}
@@ -24,7 +24,8 @@ code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere}details.more>summa
 nav{position:sticky;top:0;background:var(--bg);padding:.7rem 0;display:flex;flex-wrap:wrap;gap:.5rem;align-items:center;border-bottom:1px solid var(--line);z-index:1;margin-top:2rem}
 input,select,button{font:inherit;color:inherit;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.3rem .6rem}button{cursor:pointer}
 input{flex:1 1 12rem;min-width:0}.key{display:flex;flex-wrap:wrap;gap:.1rem .9rem;flex-basis:100%;font-size:.87rem}
-.key i{display:inline-block;width:.75em;height:.75em;border-radius:3px;margin-right:.35em}@media(max-width:40rem){html{scroll-padding-top:1rem}nav{position:static}}
+.key i{display:inline-block;width:.75em;height:.75em;border-radius:3px;margin-right:.35em}@media(max-width:40rem){html{scroll-padding-top:1rem}nav{position:static}
+.cards{grid-template-columns:1fr 1fr}.stat b{font-size:1.5rem}.stat span{font-size:.8rem}td.left{min-width:11rem}}
 text{fill:currentColor;font:12px system-ui,-apple-system,sans-serif}.t{font-weight:650;font-size:13px}.m{text-anchor:middle}.e{text-anchor:end}.a{fill:var(--soft);font-size:11px}
 .g{stroke:var(--line);fill:none}.d{fill:none;stroke:var(--soft);stroke-dasharray:5 4}.l{fill:none;stroke-width:2}.w{fill:none;stroke:var(--ink)}
 .r{stroke:var(--s0);stroke-width:3;stroke-linecap:round;opacity:.35}

@@ -12,15 +12,18 @@ def _svg(title, width, height, parts):
             f'<text x="0" y="15" class="t">{escape(title)}</text>{"".join(parts)}</svg>')  # fmt: skip
 
 
-def bounds(values):
-    """(low, high) around positive values, each 1, 2 or 5 times a power of ten, a factor of five apart at least."""
-    low, high = min(values), max(values)
-    marks = sorted(s * 10.0**p for p in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2) for s in STEPS)
-    below = max(m for m in marks if m <= low * (1 + 1e-9))
-    above = min(m for m in marks if m >= high * (1 - 1e-9))
-    while above < 4.9 * below:
-        above = min(m for m in (*marks, 10 * above) if m > above * (1 + 1e-9))
-    return below, above
+def number(value, digits=3):
+    """A measured value in few digits, without an exponent as long as people read it so."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def bounds(values, least=6.0):
+    """(low, high): an axis a little longer than these positive values, and a factor of `least` long at least: two ticks."""
+    low, high = min(values) / 1.2, max(values) * 1.2
+    more = max(1.0, least * low / high) ** 0.5
+    return low / more, high * more
 
 
 def ticks(low, high):
@@ -40,21 +43,21 @@ def _tick(value):
     return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
-def loglog(title, across, up, lines=(), points=(), guides=()):
+def loglog(title, across, up, lines=(), points=(), guides=(), marks=()):
     """Points and lines on logarithmic axes. lines: [(series, [(x, y)])]; points: [(series, x, y, what it is)];
-    guides: [(label, what it is, [(x, y)])], dashed, the label at its first point, or none."""
+    guides: [(label, what it is, [(x, y)])], dashed, the label at its last point, or none; marks: numbers on the x axis, in place of round ones."""
     data = [(x, y) for _, line in lines for x, y in line] + [(x, y) for _, x, y, _ in points]
     ends = data + [point for *_, line in guides for point in line]
-    (x0, x1), (y0, y1) = bounds([x for x, _ in ends]), bounds([y for _, y in ends])
+    (x0, x1), (y0, y1) = bounds([x for x, _ in ends], 1.0 if marks else 6.0), bounds([y for _, y in ends])
     wide, high = WIDE - LEFT - RIGHT, HIGH - TOP - BOTTOM
 
     def at(x, y):
         return LEFT + wide * math.log(x / x0) / math.log(x1 / x0), TOP + high * math.log(y1 / y) / math.log(y1 / y0)
 
     parts = []
-    for value in ticks(x0, x1):
+    for value in marks or ticks(x0, x1):
         x, _ = at(value, y0)
-        parts.append(f'<path d="M{x:.1f} {TOP}V{TOP + high}" class="g"/><text x="{x:.1f}" y="{TOP + high + 16}" class="m a">{_tick(value)}</text>')
+        parts.append(f'<path d="M{x:.1f} {TOP}V{TOP + high}" class="g"/><text x="{x:.1f}" y="{TOP + high + 16}" class="m a">{f"{value:g}" if marks else _tick(value)}</text>')
     for value in ticks(y0, y1):
         _, y = at(x0, value)
         parts.append(f'<path d="M{LEFT} {y:.1f}H{LEFT + wide}" class="g"/><text x="{LEFT - 6}" y="{y + 4:.1f}" class="e a">{_tick(value)}</text>')
@@ -78,7 +81,7 @@ def loglog(title, across, up, lines=(), points=(), guides=()):
 def bars(title, entries, unit):
     """Horizontal bars, one scale. entries: [(series, label, value, low, high)]; low to high is a whisker, None for none."""
     label_w = min(190, 12 + 7 * max(len(label) for _, label, *_ in entries))
-    plot, bar, gap = WIDE - label_w - 78, 14, 8
+    plot, bar, gap = WIDE - label_w - 84, 14, 8
     top = max(max(value, high or 0) for _, _, value, _, high in entries) or 1
     parts, y = [], 28
     for series, label, value, low, high in entries:
@@ -88,7 +91,7 @@ def bars(title, entries, unit):
         if low is not None:
             a, b, middle = label_w + plot * low / top, label_w + plot * high / top, y + bar / 2
             parts.append(f'<path d="M{a:.1f} {middle - 4}v8M{a:.1f} {middle}H{b:.1f}M{b:.1f} {middle - 4}v8" class="w"/>')
-        parts.append(f'<text x="{label_w + plot * end / top + 7:.1f}" y="{y + 11}" class="b">{value:.3g} {escape(unit)}</text>')
+        parts.append(f'<text x="{label_w + plot * end / top + 7:.1f}" y="{y + 11}" class="b">{number(value)} {escape(unit)}</text>')
         y += bar + gap
     return _svg(title, WIDE, y + 2, parts)
 
@@ -111,6 +114,6 @@ def ranges(title, entries, mark):
     for number, (label, low, middle, high) in enumerate(entries):
         y = 28 + row * number + row / 2
         parts.append(f'<text x="{label_w - 8}" y="{y + 4}" class="e">{escape(label)}</text><path d="M{at(low):.1f} {y}H{at(high):.1f}" class="r"/>'
-                     f'<circle cx="{at(middle):.1f}" cy="{y}" r="5" class="p s0"><title>{escape(label)}: {low:.3g} to {high:.3g}</title></circle>'
-                     f'<text x="{at(high) + 9:.1f}" y="{y + 4}">{middle:.3g}</text>')  # fmt: skip
+                     f'<circle cx="{at(middle):.1f}" cy="{y}" r="5" class="p s0"><title>{escape(label)}: {number(low)} to {number(high)}</title></circle>'
+                     f'<text x="{at(high) + 9:.1f}" y="{y + 4}">{number(middle)}</text>')  # fmt: skip
     return _svg(title, WIDE, foot + 36, parts)

@@ -141,7 +141,7 @@ def _key(device):
 def _kept():
     try:
         return json.loads(_kept_in().read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # none yet, or written by a run that was killed
+    except (OSError, json.JSONDecodeError):  # none yet, or written by a run that was killed
         return {}
 
 

@@ -196,7 +196,7 @@ def _built(job, provider):
     """A provider's function; raises Unavailable."""
     if provider.name in COMPILED and not job.options.compile:
         raise Unavailable("compiling takes tens of seconds: name it with --provider, or leave out --quick")
-    if job.cuda is None:
+    if job.options.device == "cpu":
         return provider.build()
     with torch.device(job.options.device):
         return provider.build()

@@ -74,13 +74,47 @@ def test_points_lie_where_the_axes_say():
     assert y[1] < y[2] < y[0]
 
 
+@pytest.mark.parametrize("values", [[3.0], [128, 256], [0.8, 0.9, 27.0], [1e-18, 1e-3], [5e-14, 7e-13], [1.0, 1e9]])
+def test_every_axis_holds_its_values_and_two_to_seven_ticks(values):
+    low, high = plots.bounds(values)
+    assert low < min(values) and max(values) < high and high / low >= 5.99
+    found = plots.ticks(low, high)
+    assert 2 <= len(found) <= 7 and found == sorted(set(found)) and low <= found[0] and found[-1] <= high
+
+
+def test_ranges_stand_on_one_scale():
+    svg = ElementTree.fromstring(plots.ranges("t", [("a", 1, 10, 100), ("b", 10, 10, 10)], (1.0, "as fast")))
+    space = "{http://www.w3.org/2000/svg}"
+    first, second = (float(c.get("cx")) for c in svg.iter(f"{space}circle"))
+    begin, end = (float(n) for n in re.fullmatch(r"M([\d.]+) [\d.]+H([\d.]+)", next(p.get("d") for p in svg.iter(f"{space}path") if p.get("class") == "r")).groups())
+    assert first == second == pytest.approx((begin + end) / 2, abs=0.1)
+    assert begin == pytest.approx(float(re.match(r"M([\d.]+)", next(p.get("d") for p in svg.iter(f"{space}path") if p.get("class") == "w"))[1]))
+
+
+def test_models_are_a_table_of_tokens_a_second(tmp_path):
+    rows = [row("m", "prefill", name, ms, speedup=8 / ms) | {"mode": "model", "tokens_per_s": 512 / ms, "unit": "bytes", "baseline": "hf"} for name, ms in (("terrazzo", 2.0), ("hf-patched", 4.0), ("hf", 8.0))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *rows)))
+    text = page.html([tmp_path / "a.jsonl"])
+    (line,) = re.findall(r"<tr><td class=\"left\">m prefill fp32 model</td>.*?</tr>", text)
+    cells = re.findall(r"<td>(.*?)</td>", line)
+    assert cells[:3] == ['256 <span class="soft">4×</span>', "64", '128 <span class="soft">2×</span>'] and cells[3] == "bytes"
+    assert "Whole models" not in page.html([next(tmp_path.glob("a*"))]).replace("Whole models", "", 1)
+
+
+def test_only_rows_of_several_files_carry_the_files_name(tmp_path):
+    for name, rows in (("old", [row("op", "1", "cpu", 1.0), row("op", "2", "cpu", 1.0)]), ("new", [row("op", "1", "cpu", 1.0)])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *rows)))
+    text = page.html([tmp_path / "old.jsonl", tmp_path / "new.jsonl"])
+    assert all(f">{name}</td>" in text for name in ("cpu · old", "cpu · new", "cpu"))
+
+
 def test_every_row_case_and_reason_is_there(report):
     text = report.read_text()
     for drawing in re.findall(r"<svg.*?</svg>", text, re.S):
         ElementTree.fromstring(drawing)
-    assert text.count('class="case"') == 10 and text.count("roofline</text>") == 2
+    assert text.count('class="case"') == 10 and text.count(">Roofline, ") == 2
     assert "a made-up &lt;cpu&gt;" in text and "causal_conv1d is &lt;not&gt; installed" in text and "<not>" not in text
-    assert "Targets: 0 of 1 met" in text and text.index("Summary") < text.index("Targets") < text.index("1x8448x512 fp32 fwd</h3>")
+    assert "Targets: 0 of 1 met" in text and text.index("Summary") < text.index("Targets") < text.index("1x8448x512 fp32 fwd</h4>")
     assert "terrazzo bench causal_conv1d_fn --match &#x27;1x8448x512&#x27; --provider hf" in text
 
 
@@ -146,6 +180,19 @@ def test_page_renders_without_complaint_or_network(chromium, report, width, dark
     assert boxes == chromium.evaluate("document.querySelectorAll('svg').length") > 10
     bars = chromium.evaluate("getComputedStyle(document.querySelector('.case rect.s0')).fill")
     assert bars != "rgb(0, 0, 0)"  # the series' own colour
+
+
+def test_cases_fold(chromium, report):
+    chromium.open(report)
+    opened = "document.querySelectorAll('.case[open]').length"
+    button = "document.getElementById('fold')"
+    assert chromium.evaluate(opened) == 10 and chromium.evaluate(f"{button}.textContent") == "close all"  # few cases: all open
+    chromium.evaluate(f"{button}.click()")
+    assert chromium.evaluate(f"new Promise(r => setTimeout(() => r({opened}), 50))") == 0 and chromium.evaluate(f"{button}.textContent") == "open all"
+    chromium.evaluate("document.querySelector('.case summary').click()")
+    assert chromium.evaluate(opened) == 1
+    chromium.evaluate(f"{button}.click()")
+    assert chromium.evaluate(opened) == 10
 
 
 def test_typing_filters(chromium, report):

@@ -211,6 +211,7 @@ def test_packages_that_cannot_run_say_why(monkeypatch):
     assert rows_of(tiny("causal_conv1d_fn"), "fla")["fla"]["reason"].startswith("fla does not load: ")
 
 
+@pytest.mark.filterwarnings("ignore:terrazzo.compat.install")
 def test_our_own_stand_in_is_not_the_package():
     handle = terrazzo.compat.install()
     try:
