@@ -44,7 +44,7 @@ def parser():
     run.add_argument("--mode", help=f"comma-separated, of {', '.join(MODES)}; bwd is forward and backward together")
     run.add_argument("--dtype", default="fp32", help=f"comma-separated, of {', '.join(DTYPES)} (default fp32)")
     run.add_argument("--preset", help=f"comma-separated, of {', '.join(PRESETS)}; default: each op's own, with --quick and no OP its smallest cases")
-    run.add_argument("--baseline", default="hf", help="provider that speed-ups refer to")
+    run.add_argument("--baseline", default="hf", help="provider that speed-ups refer to; default hf, and torch where transformers has no such function")
     run.add_argument("--threads", type=_thread_counts, metavar="N[,N]", help="one run for each number, default torch's choice")
     run.add_argument("--cold", action="store_true", help="empty the CPU's caches before every call (a GPU's inputs never lie in its cache)")
     run.add_argument("--device", choices=suite.DEVICES, help="where the inputs lie; default cuda where there is one")
@@ -165,7 +165,7 @@ def _run(args, argv):
     if bare:
         cases = suite.smallest(cases)
     args.limit = args.limit or (QUICK_LIMIT_S if bare else None)
-    args.compile = bool(args.provider) or args.speed != "quick"
+    args.hurry = args.speed == "quick" and not args.provider
     if args.list:
         print("\n".join(case.key for case in cases))
         print(_plan(cases, chosen, args, device), file=sys.stderr)
@@ -180,7 +180,7 @@ def _run(args, argv):
 
 def _plan(cases, chosen, args, device):
     """How many rows a run has to time, and how long that may take."""
-    not_here = {*(suite.COMPILED if not args.compile else ()), *(("cuda", "triton", *packages.NAMES) if device == "cpu" else ("cpu",))}
+    not_here = {*(suite.COMPILED if args.hurry else ()), *(("cuda", "triton", *packages.NAMES) if device == "cpu" else ("cpu",))}
     rows = sum(p.name in chosen and p.name not in not_here for case in cases for p in providers.of_case(case))
     limit = f"at most {args.limit:.0f} s in all" if args.limit else "checks and slow calls come on top"
     return f"{len(cases)} cases, {rows} rows of up to {SECONDS[args.speed]:g} s: {rows * SECONDS[args.speed]:.0f} s of timing; {limit}"
@@ -189,7 +189,7 @@ def _plan(cases, chosen, args, device):
 def _run_cases(session, cases, args, chosen):
     """Measures the cases; whether a provider was wrong or failed. What a case leaves of its share of --limit is the others'."""
     session.describe()
-    options = session.options(providers=chosen, baseline=args.baseline, cold=args.cold, compile=args.compile)
+    options = session.options(providers=chosen, baseline=args.baseline, cold=args.cold, hurry=args.hurry)
     rows, clock = [], time.perf_counter_ns
     end = clock() + int(args.limit * 1e9) if args.limit else None
     with session.progress as progress:
@@ -295,7 +295,8 @@ def _report(args, argv):
 
 
 def _roofline(args, argv):
-    text = cost_model.document()
+    with Console(stderr=True).status("counting launches"):
+        text = cost_model.document()
     if args.output:
         Path(args.output).write_text(text)
     print(args.output or text)

@@ -5,6 +5,7 @@ they need a normalised error that is small for their dtype, and the row shows it
 Three cheats are caught: a result that is (a view of) an input, a result kept from an earlier call, and an input
 that was changed.
 """
+import time
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from terrazzo.tolerance import check
 
 from . import gpu, memory
-from .cases import clone_inputs, runner
+from .cases import building_on, clone_inputs, runner
 from .timer import time_once
 
 PEER_NMSE = {"fp32": 1e-7, "fp64": 1e-7, "fp16": 1e-4, "bf16": 1e-3}
@@ -29,6 +30,7 @@ class Accuracy:
     nmse: float = 0.0
     why: str = ""
     first_call_ns: float | None = None
+    second_call_ns: float | None = None
     peak_bytes: int | None = None  # host memory above what was held before the second call
     peak_device_bytes: int | None = None  # the device's likewise
 
@@ -58,10 +60,11 @@ def size_of(inputs):
 class Oracle:
     """What the outputs should be for each seed: in float64, and in the case's own dtype by the same reference."""
 
-    def __init__(self, case, inputs=None):
+    def __init__(self, case, inputs=None, device="cpu"):
         self.case = case
         self.inputs = inputs or Inputs(case)
-        self.reference = case.reference()
+        with building_on(device):
+            self.reference = case.reference()
         self.expected = {}
         for seed in SEEDS:
             inputs = self.gate_inputs(seed)
@@ -87,8 +90,12 @@ def overwrite(inputs, values):
             tensor.as_strided(sizes, tensor.stride()).copy_(values[name].as_strided(sizes, values[name].stride()))
 
 
-def gate(case, fn, oracle, ours, cuda=None):
-    """Accuracy of `fn`, and the time of its first call. cuda: torch.cuda where the inputs lie there."""
+class TooSlow(Exception):
+    """A first call that took longer than a run can wait for."""
+
+
+def gate(case, fn, oracle, ours, cuda=None, patience_ns=None, clock=time.perf_counter_ns):
+    """Accuracy of `fn`, and the time of its first call. cuda: torch.cuda where the inputs lie there. A first call beyond patience_ns raises TooSlow."""
     inputs = clone_inputs(oracle.gate_inputs(SEEDS[0]))
     run = runner(case, fn, inputs)
     found, result = Accuracy(), []
@@ -98,17 +105,22 @@ def gate(case, fn, oracle, ours, cuda=None):
         if cuda is not None:
             cuda.synchronize()
 
+    def second():
+        found.second_call_ns = time_once(call, clock)
+
     for number, seed in enumerate(SEEDS):
         expected_inputs = oracle.gate_inputs(seed)
         if number:
             overwrite(inputs, expected_inputs)
-            host = lambda: memory.peak_of(call)  # noqa: E731
+            host = lambda: memory.peak_of(second)  # noqa: E731
             if cuda is None:
                 found.peak_bytes = host()
             else:
                 found.peak_device_bytes = gpu.peak_of(lambda: setattr(found, "peak_bytes", host()), cuda)
         else:
-            found.first_call_ns = time_once(call)
+            found.first_call_ns = time_once(call, clock)
+            if patience_ns is not None and found.first_call_ns > patience_ns:
+                raise TooSlow(f"one call takes {found.first_call_ns / 1e9:.1f} s")
         why = _misuse(case, inputs, expected_inputs, result)
         outputs = tuple(result) if case.narrow is None else case.narrow(None, tuple(result))
         _compare(case, found, outputs, *oracle.expected[seed], ours)

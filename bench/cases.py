@@ -3,6 +3,7 @@
 A case makes its inputs from a seed. A provider is a function of those inputs by name. For "bwd" the harness
 itself differentiates: forward and backward are timed together.
 """
+import contextlib
 import inspect
 import math
 from collections.abc import Callable
@@ -76,6 +77,11 @@ def tensors_of(result):
     if isinstance(result, torch.Tensor):
         return (result,)
     return tuple(t for item in result if item is not None for t in tensors_of(item))
+
+
+def building_on(device):
+    """What surrounds `build()` and `reference()`: torch's default device is that of the inputs."""
+    return contextlib.nullcontext() if device == "cpu" else torch.device(device)
 
 
 def on_device(case, device):

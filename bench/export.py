@@ -10,8 +10,7 @@ import re
 from itertools import groupby
 
 from .compare import IDENTITY
-
-OURS = ("terrazzo", "cpu", "cuda", "triton")
+from .suite import HEADLINE
 
 COLUMNS = (*IDENTITY, "threads", "device", "cold", "status", "median_ms", "p20_ms", "p80_ms", "min_ms", "n", "noisy", "speedup", "baseline", "times_limit", "limit",
            "gflops", "gbs", "tokens_per_s", "unit", "max_abs", "rel", "nmse", "first_call_ms", "launch_ms", "timer", "peak_bytes", "peak_device_bytes", "load_average",
@@ -64,8 +63,8 @@ def _chosen(options, rows):
             raise ValueError(f"terrazzo bench tables: a marker takes {', '.join((*IDENTITY, 'threads', 'columns'))} as NAME=VALUE,VALUE, got {word!r}")
         found[name] = values.split(",")
     if "terrazzo" in found.get("provider", ()):  # all of ours, where they ran
-        found["provider"] = [*found["provider"], *OURS]
-        rows = [row for row in rows if row["provider"] not in OURS or row["status"] != "unavailable"]
+        found["provider"] = [*found["provider"], *HEADLINE]
+        rows = [row for row in rows if row["provider"] not in HEADLINE or row["status"] != "unavailable"]
     columns = found.pop("columns", ["median_ms", "speedup", "times_limit", "nmse"])
     unknown = set(columns) - set(COLUMNS)
     if unknown:

@@ -129,7 +129,7 @@ def _models_html(rows):
             jobs[row["op"], case_of(row)][row["provider"]] = row
     if not jobs:
         return ""
-    names = sorted({name for job in jobs.values() for name in job}, key=_rank)
+    names = sorted({name for job in jobs.values() for name, row in job.items() if row["status"] == "ok"}, key=_rank)
     lines = []
     for (op, case), job in jobs.items():
         units = {row["unit"] for row in job.values() if row.get("unit")}
@@ -137,7 +137,7 @@ def _models_html(rows):
         error = max((row["nmse"] for name, row in job.items() if row["status"] == "ok" and _rank(name)[0] < len(OURS)), default=None)
         peaks = "/".join(number(job[name]["peak_bytes"] / 1e6, 2) if job.get(name, {}).get("peak_bytes") is not None else "–" for name in names)
         lines.append((escape(f"{op} {case}"), *cells, escape("/".join(sorted(units)) or "–"), "–" if error is None else f"{error:.0e}", peaks))
-    heads = ("model and job", *names, "a second", "logits’ NMSE", "MB of a call")
+    heads = ("model and job", *names, "a second", "logits’ NMSE", "MB of a call, in this order")
     return f'<h2 id="models">Whole models</h2><div class="card">{table(heads, lines)}</div>'
 
 
@@ -257,6 +257,16 @@ def _line(row):
     return "".join(f"<span>{word}</span>" for word in words)
 
 
+def _commands(rows):
+    """[(providers, command)]: of each row that ran its own, of those that could not one for all."""
+    ran, not_here = ([row for row in rows if (row["status"] == "unavailable") is absent_] for absent_ in (False, True))
+    found = [(row["provider"], row["command"]) for row in ran]
+    if not_here:
+        names = [row["provider"].split(" · ")[0] for row in not_here]
+        found.append((", ".join(names), re.sub(r"--provider \S+", f"--provider {','.join(names)}", not_here[0]["command"])))
+    return found
+
+
 def _case_html(op, name, rows, colour, is_open):
     timed, ours = [row for row in rows if row["status"] == "ok"], standing_for_us(rows)
     chart = plots.bars("Milliseconds: median, p20 to p80", [(colour(r["provider"]), r["provider"], r["median_ms"], r["p20_ms"], r["p80_ms"]) for r in timed], "ms") if timed else ""
@@ -266,7 +276,7 @@ def _case_html(op, name, rows, colour, is_open):
     notes = [f'<p class="bad">{escape(row["provider"])} {row["status"]}: {escape(row["reason"])}</p>' for row in rows if row["status"] in ("wrong", "failed")]
     notes += [f'<p class="soft">{escape(", ".join(names))}: {escape(reason)}</p>' for reason, names in absent(rows)]
     notes += [f'<p class="soft">{escape(row["provider"])}: {escape(row["timer_note"])}</p>' for row in timed if row.get("timer_note")]
-    commands = "".join(f"<p>{escape(row['provider'])}: <code>{escape(row['command'])}</code> <button data-copy>copy</button></p>" for row in rows)
+    commands = "".join(f"<p>{escape(who)}: <code>{escape(command)}</code> <button data-copy>copy</button></p>" for who, command in _commands(rows))
     words = escape(f"{op} {name} {' '.join(row['provider'] for row in rows)}".lower(), quote=True)
     return (f'<details class="case"{" open" if is_open else ""} data-op="{escape(op, quote=True)}" data-words="{words}"><summary><h4>{escape(name)}</h4>{_line(ours)}</summary>'
             f'<div class="body">{chart}{shown}<div>{"".join(notes)}</div>'
@@ -285,10 +295,11 @@ def html(paths):
     rows, targets = [row for _, _, found, _ in files for row in found], [t for *_, found in files for t in found]
     if not rows:
         raise ValueError(f"terrazzo bench report: no rows in {', '.join(map(str, paths))}")
-    if len({row["threads"] for row in rows}) > 1:  # a sweep: the number of threads is a size like another, with scaling lines
-        for *_, found, _ in files:
-            found[:] = [row | {"size": f"{row['size']} {row['threads']} threads"} for row in found]
-        rows = [row for _, _, found, _ in files for row in found]
+    for field, word in (("threads", lambda row: f"{row['threads']} threads"), ("device", lambda row: f"on {row['device']}"), ("cold", lambda row: "cold" if row["cold"] else "warm")):
+        if len({row[field] for row in rows}) > 1:  # a sweep: it is part of the size, and threads have scaling lines
+            for *_, found, _ in files:
+                found[:] = [row | {"size": f"{row['size']} {word(row)}"} for row in found]
+    rows = [row for _, _, found, _ in files for row in found]
     if len(files) > 1:  # rows that several files have are told apart by the file's name
         identity = lambda row: (row["op"], case_of(row), row["provider"])  # noqa: E731
         often = Counter(map(identity, rows))

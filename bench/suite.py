@@ -33,7 +33,7 @@ from . import (
 )
 from ..dispatch import BackendError
 from .accuracy import SEEDS
-from .cases import PRESETS, Unavailable, clone_inputs, on_device, runner
+from .cases import PRESETS, Unavailable, building_on, clone_inputs, on_device, runner
 from .compare import SCHEMA
 from .timer import interleave
 
@@ -56,11 +56,13 @@ OPS = {
     "own_models": own_models,
 }
 PACKED = ("terrazzo-packed", "terrazzo-int8")  # weights laid out before the call
-# Ours, the one that stands for us in a case first: a backend for ops, terrazzo itself for whole models.
-OURS = ("cuda", "triton", "cpu", "terrazzo", *PACKED)
+# The one that stands for us in a case first: a backend for ops, terrazzo itself for whole models.
+HEADLINE = ("cuda", "triton", "cpu", "terrazzo")
+OURS = (*HEADLINE, *PACKED)
 COMPILED = ("reference-compiled", "hf-compiled", "torch-compiled")
 PROVIDERS = ("cpu", "cuda", "triton", "terrazzo", *PACKED, "hf-patched", "reference", "torch", "hf", "hf-grouped", *COMPILED, *packages.NAMES)
 DEVICES = ("cpu", "cuda")
+HOW_TO_WAIT = "name it with --provider, or leave out --quick"
 MIN_TIMING_S = 0.1  # of each provider, however little time is left
 
 
@@ -74,7 +76,7 @@ class Options:
     min_rounds: int = 7
     device: str = "cpu"
     speed: str = "normal"        # what budget_s is called on the command line
-    compile: bool = True         # False: compiled providers become rows that say so
+    hurry: bool = False          # compiled providers and very slow ones become rows that say so
 
 
 def expand(names, device="cpu"):
@@ -85,7 +87,8 @@ def expand(names, device="cpu"):
 
 def standing_for_us(rows):
     """The row of ours among those of one case, or None: the first of OURS that was timed, else the first that ran."""
-    ours = sorted((row for row in rows if row["provider"].split(" · ")[0] in OURS[:4]), key=lambda row: OURS.index(row["provider"].split(" · ")[0]))
+    name = lambda row: row["provider"].split(" · ")[0]  # noqa: E731 -- a report of several files has "cpu · file"
+    ours = sorted((row for row in rows if name(row) in HEADLINE), key=lambda row: HEADLINE.index(name(row)))
     return next((row for row in ours if row["status"] == "ok"), next((row for row in ours if row["status"] != "unavailable"), None))
 
 
@@ -121,12 +124,18 @@ def all_cases(preset):
     return [case for op in OPS for case in cases_of(op, preset)]
 
 
+def peer_of(case, baseline):
+    """Whom speed-ups of a case refer to: the chosen one; for "hf" torch, where transformers has no such function."""
+    names = {provider.name for provider in case.providers}
+    return "torch" if baseline == "hf" and "hf" not in names and "torch" in names else baseline
+
+
 def command(case, provider, options=Options()):
     """What measures this row again, its baseline beside it."""
     words = ["terrazzo", "bench", case.family, "--dtype", case.dtype, "--mode", case.mode, "--match", f"{case.op} {case.size}"]
     words += ["--threads", str(torch.get_num_threads())]
     words += ["--preset", case.preset] if case.preset in PRESETS else ["--shapes", case.preset.rpartition("#")[0]]
-    words += ["--provider", ",".join(dict.fromkeys((provider, options.baseline)))]
+    words += ["--provider", ",".join(dict.fromkeys((provider, peer_of(case, options.baseline))))]
     if provider in providers.REGISTERED:
         words += ["--load", providers.REGISTERED[provider].file]
     words += [f"--{options.speed}"] if options.speed != "normal" else []
@@ -186,6 +195,11 @@ class _Job:
         return {name: p.fn for name, p in found.items()}, extras, rows
 
 
+def _patience_ns(options):
+    """What a run in a hurry waits for a first call: a few more would not fit. On GPUs first calls compile."""
+    return int(2e9 * options.budget_s) if options.hurry and options.device == "cpu" else None
+
+
 def left_out(case, options, reason):
     """Rows of a case that is not measured."""
     chosen = [provider.name for provider in providers.of_case(case) if provider.name in options.providers]
@@ -194,11 +208,9 @@ def left_out(case, options, reason):
 
 def _built(job, provider):
     """A provider's function; raises Unavailable."""
-    if provider.name in COMPILED and not job.options.compile:
-        raise Unavailable("compiling takes tens of seconds: name it with --provider, or leave out --quick")
-    if job.options.device == "cpu":
-        return provider.build()
-    with torch.device(job.options.device):
+    if provider.name in COMPILED and job.options.hurry:
+        raise Unavailable(f"compiling takes tens of seconds: {HOW_TO_WAIT}")
+    with building_on(job.options.device):
         return provider.build()
 
 
@@ -218,10 +230,13 @@ def measure(case, options, calibration, *, machine_is_free=None, on_progress=Non
         row = functools.partial(_row, case, provider.name, options=options)
         try:
             fn = _built(job, provider)
-            oracle = oracle or accuracy.Oracle(case, job.inputs)
-            checked = accuracy.gate(case, fn, oracle, provider.ours, job.cuda)
+            oracle = oracle or accuracy.Oracle(case, job.inputs, options.device)
+            checked = accuracy.gate(case, fn, oracle, provider.ours, job.cuda, _patience_ns(options), clock)
         except Unavailable as why:
             rows.append(row("unavailable", str(why)))
+            continue
+        except accuracy.TooSlow as why:
+            rows.append(row("unavailable", f"{why}: {HOW_TO_WAIT}"))
             continue
         except BackendError as error:  # one of our backends says at the call what it lacks
             rows.append(row("unavailable", str(error).rpartition(" cannot run: ")[2]))
@@ -242,10 +257,10 @@ def measure(case, options, calibration, *, machine_is_free=None, on_progress=Non
             budget = max(MIN_TIMING_S * len(timed), min(budget, (deadline_ns - clock()) / 1e9))
         timings = interleave(
             runs, budget, clock=clock, seed=options.seed, min_rounds=options.min_rounds, machine_is_free=machine_is_free,
-            on_round=lambda fraction: report(f"{case.key}: timing", fraction), **extras,
+            on_round=lambda fraction: report(f"{case.key}: timing", fraction), known={name: checked.second_call_ns for name, checked in found.items()}, **extras,
         )  # fmt: skip
         rows += [_timed_row(case, name, timing, found[name], calibration, options, facts[name]) for name, timing in timings.items()]
-        _add_speedups(rows, options.baseline)
+        _add_speedups(rows, peer_of(case, options.baseline))
     return sorted(rows, key=lambda row: PROVIDERS.index(row["provider"]) if row["provider"] in PROVIDERS else len(PROVIDERS))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 TARGET_HALF_WIDTH = 0.01  # of the median: the 95 % interval that ends the rounds
 MIN_SAMPLE_NS = 500_000   # shorter calls are repeated inside one sample, so that the clock's own cost vanishes
 MAX_REPEATS = 1000
+WARM_NS = 100_000_000     # longer calls need no warm-up behind the two of the accuracy check
 LEAD_IN_NS = 20_000_000   # shorter calls run once untimed before a sample: the caches hold this provider's data, not the last one's
 
 
@@ -88,20 +89,23 @@ def by(clock):
     return stopwatch
 
 
-def interleave(providers, budget_s, *, clock=time.perf_counter_ns, stopwatch=None, calls=None, before_call=None, seed=0, min_rounds=7, max_rounds=400,
-               lead_in=False, machine_is_free=None, on_round=None):  # fmt: skip
+def interleave(providers, budget_s, *, clock=time.perf_counter_ns, stopwatch=None, calls=None, known=None, before_call=None, seed=0, min_rounds=7,
+               max_rounds=400, lead_in=False, machine_is_free=None, on_round=None):  # fmt: skip
     """Times every provider of {name: fn} round by round, in a new random order each round -> {name: Timing}, nanoseconds a call.
 
     Ends when every median is settled, or when the budget is spent and each provider has `min_rounds` samples
     (3 where one round alone outlasts the budget). `machine_is_free()` is asked around each round; a round next
     to a "no" is dropped, as long as budget is left. `lead_in` warms the caches before each sample of a short call. `on_round(spent_fraction)` feeds a progress bar.
-    `before_call()` runs, untimed, before every single call (it empties the caches): a sample is one call then. `calls` {name: n}: fn() makes n calls.
+    `before_call()` runs, untimed, before every single call (it empties the caches): a sample is one call then. `calls` {name: n}: fn() makes n calls. `known` {name: ns}:
+    what a call took before; those over WARM_NS are not called again to warm up.
     """
     stopwatch = stopwatch or by(clock)
     timings = {name: Timing() for name in providers}
     for name, fn in providers.items():
-        fn()  # warm-up: the first call was timed apart
-        once = max(stopwatch(fn), 1)
+        once = (known or {}).get(name) or 0
+        if once < WARM_NS:
+            fn()  # warm-up: the first call was timed apart
+            once = max(stopwatch(fn), 1)
         timings[name].once_ns, timings[name].calls = once, (calls or {}).get(name, 1)
         timings[name].repeats = 1 if before_call else min(MAX_REPEATS, max(1, math.ceil(MIN_SAMPLE_NS / once)))
     order, shuffle = list(providers), random.Random(seed).shuffle

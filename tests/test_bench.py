@@ -79,6 +79,23 @@ def test_unsteady_provider_runs_to_the_budget_and_is_noisy():
     assert fake.now >= 0.5e9
 
 
+def test_long_calls_that_were_made_before_are_not_warmed_up_again():
+    fake, calls = FakeTime(), {"short": 0, "long": 0}
+
+    def named(name, ns):
+        run = fake.provider(ns)
+
+        def count():
+            calls[name] += 1
+            run()
+
+        return count
+
+    providers = {"short": named("short", 1_000_000), "long": named("long", 200_000_000)}
+    found = timer.interleave(providers, 10.0, clock=fake.clock, known={"short": 1_000_000, "long": 200_000_000})
+    assert calls == {"short": 7 + 2, "long": 7} and {len(t.samples) for t in found.values()} == {7}
+
+
 def test_every_round_runs_every_provider_once_in_changing_order():
     fake, calls = FakeTime(), []
 

@@ -209,10 +209,10 @@ def test_the_default_device_is_that_of_the_inputs_while_a_provider_builds(monkey
         devices.append(torch.get_default_device().type)
         return CASE.reference()
 
-    case = replace(CASE, providers=(Provider("hf", build),))
+    case = replace(CASE, providers=(Provider("hf", build),), reference=build)
     for device in ("cpu", "meta"):
         suite.measure(case, suite.Options(providers=("hf",), budget_s=0.001, min_rounds=1, device=device), CALIBRATION)
-    assert devices == ["cpu", "meta"] and torch.get_default_device().type == "cpu"
+    assert devices == ["cpu", "cpu", "meta", "meta"] and torch.get_default_device().type == "cpu"
 
 
 def test_limits_of_a_gpu_know_its_tensor_cores():

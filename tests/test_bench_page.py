@@ -118,6 +118,15 @@ def test_every_row_case_and_reason_is_there(report):
     assert "terrazzo bench causal_conv1d_fn --match &#x27;1x8448x512&#x27; --provider hf" in text
 
 
+def test_every_row_has_a_command_and_absent_ones_share_theirs():
+    rows = made_up_rows()
+    rows.append(row("causal_conv1d_fn", "1x8448x512", "fla", 0, status="unavailable", reason="fla is not installed: pip install x"))
+    of_case = [r for r in rows if (r["op"], r["size"], r["dtype"]) == ("causal_conv1d_fn", "1x8448x512", "fp32")]
+    commands = page._commands(of_case)
+    assert [who for who, _ in commands] == ["cpu", "hf", "my_conv", "causal_conv1d, fla"]
+    assert commands[-1][1] == "terrazzo bench causal_conv1d_fn --match '1x8448x512' --provider causal_conv1d,fla"
+
+
 def test_the_same_rows_of_two_files_stand_side_by_side(tmp_path):
     for name in ("old", "new"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(ENVIRONMENT) + "\n" + json.dumps(row("op", "1", "cpu", 1.0)) + "\n")
@@ -130,6 +139,13 @@ def test_a_sweep_over_threads_is_a_scaling_line(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *rows)))
     text = page.html([tmp_path / "a.jsonl"])
     assert text.count('class="case"') == 3 and "1x8 ▢ threads fp32 fwd" in text
+
+
+def test_cold_and_warm_rows_are_cases_of_their_own(tmp_path):
+    rows = [row("op", "1x8", "cpu", ms) | {"cold": cold} for ms, cold in ((1.0, False), (2.0, True))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *rows)))
+    text = page.html([tmp_path / "a.jsonl"])
+    assert text.count('class="case"') == 2 and "1x8 cold fp32 fwd</h4>" in text and "1x8 warm fp32 fwd</h4>" in text
 
 
 def test_the_last_of_an_appended_row_counts(tmp_path):

@@ -67,6 +67,12 @@ def test_tables_between_markers_are_made_anew(tmp_path, capsys):
     assert main(["tables", result, str(document), "--check"]) == 0
 
 
+def test_terrazzo_in_a_marker_is_whatever_of_ours_ran(tmp_path):
+    rows = [row("cpu"), row("cuda", status="unavailable", reason="no GPU"), row("hf", 6.0)]
+    text = export.fill("<!-- bench: providers=terrazzo,hf columns=median_ms -->\n<!-- /bench -->\n", ENVIRONMENT, rows)
+    assert "| cpu | 2 |" in text and "| hf | 6 |" in text and "cuda" not in text
+
+
 @pytest.mark.parametrize("marker, message", [("op=nothing", "no row of the result fits"), ("size", "a marker takes op, size"), ("columns=speed", "unknown columns speed")])
 def test_bad_markers(marker, message, tmp_path, capsys):
     document = tmp_path / "doc.md"

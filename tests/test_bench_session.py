@@ -95,12 +95,28 @@ def test_timing_ends_at_the_deadline():
     assert 3 <= row["n"] <= 7
 
 
+@pytest.mark.parametrize("hurry, status", [(True, "unavailable"), (False, "ok")])
+def test_a_run_in_a_hurry_does_not_wait_for_slow_calls(hurry, status):
+    clock, calls = [0], []
+
+    def fn(**inputs):
+        calls.append(1)
+        clock[0] += 2_100_000_000  # over twice the second that a quick row has
+        return CASE.reference()(**inputs)
+
+    case = replace(CASE, providers=(Provider("reference", lambda: fn),))
+    (row,) = suite.measure(case, suite.Options(providers=("reference",), budget_s=1.0, hurry=hurry), CALIBRATION, clock=lambda: clock[0])
+    assert row["status"] == status
+    if status == "unavailable":
+        assert row["reason"].startswith("one call takes 2.1 s: name it with --provider") and len(calls) == 1
+
+
 def test_compiled_peers_are_left_out_of_quick_runs_unless_named():
     def build():
         raise AssertionError("must not be built")
 
     case = replace(CASE, providers=(Provider("reference-compiled", build),))
-    (row,) = suite.measure(case, suite.Options(providers=("reference-compiled",), compile=False), CALIBRATION)
+    (row,) = suite.measure(case, suite.Options(providers=("reference-compiled",), hurry=True), CALIBRATION)
     assert row["status"] == "unavailable" and "--provider" in row["reason"]
     (row,) = suite.measure(case, suite.Options(providers=("reference-compiled",)), CALIBRATION)
     assert row["status"] == "failed" and "must not be built" in row["reason"]
@@ -124,6 +140,14 @@ def test_a_command_says_everything_that_was_chosen():
     assert command_line.parser().parse_args(["run", *words[2:]]).seed == 3
     plain = shlex.split(suite.command(CASE, "cpu"))
     assert not {"--seed", "--device", "--cold", "--normal", "--baseline"} & set(plain)
+
+
+@pytest.mark.parametrize("op, baseline, peer", [("linear", "hf", "torch"), ("rmsnorm_gated", "hf", "hf"), ("linear", "reference", "reference")])
+def test_whom_speed_ups_refer_to(op, baseline, peer):
+    case = next(c for c in suite.all_cases("tiny") if (c.op, c.mode, c.dtype) == (op, "fwd", "fp32"))
+    options = suite.Options(providers=("cpu", "torch", "hf", "reference"), baseline=baseline, budget_s=0.01, min_rounds=3)
+    ours = next(row for row in suite.measure(case, options, CALIBRATION) if row["provider"] == "cpu")
+    assert ours["baseline"] == peer and ours["speedup"] > 0 and f"--provider cpu,{peer}" in ours["command"]
 
 
 def test_the_seed_draws_other_inputs():
