@@ -38,7 +38,7 @@ def _blenderbot(hidden):
     """Blenderbot-400M at 1280; heads are 40 wide there."""
     from transformers import BlenderbotConfig, BlenderbotForConditionalGeneration
 
-    heads = max(1, hidden // 40)
+    heads = hidden // 40 if hidden % 40 == 0 else hidden // 32
     return BlenderbotForConditionalGeneration(BlenderbotConfig(
         vocab_size=8008, d_model=hidden, encoder_layers=2, decoder_layers=12, encoder_attention_heads=heads, decoder_attention_heads=heads,
         encoder_ffn_dim=4 * hidden, decoder_ffn_dim=4 * hidden, max_position_embeddings=128, dropout=0.0,

@@ -13,6 +13,8 @@ from .plots import number
 from .suite import OURS, standing_for_us
 
 OPEN_CASES = 16  # a page of no more shows them all open
+# Who gets the colours that are easiest to tell apart, wherever they appear.
+COLOURED = ("cpu", "hf", "reference", "torch", "terrazzo", "cuda", "triton", "hf-compiled", "hf-patched", "terrazzo-packed", "hf-grouped", "reference-compiled")
 
 
 def small(value):
@@ -305,7 +307,7 @@ def html(paths):
         often = Counter(map(identity, rows))
         rows = [row | {"provider": f"{row['provider']} · {Path(path).stem}"} if often[identity(row)] > 1 else row for path, _, found, _ in files for row in found]
     names = sorted({row["provider"] for row in rows if row["status"] == "ok"}, key=_rank)
-    colour = names.index
+    colour = sorted(names, key=lambda name: (COLOURED.index(name.split(" · ")[0]) if name.split(" · ")[0] in COLOURED else len(COLOURED), name)).index
     count = len({(row["op"], case_of(row)) for row in rows})
     environment = files[-1][1]
     calibration = environment.get("calibration")

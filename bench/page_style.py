@@ -2,9 +2,9 @@
 from . import plots
 
 STYLE = """:root{color-scheme:light dark;--bg:#f6f5f1;--card:#fff;--ink:#1f2428;--soft:#5b646c;--line:#e0ddd5;--bad:#a8323a;--good:#1d6b45;--tint:#e8f1f1;
---s0:#13747d;--s1:#c2613d;--s2:#8494a3;--s3:#c79a3a;--s4:#5a9158;--s5:#7d5ba6;--s6:#3c6db8;--s7:#a34a70}
+--s0:#13747d;--s1:#c2613d;--s2:#8494a3;--s3:#c79a3a;--s4:#5a9158;--s5:#7d5ba6;--s6:#3c6db8;--s7:#a34a70;--s8:#7a5c3e;--s9:#98a232;--s10:#56a9cf;--s11:#d1709f}
 @media(prefers-color-scheme:dark){:root{--bg:#14171a;--card:#1c2125;--ink:#e6e8ea;--soft:#9ba5ae;--line:#323940;--bad:#ff8f8f;--good:#7fd3a4;--tint:#1d3335;
---s0:#45b8c2;--s1:#e5906c;--s2:#9fb0c0;--s3:#e3c070;--s4:#8cc48a;--s5:#ba9cdc;--s6:#7fabf2;--s7:#dd8fae}}
+--s0:#45b8c2;--s1:#e5906c;--s2:#9fb0c0;--s3:#e3c070;--s4:#8cc48a;--s5:#ba9cdc;--s6:#7fabf2;--s7:#dd8fae;--s8:#bd9a75;--s9:#c9d162;--s10:#a5d8ef;--s11:#f3a9cb}}
 *{box-sizing:border-box}html{scroll-padding-top:7rem}body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,sans-serif}
 main{max-width:74rem;margin:0 auto;padding:1.5rem 1rem 4rem}h1{font-size:1.9rem;line-height:1.2;margin:0}h2{font-size:1.35rem;margin:2.5rem 0 .7rem}
 h3{font-size:1rem;margin:1.5rem 0 .5rem}p{margin:.4rem 0}.soft{color:var(--soft)}.bad{color:var(--bad)}.good{color:var(--good)}

@@ -3,7 +3,7 @@ import math
 from html import escape
 
 WIDE, HIGH, LEFT, TOP, RIGHT, BOTTOM = 400, 280, 58, 30, 16, 44
-SERIES = 8  # colours; providers beyond share them
+SERIES = 12  # colours; providers beyond share them
 STEPS = (1, 2, 5)
 
 
@@ -111,8 +111,8 @@ def ranges(title, entries, mark):
 
     parts = [f'<path d="M{at(t):.1f} 26V{foot}" class="g"/><text x="{at(t):.1f}" y="{foot + 15}" class="m a">{_tick(t)}</text>' for t in ticks(x0, x1)]
     parts.append(f'<path d="M{at(mark[0]):.1f} 26V{foot}" class="w"/><text x="{at(mark[0]):.1f}" y="{foot + 30}" class="m a">{escape(mark[1])}</text>')
-    for number, (label, low, middle, high) in enumerate(entries):
-        y = 28 + row * number + row / 2
+    for i, (label, low, middle, high) in enumerate(entries):
+        y = 28 + row * i + row / 2
         parts.append(f'<text x="{label_w - 8}" y="{y + 4}" class="e">{escape(label)}</text><path d="M{at(low):.1f} {y}H{at(high):.1f}" class="r"/>'
                      f'<circle cx="{at(middle):.1f}" cy="{y}" r="5" class="p s0"><title>{escape(label)}: {number(low)} to {number(high)}</title></circle>'
                      f'<text x="{at(high) + 9:.1f}" y="{y + 4}">{number(middle)}</text>')  # fmt: skip

@@ -127,6 +127,16 @@ def test_every_row_has_a_command_and_absent_ones_share_theirs():
     assert commands[-1][1] == "terrazzo bench causal_conv1d_fn --match '1x8448x512' --provider causal_conv1d,fla"
 
 
+def test_providers_of_a_usual_run_have_colours_of_their_own(tmp_path):
+    names = ("cpu", "hf", "reference", "torch", "hf-compiled", "reference-compiled", "hf-grouped", "terrazzo-packed", "terrazzo-int8", "my_conv")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *(row("op", "1", name, 1.0) for name in names))))
+    key = dict(re.findall(r'<i class="(s\d+)"></i>([^<]+)</span>', page.html([tmp_path / "a.jsonl"])))
+    assert len(key) == len(names) and key["s0"] == "cpu" and key["s1"] == "hf"
+    from terrazzo.bench.page_style import STYLE
+
+    assert all(STYLE.count(f"--s{k}:#") == 2 for k in range(plots.SERIES))  # light and dark
+
+
 def test_the_same_rows_of_two_files_stand_side_by_side(tmp_path):
     for name in ("old", "new"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(ENVIRONMENT) + "\n" + json.dumps(row("op", "1", "cpu", 1.0)) + "\n")

@@ -232,6 +232,16 @@ def test_every_op_has_all_backends(case):
     assert {name: (row["status"], row["reason"]) for name, row in rows.items()} == {name: ("unavailable", "no GPU") for name in ("cuda", "triton")}
 
 
+def test_backends_by_name_on_the_command_line(capsys):
+    words = ["linear", "--preset", "tiny", "--match", "1x16x24 fwd", "--quick", "--any-machine-state", "--json", "--provider", "cpu,triton,cuda,reference"]
+    assert main(words) == 0  # a backend that is not here is no failure
+    rows = {row["provider"]: row for row in rows_printed(capsys)}
+    assert list(rows) == ["cpu", "cuda", "triton", "reference"]
+    assert rows["cpu"]["status"] == rows["reference"]["status"] == "ok"
+    if not torch.cuda.is_available():
+        assert {rows[name]["reason"] for name in ("cuda", "triton")} == {"no GPU"}
+
+
 def test_backends_say_what_they_lack(monkeypatch):
     case = tiny("linear")
     monkeypatch.setattr(cases, "no_backend", lambda backend: None)  # the call itself has to say it
