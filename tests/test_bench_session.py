@@ -273,7 +273,7 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(kept, monkeypatch, tmp_pa
 def test_whether_a_calibration_is_still_true(monkeypatch):
     rates = {}
     monkeypatch.setattr(roofline, "_best_rate", lambda amount, fn, repeats, stopwatch: rates["read" if amount == 1 << 26 else "fma"])
-    for fma, read, true in ((100, 20, True), (90, 18, True), (80, 20, False), (100, 12, False), (100, 30, False)):
+    for fma, read, true in ((100, 20, True), (95, 19, True), (90, 20, False), (100, 12, False), (100, 30, False)):
         rates.update(fma=fma, read=read)
         assert roofline._still_true(CALIBRATION) is true, (fma, read)
 
