@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -12,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from . import compare, cost_model, export, memory, page, providers, report, revision, roofline, suite, targets
+from . import compare, cost_model, export, memory, packages, page, providers, report, revision, roofline, suite, targets
 from .cases import ALIASES, DTYPES, MODES, PRESETS, select
 from .environment import environment
 
 SECONDS = {"quick": 1.0, "normal": 3.0, "full": 15.0}
+QUICK_LIMIT_S = 200.0  # of `terrazzo bench --quick`: under four minutes with start, calibration and the last case's overrun
 
 
 def parser():
@@ -28,6 +30,7 @@ def parser():
     speed = common.add_mutually_exclusive_group()
     speed.add_argument("--quick", dest="speed", action="store_const", const="quick", default="normal", help="1 s a row")
     speed.add_argument("--full", dest="speed", action="store_const", const="full", help="up to 15 s a row")
+    speed.add_argument("--normal", dest="speed", action="store_const", const="normal", help=argparse.SUPPRESS)
     common.add_argument("--seed", type=int, default=0)
     common.add_argument("--out", metavar="FILE", help="append the rows to this JSONL file")
     common.add_argument("--json", action="store_true", help="rows as JSON lines instead of tables")
@@ -41,15 +44,18 @@ def parser():
     run.add_argument("--mode", help=f"comma-separated, of {', '.join(MODES)}; bwd is forward and backward together")
     run.add_argument("--dtype", default="fp32", help=f"comma-separated, of {', '.join(DTYPES)} (default fp32)")
     run.add_argument("--preset", help=f"comma-separated, of {', '.join(PRESETS)}; default: each op's own, with --quick and no OP its smallest cases")
-    run.add_argument("--baseline", default="hf", help="provider that speed-ups refer to")
+    run.add_argument("--baseline", default="hf", help="provider that speed-ups refer to; default hf, and torch where transformers has no such function")
     run.add_argument("--threads", type=_thread_counts, metavar="N[,N]", help="one run for each number, default torch's choice")
-    run.add_argument("--cold", action="store_true", help="rotate over more inputs than the last-level cache holds")
-    run.add_argument("--list", action="store_true", help="only name the cases")
+    run.add_argument("--cold", action="store_true", help="empty the CPU's caches before every call (a GPU's inputs never lie in its cache)")
+    run.add_argument("--device", choices=suite.DEVICES, help="where the inputs lie; default cuda where there is one")
+    run.add_argument("--limit", type=float, metavar="SECONDS", help=f"for all cases together, shared among them; default {QUICK_LIMIT_S:.0f} for --quick without OP")
+    run.add_argument("--list", action="store_true", help="only name the cases, and count the rows and the time that they may take")
 
     bars = commands.add_parser("targets", parents=[common], help="measure every speed target and say which are met")
     bars.add_argument("--threads", type=int, default=targets.THREADS, help=f"default {targets.THREADS}")
     calibrate = commands.add_parser("calibrate", help="this machine's peaks")
     calibrate.add_argument("--threads", type=int)
+    calibrate.add_argument("--device", choices=suite.DEVICES, default="cpu")
     calibrate.add_argument("--json", action="store_true")
     diff = commands.add_parser("compare", help="two result files: SAME, FAST, SLOW or UNSURE")
     diff.add_argument("before", nargs="?")
@@ -93,9 +99,10 @@ def _thread_counts(text):
 class Session:
     """What run and targets share: threads, calibration, progress bar, result file."""
 
-    def __init__(self, args, argv, threads=None):
+    def __init__(self, args, argv, threads=None, device="cpu"):
         if threads:
             torch.set_num_threads(threads)
+        self.device = device
         width = None if sys.stdout.isatty() else 120  # a file or a pipe has no width of its own
         self.args, self.console = args, Console(stderr=args.json, width=width)
         self.command = "terrazzo bench " + " ".join(argv)
@@ -103,21 +110,22 @@ class Session:
         # Bar and tables share the terminal; rows for machines or for a file never mix with the bar.
         shared = self.console if sys.stdout.isatty() and not args.json else Console(stderr=True)
         self.progress = Progress(*columns, console=shared, transient=True, redirect_stdout=False, redirect_stderr=False)
-        self.calibration = roofline.calibrate()
-        self.machine_is_free = None if args.any_machine_state else roofline.FreeMachine(self.calibration)
-        self.environment = environment(self.calibration, self.command, args.seed)
+        self.calibration = roofline.calibrated(device)
+        self.machine_is_free = None if args.any_machine_state or device != "cpu" else roofline.FreeMachine(self.calibration)
+        self.environment = environment(self.calibration, self.command, args.seed, device)
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         self.record([self.environment])
 
     def options(self, **chosen):
-        return suite.Options(budget_s=SECONDS[self.args.speed], seed=self.args.seed, **chosen)
+        return suite.Options(budget_s=SECONDS[self.args.speed], speed=self.args.speed, seed=self.args.seed, device=self.device, **chosen)
 
     def describe(self):
-        c = self.calibration
-        self.console.print(
-            f"{self.environment['cpu']}, {c.threads} threads: {c.gflops:.0f} GFLOP/s, read {c.read_gbs:.1f}, copy {c.copy_gbs:.1f}, "
-            f"in place {c.scale_gbs:.1f} GB/s ({c.source})", highlight=False)  # fmt: skip
+        c, where = self.calibration, self.environment["cpu"]
+        where = f"{where}, {c.threads} threads" if self.device == "cpu" else f"{self.environment['gpu']}, {where}"
+        products = "".join(f"{rate:.0f} {dtype} " for dtype, rate in (c.gflops_of or {"": c.gflops}).items()).replace("  ", " ")
+        self.console.print(f"{where}: {products}GFLOP/s, read {c.read_gbs:.1f}, copy {c.copy_gbs:.1f}, in place {c.scale_gbs:.1f} GB/s ({c.source}, {c.date[:16]})",
+                           highlight=False)  # fmt: skip
 
     def record(self, lines):
         """Result lines go out at once: an interrupted run keeps what it measured."""
@@ -143,36 +151,62 @@ def _run(args, argv):
         providers.load(file)
     presets = providers.shapes(args.shapes) if args.shapes else _split(",".join(ALIASES.get(p, p) for p in (args.preset or "").split(",")), PRESETS, "preset")
     modes, dtypes = _split(args.mode, MODES, "mode"), _split(args.dtype, tuple(DTYPES), "dtype")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("terrazzo bench: --device cuda: torch finds no GPU (torch.cuda.is_available() is False)")
     known = (*suite.PROVIDERS, *providers.REGISTERED)
-    chosen = _split(args.provider, known, "provider") or known
+    chosen = suite.expand(_split(args.provider, known, "provider"), device) or known
+    _split(args.baseline, known, "baseline")
+    if args.limit is not None and args.limit <= 0:
+        raise ValueError(f"terrazzo bench: --limit must be above 0 seconds, got {args.limit:g}")
     pairs = [(op, preset) for preset in presets for op in ops] or [(op, suite.home(op)) for op in ops]
     cases = [case for op, preset in pairs for case in select(suite.cases_of(op, preset), modes=modes, dtypes=dtypes, match=args.match)]
-    if args.speed == "quick" and not (presets or args.ops or args.match):
+    bare = args.speed == "quick" and not (presets or args.ops or args.match)
+    if bare:
         cases = suite.smallest(cases)
+    args.limit = args.limit or (QUICK_LIMIT_S if bare else None)
+    args.hurry = args.speed == "quick" and not args.provider
     if args.list:
         print("\n".join(case.key for case in cases))
+        print(_plan(cases, chosen, args, device), file=sys.stderr)
         return 0
     if not cases:
         raise ValueError("terrazzo bench: no case fits; --list names the cases of the chosen ops and presets")
     failed = False
     for threads in args.threads or [None]:
-        failed |= _run_cases(Session(args, argv, threads), cases, args, chosen)
+        failed |= _run_cases(Session(args, argv, threads, device), cases, args, chosen)
     return 1 if failed else 0
 
 
+def _plan(cases, chosen, args, device):
+    """How many rows a run has to time, and how long that may take."""
+    not_here = {*(suite.COMPILED if args.hurry else ()), *(("cuda", "triton", *packages.NAMES) if device == "cpu" else ("cpu",))}
+    rows = sum(p.name in chosen and p.name not in not_here for case in cases for p in providers.of_case(case))
+    limit = f"at most {args.limit:.0f} s in all" if args.limit else "checks and slow calls come on top"
+    return f"{len(cases)} cases, {rows} rows of up to {SECONDS[args.speed]:g} s: {rows * SECONDS[args.speed]:.0f} s of timing; {limit}"
+
+
 def _run_cases(session, cases, args, chosen):
-    """Measures the cases; whether a provider was wrong or failed."""
+    """Measures the cases; whether a provider was wrong or failed. What a case leaves of its share of --limit is the others'."""
     session.describe()
-    options = session.options(providers=chosen, baseline=args.baseline, cold=args.cold)
-    rows = []
+    options = session.options(providers=chosen, baseline=args.baseline, cold=args.cold, hurry=args.hurry)
+    rows, clock = [], time.perf_counter_ns
+    end = clock() + int(args.limit * 1e9) if args.limit else None
     with session.progress as progress:
         overall, current = progress.add_task("cases", total=len(cases)), progress.add_task("", total=1.0)
-        for case in cases:
-            found = suite.measure(case, options, session.calibration, machine_is_free=session.machine_is_free,
-                                  on_progress=lambda text, done: progress.update(current, description=text, completed=done))
+        for number, case in enumerate(cases):
+            left = end - clock() if end else None
+            if end and left <= 0:
+                found = suite.left_out(case, options, f"the {args.limit:g} s of this run were over; --limit sets them")
+            else:
+                found = suite.measure(case, options, session.calibration, machine_is_free=session.machine_is_free,
+                                      deadline_ns=clock() + left // (len(cases) - number) if end else None,
+                                      on_progress=lambda text, done: progress.update(current, description=text, completed=done))  # fmt: skip
             rows += found
             progress.advance(overall)
             session.show(found)
+    if len(cases) > 1 and not args.json:
+        session.console.print(report.summary_table(rows))
     return any(row["status"] in ("wrong", "failed") for row in rows)
 
 
@@ -199,12 +233,18 @@ def _targets(args, argv):
 def _calibrate(args, argv):
     if args.threads:
         torch.set_num_threads(args.threads)
-    found = roofline.calibrate()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("terrazzo bench: --device cuda: torch finds no GPU (torch.cuda.is_available() is False)")
+    found = roofline.calibrate_gpu() if args.device == "cuda" else roofline.calibrate()
+    roofline.keep(found, args.device)
     if args.json:
         print(json.dumps(found.as_dict()))
         return 0
     print(f"{found.threads} threads, {found.source}, {found.date}")
-    print(f"float32 multiply-add  {found.gflops:8.1f} GFLOP/s")
+    for dtype, rate in (found.gflops_of or {}).items():
+        print(f"{dtype} product          {rate:8.1f} GFLOP/s")
+    if not found.gflops_of:
+        print(f"float32 multiply-add  {found.gflops:8.1f} GFLOP/s")
     print(f"read                  {found.read_gbs:8.1f} GB/s")
     print(f"copy (read + write)   {found.copy_gbs:8.1f} GB/s")
     print(f"in place (both ways)  {found.scale_gbs:8.1f} GB/s")
@@ -255,7 +295,8 @@ def _report(args, argv):
 
 
 def _roofline(args, argv):
-    text = cost_model.document()
+    with Console(stderr=True).status("counting launches"):
+        text = cost_model.document()
     if args.output:
         Path(args.output).write_text(text)
     print(args.output or text)

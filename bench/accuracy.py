@@ -5,14 +5,15 @@ they need a normalised error that is small for their dtype, and the row shows it
 Three cheats are caught: a result that is (a view of) an input, a result kept from an earlier call, and an input
 that was changed.
 """
+import time
 from dataclasses import dataclass
 
 import torch
 
 from terrazzo.tolerance import check
 
-from . import memory
-from .cases import clone_inputs, runner
+from . import gpu, memory
+from .cases import building_on, clone_inputs, runner
 from .timer import time_once
 
 PEER_NMSE = {"fp32": 1e-7, "fp64": 1e-7, "fp16": 1e-4, "bf16": 1e-3}
@@ -29,18 +30,44 @@ class Accuracy:
     nmse: float = 0.0
     why: str = ""
     first_call_ns: float | None = None
+    second_call_ns: float | None = None
     peak_bytes: int | None = None  # host memory above what was held before the second call
+    peak_device_bytes: int | None = None  # the device's likewise
+
+
+class Inputs:
+    """A case's inputs by seed, drawn once where those of two seeds are small enough to stay. `base` is the run's own --seed."""
+
+    KEPT_BYTES = 1 << 29  # of one set
+
+    def __init__(self, case, base=0):
+        self.case, self.base, self.kept = case, base, {}
+
+    def __call__(self, seed):
+        if seed in self.kept:
+            return self.kept[seed]
+        made = self.case.inputs(seed + 1000 * self.base)
+        if len(self.kept) < len(SEEDS) and size_of(made) <= self.KEPT_BYTES:
+            self.kept[seed] = made
+        return made
+
+
+def size_of(inputs):
+    """Bytes of the tensors among a case's inputs."""
+    return sum(t.numel() * t.element_size() for t in inputs.values() if isinstance(t, torch.Tensor))
 
 
 class Oracle:
     """What the outputs should be for each seed: in float64, and in the case's own dtype by the same reference."""
 
-    def __init__(self, case):
+    def __init__(self, case, inputs=None, device="cpu"):
         self.case = case
-        self.reference = case.reference()
+        self.inputs = inputs or Inputs(case)
+        with building_on(device):
+            self.reference = case.reference()
         self.expected = {}
         for seed in SEEDS:
-            inputs = gate_inputs(case, seed)
+            inputs = self.gate_inputs(seed)
             same = self._run(clone_inputs(inputs))
             self.expected[seed] = (same, same) if case.nmse_limit else (self._run(clone_inputs(inputs, torch.float64)), same)
 
@@ -49,10 +76,10 @@ class Oracle:
             inputs = self.case.narrow(inputs)
         return tuple(t.clone() for t in runner(self.case, self.reference, inputs)())
 
+    def gate_inputs(self, seed):
+        inputs = self.inputs(seed)
+        return self.case.prepare(inputs) if self.case.prepare else inputs
 
-def gate_inputs(case, seed):
-    inputs = case.inputs(seed)
-    return case.prepare(inputs) if case.prepare else inputs
 
 
 def overwrite(inputs, values):
@@ -63,22 +90,37 @@ def overwrite(inputs, values):
             tensor.as_strided(sizes, tensor.stride()).copy_(values[name].as_strided(sizes, values[name].stride()))
 
 
-def gate(case, fn, oracle, ours):
-    """Accuracy of `fn`, and the time of its first call."""
-    inputs = clone_inputs(gate_inputs(case, SEEDS[0]))
+class TooSlow(Exception):
+    """A first call that took longer than a run can wait for."""
+
+
+def gate(case, fn, oracle, ours, cuda=None, patience_ns=None, clock=time.perf_counter_ns):
+    """Accuracy of `fn`, and the time of its first call. cuda: torch.cuda where the inputs lie there. A first call beyond patience_ns raises TooSlow."""
+    inputs = clone_inputs(oracle.gate_inputs(SEEDS[0]))
     run = runner(case, fn, inputs)
     found, result = Accuracy(), []
 
     def call():
         result[:] = run()
+        if cuda is not None:
+            cuda.synchronize()
+
+    def second():
+        found.second_call_ns = time_once(call, clock)
 
     for number, seed in enumerate(SEEDS):
-        expected_inputs = gate_inputs(case, seed)
+        expected_inputs = oracle.gate_inputs(seed)
         if number:
             overwrite(inputs, expected_inputs)
-            found.peak_bytes = memory.peak_of(call)
+            host = lambda: memory.peak_of(second)  # noqa: E731
+            if cuda is None:
+                found.peak_bytes = host()
+            else:
+                found.peak_device_bytes = gpu.peak_of(lambda: setattr(found, "peak_bytes", host()), cuda)
         else:
-            found.first_call_ns = time_once(call)
+            found.first_call_ns = time_once(call, clock)
+            if patience_ns is not None and found.first_call_ns > patience_ns:
+                raise TooSlow(f"one call takes {found.first_call_ns / 1e9:.1f} s")
         why = _misuse(case, inputs, expected_inputs, result)
         outputs = tuple(result) if case.narrow is None else case.narrow(None, tuple(result))
         _compare(case, found, outputs, *oracle.expected[seed], ours)

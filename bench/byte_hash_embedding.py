@@ -5,7 +5,7 @@ import torch
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, Unavailable, generator
+from .cases import DTYPES, NO_TRANSFORMERS, Case, Unavailable, generator, own_providers, peers
 from .roofline import Work
 
 GROUP_SIZES = (3, 4, 5, 6, 7, 8)
@@ -38,7 +38,7 @@ def _hf(vocab):
     try:
         from transformers.models.blt.modeling_blt import compute_hash_embeddings
     except ImportError as error:
-        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+        raise Unavailable(NO_TRANSFORMERS) from error
 
     def run(tokens, table, byte_embedding):
         encoder = SimpleNamespace(embed_tokens=lambda ids: torch.nn.functional.embedding(ids, byte_embedding))
@@ -62,10 +62,10 @@ def cases(preset):
     found = []
     for L, D, vocab in SIZES[preset]:
         for name, dtype in DTYPES.items():
-            providers = (Provider("terrazzo", lambda vocab=vocab: _ours("cpu", vocab), ours=True),
-                         Provider("reference", lambda vocab=vocab: _ours("reference", vocab)), Provider("hf", lambda vocab=vocab: _hf(vocab)))
+            providers = (*own_providers(lambda backend, vocab=vocab: _ours(backend, vocab)), *peers("hf", lambda vocab=vocab: _hf(vocab)))
             for mode in ("fwd", "bwd"):
                 found.append(Case("byte_hash_embedding", f"1x{L}x{D}", mode, name,
                                   work(L, D, vocab, dtype.itemsize, mode), _inputs(L, D, vocab, dtype, mode == "bwd"), providers,
-                                  lambda vocab=vocab: _ours("reference", vocab), differentiable=("table", "byte_embedding")))
+                                  lambda vocab=vocab: _ours("reference", vocab), differentiable=("table", "byte_embedding"),
+                                  arguments={"group_sizes": GROUP_SIZES, "num_functions": 1, "vocab": vocab}))
     return found

@@ -8,7 +8,7 @@ import torch
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, Unavailable, generator
+from .cases import DTYPES, NO_TRANSFORMERS, Case, Provider, Unavailable, generator
 from .roofline import Work
 
 VOCAB, WINDOW, HASHES, K = 260, 512, 20000, 2
@@ -67,10 +67,10 @@ def _forward(hidden, dtype, patched):
     try:
         model = build(hidden)
     except ImportError as error:
-        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+        raise Unavailable(NO_TRANSFORMERS) from error
     finally:
         torch.random.set_rng_state(before)
-    model = model.to(dtype)
+    model = model.to(torch.get_default_device(), dtype)
     if patched:
         terrazzo.patch(model)
     return lambda input_ids: model(input_ids, use_cache=False).logits
@@ -100,5 +100,5 @@ def cases(preset):
 
             found.append(Case("blt_model", f"forward {L} bytes hidden {hidden}", "model", name, _work(hidden, L, DTYPES[name]), inputs,
                               (Provider("terrazzo", provider(True), ours=True), Provider("hf", provider(False))), provider(False),
-                              nmse_limit=NMSE_LIMIT[name]))
+                              nmse_limit=NMSE_LIMIT[name], tokens=L, unit="bytes"))
     return found

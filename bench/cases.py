@@ -3,13 +3,15 @@
 A case makes its inputs from a seed. A provider is a function of those inputs by name. For "bwd" the harness
 itself differentiates: forward and backward are timed together.
 """
+import contextlib
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..triton_kernels import runtime
 from .roofline import Work
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -22,9 +24,17 @@ class Unavailable(Exception):
     """Why a provider cannot serve a case; becomes a row that says so."""
 
 
+# What is raised where a package, or this device, is not there.
+NO_TRANSFORMERS = "transformers is not installed: pip install terrazzo[hf]"
+BACKENDS = ("cpu", "triton", "cuda")  # terrazzo's own, beside the reference
+
+
 @dataclass(frozen=True)
 class Provider:
-    """`build()` returns fn(**inputs); it may raise Unavailable. `ours` are held to the tests' own tolerance."""
+    """`build()` returns fn(**inputs); it may raise Unavailable. `ours` are held to the tests' own tolerance.
+
+    While it builds, torch's default device is the one that the inputs lie on.
+    """
 
     name: str
     build: Callable
@@ -46,6 +56,9 @@ class Case:
     prepare: Callable | None = None              # inputs -> inputs of the accuracy check
     narrow: Callable | None = None               # (inputs, outputs or None) -> the part that the oracle checks
     nmse_limit: float | None = None              # whole models: compared with Hugging Face's by this alone
+    arguments: dict = field(default_factory=dict)  # what the public function takes besides the inputs: other kernels need it too
+    tokens: int = 0                              # of one call, of whole models
+    unit: str = "tokens"                         # or bytes
     family: str = ""                             # its name in suite.OPS
     preset: str = ""
 
@@ -64,6 +77,25 @@ def tensors_of(result):
     if isinstance(result, torch.Tensor):
         return (result,)
     return tuple(t for item in result if item is not None for t in tensors_of(item))
+
+
+def building_on(device):
+    """What surrounds `build()` and `reference()`: torch's default device is that of the inputs."""
+    return contextlib.nullcontext() if device == "cpu" else torch.device(device)
+
+
+def on_device(case, device):
+    """The case with its inputs on another device, strides and slices as they were."""
+
+    def move(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(device)
+        return whole.as_strided(value.shape, value.stride(), value.storage_offset())
+
+    if torch.device(device).type == "cpu":
+        return case
+    return replace(case, inputs=lambda seed: {name: move(value) for name, value in case.inputs(seed).items()})
 
 
 def clone_inputs(inputs, dtype=None):
@@ -108,7 +140,7 @@ def transformers_function(name):
     try:
         from transformers.models.bamba import modeling_bamba
     except ImportError as error:
-        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+        raise Unavailable(NO_TRANSFORMERS) from error
     return inspect.unwrap(getattr(modeling_bamba, name))
 
 
@@ -123,22 +155,56 @@ def compiled(build):
     return build_compiled
 
 
-def standard_providers(ours, reference, peer, compile_reference=None):
-    """terrazzo's cpu backend, the reference eager and compiled, Hugging Face eager and compiled.
+def no_backend(backend):
+    """Why a backend of ours has nothing to run on, or None; what a single call needs, the call says."""
+    here = torch.get_default_device().type
+    if backend == "cpu":
+        return None if here == "cpu" else f"the inputs are on {here}; --device cpu measures it"
+    if here != "cpu":
+        return None
+    if backend == "triton" and runtime.interpreting():
+        return "TRITON_INTERPRET runs it in Python: right, and nothing to time"
+    return "no GPU" if not torch.cuda.is_available() else "the inputs are on the CPU; --device cuda measures it"
 
-    `ours(backend)` and `reference()` and `peer()` build callables; `compile_reference` is a reason not to compile.
+
+def own_providers(ours, compile_reference=None, reference=None):
+    """terrazzo's backends, and the reference eager and compiled, from `ours(backend)`.
+
+    `compile_reference` is a reason not to compile it, `reference` one not to run it at all.
     """
 
+    def of(backend):
+        def build():
+            why = no_backend(backend)
+            if why:
+                raise Unavailable(why)
+            return ours(backend)
+
+        return build
+
+    def eager():
+        if reference:
+            raise Unavailable(reference)
+        return ours("reference")
+
     def no_compile():
-        raise Unavailable(compile_reference)
+        raise Unavailable(reference or compile_reference)
 
     return (
-        Provider("terrazzo", lambda: ours("cpu"), ours=True),
-        Provider("reference", reference),
-        Provider("reference-compiled", no_compile if compile_reference else compiled(reference)),
-        Provider("hf", peer),
-        Provider("hf-compiled", compiled(peer)),
+        *(Provider(backend, of(backend), ours=True) for backend in BACKENDS),
+        Provider("reference", eager),
+        Provider("reference-compiled", no_compile if reference or compile_reference else compiled(eager)),
     )
+
+
+def peers(name, build):
+    """Another's function, eager and compiled."""
+    return Provider(name, build), Provider(f"{name}-compiled", compiled(build))
+
+
+def standard_providers(ours, peer, compile_reference=None):
+    """Ours, and Hugging Face's own function."""
+    return *own_providers(ours, compile_reference), *peers("hf", peer)
 
 
 def mamba2_parameters(heads, generator=None):

@@ -59,10 +59,7 @@ def _providers(name):
 
         return run
 
-    def reference():
-        return ours("reference")
-
-    return standard_providers(ours, reference, theirs), reference
+    return standard_providers(ours, theirs), lambda: ours("reference")
 
 
 def work(D, L, itemsize, mode="fwd"):
@@ -85,10 +82,10 @@ def cases(preset):
             for mode in ("fwd", "bwd"):
                 inputs = _forward_inputs(D, projection, L, dtype, mode == "bwd")
                 found.append(Case("causal_conv1d_fn", f"1x{D}x{L}", mode, name, work(D, L, size, mode), inputs, providers, reference,
-                                  differentiable=("x", "weight", "bias")))
+                                  differentiable=("x", "weight", "bias"), arguments={"activation": "silu"}))
         providers, reference = _providers("causal_conv1d_update")
         for batch in batches:
             inputs = _update_inputs(D, projection, batch, dtype)
             found.append(Case("causal_conv1d_update", f"{batch}x{D}", "decode", name,
-                              update_work(batch, D, size), inputs, providers, reference, mutated=("conv_state",)))
+                              update_work(batch, D, size), inputs, providers, reference, mutated=("conv_state",), arguments={"activation": "silu"}))
     return found

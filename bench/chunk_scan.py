@@ -96,10 +96,11 @@ def cases(preset):
     for name, dtype in DTYPES.items():
         for L, N in sizes:
             why = None if L <= 64 else f"the reference is a loop over {L} steps; compiling it unrolled takes longer than any run"
-            providers = standard_providers(_ours, lambda: _ours("reference"), _theirs, why)
+            providers = standard_providers(_ours, _theirs, why)
             for mode in ("fwd", "bwd"):
                 make = _inputs(L, H, P, N, dtype, mode == "bwd")
                 found.append(Case("mamba_chunk_scan_combined", f"1x{L}x{H}x{P} N{N}", mode, name,
                                   work(L, H, P, N, dtype.itemsize, mode), make, providers,
-                                  lambda: _ours("reference"), differentiable=_DIFFERENTIABLE, prepare=_silence_other_heads, narrow=_narrow))
+                                  lambda: _ours("reference"), differentiable=_DIFFERENTIABLE, prepare=_silence_other_heads, narrow=_narrow,
+                                  arguments={"chunk_size": CHUNK, "dt_softplus": True}))
     return found

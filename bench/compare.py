@@ -9,14 +9,28 @@ from pathlib import Path
 
 from .timer import median
 
+SCHEMA = 2  # of results: 1 called the cpu backend terrazzo
+
 MIN_EFFECT = 0.03
 SIGNIFICANCE = 0.01
 IDENTITY = ("op", "size", "dtype", "mode", "provider")
 
 
 def identity(row):
-    """What makes two rows the same measurement: its case, provider and number of threads."""
-    return (*(row[name] for name in IDENTITY), row["threads"])
+    """What makes two rows the same measurement: its case, provider, number of threads, device, and whether caches were empty."""
+    return (*(row[name] for name in IDENTITY), row["threads"], row["device"], row["cold"])
+
+
+def _upgraded(line):
+    """A line of any schema up to today's, as today's; schema 1 called the cpu backend terrazzo and knew no GPU."""
+    schema = line.get("schema", SCHEMA)
+    if schema > SCHEMA:
+        raise ValueError(f"schema {schema} is newer than this terrazzo, which reads up to {SCHEMA}")
+    if line["kind"] == "row":
+        line = {"device": "cpu", "cold": False} | line
+        if schema == 1 and line["provider"] == "terrazzo" and line["mode"] != "model":
+            line["provider"] = "cpu"
+    return line
 
 
 class Incomparable(Exception):
@@ -30,9 +44,9 @@ def read_all(path):
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
+            line = _upgraded(json.loads(text))
             key = {"environment": lambda line: (), "row": identity, "target": lambda line: (line["case"], line["target"])}[line["kind"]](line)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"terrazzo bench: {path}, line {number} is no line of a result: {type(error).__name__} {error}") from error
         found[line["kind"]][key] = line
     return found["environment"].get((), {}), list(found["row"].values()), list(found["target"].values())
@@ -77,9 +91,10 @@ def verdict(before, after, min_effect=MIN_EFFECT):
 def compare(path_before, path_after, min_effect=MIN_EFFECT, force=False):
     """One dict for each row that both files timed."""
     (env_a, rows_a), (env_b, rows_b) = read(path_before), read(path_after)
-    for name in ("cpu", "gpu", "threads", "malloc_tuned"):
-        if env_a.get(name) != env_b.get(name) and not force:
-            raise Incomparable(f"{name} differs: {env_a.get(name)!r} in {path_before}, {env_b.get(name)!r} in {path_after}; --force compares anyway")
+    for name in ("cpu", "gpu", "device", "threads", "malloc_tuned"):
+        old, new = (env.get(name, "cpu" if name == "device" else None) for env in (env_a, env_b))
+        if old != new and not force:
+            raise Incomparable(f"{name} differs: {old!r} in {path_before}, {new!r} in {path_after}; --force compares anyway")
     before = {identity(r): r for r in rows_a if r["status"] == "ok"}
     results = []
     for row in rows_b:

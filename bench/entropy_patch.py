@@ -3,7 +3,7 @@ import torch
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, Unavailable, generator, trains
+from .cases import DTYPES, NO_TRANSFORMERS, Case, Provider, Unavailable, generator, own_providers, peers, trains
 from .roofline import Work
 
 VOCAB = 260
@@ -56,7 +56,7 @@ def _hf_cut(L):
     try:
         from transformers.models.blt.modeling_blt import BltModel, BltPatcher
     except ImportError as error:
-        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+        raise Unavailable(NO_TRANSFORMERS) from error
 
     def run(entropies):
         lengths = BltPatcher.patch_lengths_from_entropies(entropies, L, threshold=THRESHOLD)
@@ -79,13 +79,11 @@ def cases(preset):
         for name, dtype in DTYPES.items():
             for mode in ("fwd", *(("bwd",) if trains(preset, L, TRAIN_LENGTHS) else ())):
                 rounds_once = mode == "fwd" or dtype in (torch.float32, torch.float64)  # the peer's gradient passes through 16 bits several times
-                peers = (Provider("hf", _hf),) if rounds_once else ()
-                providers = (Provider("terrazzo", lambda: _ours("cpu"), ours=True), Provider("reference", lambda: _ours("reference")), *peers)
+                providers = (*own_providers(_ours), *(peers("hf", _hf) if rounds_once else ()))
                 found.append(Case("entropy_patch", f"1x{L}x{VOCAB}", mode, name,
                                   work(L, dtype.itemsize, mode), _logits(L, dtype, mode == "bwd"), providers,
-                                  lambda: _ours("reference"), differentiable=("logits",)))
-        providers = (Provider("terrazzo", lambda: _ours_cut("cpu"), ours=True), Provider("reference", lambda: _ours_cut("reference")),
-                     Provider("hf", lambda L=L: _hf_cut(L)))
+                                  lambda: _ours("reference"), differentiable=("logits",), arguments={"threshold": THRESHOLD}))
+        providers = (*own_providers(_ours_cut, "the sizes of its steps depend on the data"), Provider("hf", lambda L=L: _hf_cut(L)))
         found.append(Case("patch_lengths_from_entropies", f"1x{L} with ids", "fwd", "fp32", Work(0, 13 * L), _entropies(L), providers,
-                          lambda: _ours_cut("reference")))
+                          lambda: _ours_cut("reference"), arguments={"threshold": THRESHOLD, "include_next": True}))
     return found

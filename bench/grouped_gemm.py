@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, generator
+from .cases import DTYPES, Case, generator, own_providers, peers
 from .roofline import Work
 
 # preset -> (groups, [(K, N)], rows of each group)
@@ -38,7 +38,7 @@ def work(E, T, K, N, itemsize, mode="fwd"):
 
 def cases(preset):
     E, shapes, all_rows = SIZES[preset]
-    providers = (Provider("terrazzo", lambda: _ours("cpu"), ours=True), Provider("reference", lambda: _ours("reference")), Provider("torch", _torch))
+    providers = (*own_providers(_ours), *peers("torch", _torch))
     found = []
     for name, dtype in DTYPES.items():
         for K, N in shapes:

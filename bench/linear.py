@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, generator
+from .cases import DTYPES, Case, generator, own_providers, peers
 from .roofline import Work
 
 # preset -> ([(K, N)], rows)
@@ -32,7 +32,7 @@ def work(M, K, N, itemsize, mode="fwd"):
 
 def cases(preset):
     shapes, all_rows = SIZES[preset]
-    providers = (Provider("terrazzo", lambda: _ours("cpu"), ours=True), Provider("reference", lambda: _ours("reference")), Provider("torch", lambda: F.linear))
+    providers = (*own_providers(_ours), *peers("torch", lambda: F.linear))
     found = []
     for name, dtype in DTYPES.items():
         for K, N in shapes:

@@ -4,13 +4,14 @@ import torch.nn.functional as F
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, Unavailable, generator, trains
+from .cases import DTYPES, Case, Unavailable, generator, own_providers, peers, trains
 from .roofline import Work
 
 # heads, key heads, head width, window, positions
 SIZES = {"blt": ((16, 16, 64, 512, (1024, 4096, 8192, 16384, 32768)), (32, 8, 128, 512, (4096,))), "tiny": ((4, 2, 8, 7, (40,)),)}
 TRAIN_POSITIONS = (40, 4096, 16384)
 MASK_POSITIONS = 16384
+REFERENCE_POSITIONS = 2048
 CHECKED_POSITIONS = 700  # what the oracle sees: causal, so that later positions change nothing
 
 
@@ -22,7 +23,7 @@ def _sdpa(window, L):
     """torch's attention with the boolean mask that transformers builds for a sliding window, built once."""
     if L > MASK_POSITIONS:
         raise Unavailable(f"its mask and time grow with the square of {L} positions")
-    behind = torch.arange(L)[:, None] - torch.arange(L)
+    behind = torch.arange(L)[:, None] - torch.arange(L)  # on torch's default device
     mask = (behind >= 0) & (behind < window)
 
     def run(q, k, v):
@@ -39,9 +40,11 @@ def _narrow(inputs, outputs=None):
 
 
 def _silence_later_positions(inputs):
-    if "grad" in inputs:
-        inputs["grad"][:, CHECKED_POSITIONS:] = 0
-    return inputs
+    if "grad" not in inputs:
+        return inputs
+    grad = inputs["grad"].clone()
+    grad[:, CHECKED_POSITIONS:] = 0
+    return inputs | {"grad": grad}
 
 
 def work(L, H, Hk, P, window, itemsize, mode="fwd"):
@@ -62,10 +65,11 @@ def cases(preset):
                         heads = {"q": H, "k": Hk, "v": Hk} | ({"grad": H} if mode == "bwd" else {})
                         return {name: torch.randn(1, L, n, P, generator=g).to(dtype) for name, n in heads.items()}
 
-                    providers = (Provider("terrazzo", lambda window=window: _ours("cpu", window), ours=True),
-                                 Provider("torch", lambda window=window, L=L: _sdpa(window, L)))
+                    why = None if L <= REFERENCE_POSITIONS else f"its scores of all pairs need {4 * H * L * L / 1e9:.0f} GB and more"
+                    providers = (*own_providers(lambda backend, window=window: _ours(backend, window), reference=why),
+                                 *peers("torch", lambda window=window, L=L: _sdpa(window, L)))
                     found.append(Case("local_attention", f"{L} window {window} {H}/{Hk}x{P}", mode, name,
                                       work(L, H, Hk, P, window, dtype.itemsize, mode), inputs, providers,
                                       lambda window=window: _ours("reference", window), differentiable=("q", "k", "v"), prepare=_silence_later_positions,
-                                      narrow=_narrow))
+                                      narrow=_narrow, arguments={"window": window, "causal": True}))
     return found

@@ -1,4 +1,4 @@
-"""Peak host memory of one call: the resident high-water mark of the process (Linux).
+"""Peak host memory of one call: the resident high-water mark of the process (Linux). Device memory: bench/gpu.py.
 
 The mark is reset before the call, after the allocator has handed its free memory back. It sees scratch memory
 that torch's own counters miss; scratch that a kernel keeps from an earlier call does not count again.
@@ -47,6 +47,27 @@ def peak_of(fn):
         return None
 
 
+def last_level_cache_bytes(folder="/sys/devices/system/cpu/cpu0/cache"):
+    """The largest cache that the system tells of (Linux), or 32 MiB."""
+    sizes = [file.read_text().strip() for file in Path(folder).glob("index*/size")]
+    return max((int(size.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(size[-1], 0) for size in sizes), default=32 << 20)
+
+
+class Eviction:
+    """Called before a call of a cold run: writes three last-level caches' worth of other memory, at most MAX_BYTES."""
+
+    MAX_BYTES = 1 << 30
+
+    def __init__(self, cache_bytes=None):
+        import torch
+
+        self.bytes = min(self.MAX_BYTES, 3 * (cache_bytes or last_level_cache_bytes()))
+        self.memory = torch.ones(self.bytes // 4)
+
+    def __call__(self):
+        self.memory.mul_(-1.0)
+
+
 def peak_in_fresh_process(op, size, mode, dtype, threads):
     """(peak bytes, bytes of inputs and outputs) of our provider on one case, default allocator."""
     code = f"from terrazzo.bench.memory import _report; _report({op!r}, {size!r}, {mode!r}, {dtype!r}, {threads})"
@@ -66,7 +87,7 @@ def _report(op, size, mode, dtype, threads):
 
     torch.set_num_threads(threads)
     case = next(c for preset in PRESETS for c in all_cases(preset) if (c.op, c.size, c.mode, c.dtype) == (op, size, mode, dtype))
-    fn = next(p for p in case.providers if p.ours).build()
+    fn = next(p for p in case.providers if p.name in ("cpu", "terrazzo")).build()
     inputs = clone_inputs(case.inputs(1))
     result = []
     # The first call pays for the kernel's reusable scratch memory too: it belongs to the peak.

@@ -7,13 +7,15 @@ import torch
 
 import terrazzo
 
-from .cases import Case, Provider, Unavailable, compiled, generator, mamba2_parameters
+from .cases import NO_TRANSFORMERS, Case, Provider, Unavailable, compiled, generator, mamba2_parameters
 from .roofline import Work
 
 VOCAB, PROMPT = 260, 16
 # Made by hand: transformers' own mask code cannot handle a cache without any attention layer.
 NO_MASKS = {"full_attention": None, "linear_attention": None}
 NMSE_LIMIT = 1e-8
+# The parameter whose gradient a training step is judged by: all layers stand between it and the loss.
+WATCHED = ("mamba.in_proj.weight", "wte.weight", "local_encoder.embed_tokens.weight", "model.shared.weight")
 # preset -> (hidden size, length); the MLP is 3.5 x hidden and heads are 64 wide, as in Bamba-9B
 SIZES = {"bamba-9b": (1024, 1024), "tiny": (64, 24)}
 
@@ -32,11 +34,12 @@ def _model(hidden, patched):
     try:
         from transformers import BambaForCausalLM
     except ImportError as error:
-        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+        raise Unavailable(NO_TRANSFORMERS) from error
     before = torch.random.get_rng_state()
     torch.manual_seed(7)
     model = with_mamba2_parameters(BambaForCausalLM(_config(hidden)).eval())
     torch.random.set_rng_state(before)
+    model = model.to(torch.get_default_device())
     if patched:
         terrazzo.patch(model)
     return model
@@ -65,8 +68,8 @@ def cached_step(model, **masks):
     def step(input_ids):
         nonlocal cache, seen
         if cache is None:
-            cache = model(torch.arange(PROMPT)[None] % VOCAB, use_cache=True, **masks).past_key_values
-        position = torch.tensor([[seen]])
+            cache = model(torch.arange(PROMPT, device=input_ids.device)[None] % VOCAB, use_cache=True, **masks).past_key_values
+        position = torch.tensor([[seen]], device=input_ids.device)
         seen += 1
         return model(input_ids, past_key_values=cache, position_ids=position, use_cache=True, **masks).logits
 
@@ -77,7 +80,7 @@ def training_step(model, **options):
     """Forward, backward and an AdamW step; the learning rate is 0, so that every step does the same work."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-    watched = next(p for name, p in model.named_parameters() if name.endswith("mamba.in_proj.weight"))
+    watched = next(p for name, p in model.named_parameters() if name.endswith(WATCHED))
 
     def step(input_ids):
         with torch.enable_grad():
@@ -126,6 +129,6 @@ def cases(preset):
         if job == "prefill":
             providers.append(Provider("hf-compiled", compiled(provider(False))))
         found.append(Case("bamba_block", f"{job} 1x{length} hidden {hidden}", "model", "fp32", work, inputs, tuple(providers),
-                          provider(False), nmse_limit=NMSE_LIMIT))
+                          provider(False), nmse_limit=NMSE_LIMIT, tokens=length))
     return found
 

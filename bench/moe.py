@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, Unavailable, generator, trains
+from .cases import DTYPES, NO_TRANSFORMERS, Case, Provider, Unavailable, generator, no_backend, own_providers, trains
 from .roofline import Work
 
 TOKENS = (1, 4, 16, 64, 256, 2048)
@@ -54,7 +54,7 @@ def _ours(backend, E):
     return run
 
 
-class _Prepared:
+class Prepared:
     """make(weights) once for each set of weights and again when their values changed."""
 
     def __init__(self, make):
@@ -67,9 +67,22 @@ class _Prepared:
         return self.kept[key][1]
 
 
+def side_by_side(E):
+    """Weights of a layer as most store them: (w1, v1, w2) of (E * F, D) -> gate and up (E, 2F, D), down (E, F, D); joined once, in training every time."""
+
+    def join(w1, v1, w2):
+        w1, v1, w2 = (w.view(E, -1, w.shape[1]) for w in (w1, v1, w2))
+        return torch.cat([w1, v1], 1), w2
+
+    prepared = Prepared(join)
+    return lambda w1, v1, w2: (join if w1.requires_grad else prepared)(w1, v1, w2)
+
+
 def _packed(E, weight_format=None):
-    """The same from weights packed before the call; inference alone."""
-    prepared = _Prepared(lambda w1, v1, w2: terrazzo.pack_expert_weights(w1, w2, w_up=v1, num_experts=E, weight_format=weight_format))
+    """The same from weights packed before the call; inference alone, on the CPU."""
+    if why := no_backend("cpu"):
+        raise Unavailable(why)
+    prepared = Prepared(lambda w1, v1, w2: terrazzo.pack_expert_weights(w1, w2, w_up=v1, num_experts=E, weight_format=weight_format))
 
     def run(x, w1, v1, w2, topk_weights, topk_indices):
         return terrazzo.fused_experts(x, prepared(w1, v1, w2), None, topk_weights, topk_indices, backend="cpu")
@@ -81,7 +94,7 @@ def _hf_eager(E, F_):
     try:
         from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU, DbrxExperts
     except ImportError as error:
-        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+        raise Unavailable(NO_TRANSFORMERS) from error
 
     def run(x, w1, v1, w2, topk_weights, topk_indices):
         mlp = SimpleNamespace(w1=w1, v1=v1, w2=w2, activation_fn=F.silu)
@@ -98,16 +111,13 @@ def _hf_grouped(E):
     try:
         from transformers.integrations.moe import grouped_mm_experts_forward
     except ImportError as error:
-        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
-    def side_by_side(w1, v1, w2):
-        w1, v1, w2 = (w.view(E, -1, w.shape[1]) for w in (w1, v1, w2))
-        return torch.cat([w1, v1], 1), w2.mT
+        raise Unavailable(NO_TRANSFORMERS) from error
 
-    prepared = _Prepared(side_by_side)
+    weights = side_by_side(E)
 
     def run(x, w1, v1, w2, topk_weights, topk_indices):
-        gate_up, down = side_by_side(w1, v1, w2) if w1.requires_grad else prepared(w1, v1, w2)
-        module = SimpleNamespace(num_experts=E, gate_up_proj=gate_up, down_proj=down, has_gate=True, has_bias=False, is_transposed=False, act_fn=F.silu,
+        gate_up, down = weights(w1, v1, w2)
+        module = SimpleNamespace(num_experts=E, gate_up_proj=gate_up, down_proj=down.mT, has_gate=True, has_bias=False, is_transposed=False, act_fn=F.silu,
                                  has_post_expert_norm=False, _is_expert_parallel=False,
                                  _apply_gate=lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1])
         return grouped_mm_experts_forward(module, x, topk_indices.long(), topk_weights)
@@ -130,8 +140,9 @@ def _experts_cases(preset):
     for (D, F_, E, A), tokens in SIZES[preset]:
         touched = {(T, load): choices(T, E, A, load, generator(0)).unique().numel() for T in tokens for load in LOADS}
         for name, dtype in DTYPES.items():
-            providers = (Provider("terrazzo", lambda E=E: _ours("cpu", E), ours=True), Provider("reference", lambda E=E: _ours("reference", E)),
-                         Provider("hf", lambda E=E, F_=F_: _hf_eager(E, F_)), Provider("hf-grouped", lambda E=E: _hf_grouped(E)))
+            providers = (*own_providers(lambda backend, E=E: _ours(backend, E), "how many rows each expert has depends on the data"),
+                         Provider("hf", lambda E=E, F_=F_: _hf_eager(E, F_)),
+                         Provider("hf-grouped", lambda E=E: _hf_grouped(E)))
             for T in tokens:
                 for load in LOADS:
                     inference = (Provider("terrazzo-packed", lambda E=E: _packed(E), ours=True), Provider("terrazzo-int8", lambda E=E: _packed(E, "int8")))
@@ -139,7 +150,7 @@ def _experts_cases(preset):
                         work = experts_work(T, D, F_, A, touched[T, load], dtype.itemsize, mode)
                         yield Case("fused_experts", f"{T} tokens {D}x{F_} {E}x{A} {load}", mode, name, work,
                                    _inputs(T, D, F_, E, A, load, dtype, mode == "bwd"), providers + (inference if mode == "fwd" else ()), lambda E=E: _ours("reference", E),
-                                   differentiable=("x", "w1", "v1", "w2", "topk_weights"))
+                                   differentiable=("x", "w1", "v1", "w2", "topk_weights"), arguments={"num_experts": E, "activation": "silu"})
 
 
 def _route_ours(backend):
@@ -172,10 +183,9 @@ def _route_cases(preset):
             def inputs(seed, T=T, E=E, A=A, dtype=dtype):
                 return {"logits": torch.randn(T, E, generator=generator(seed)).to(dtype), "top_k": A}
 
-            providers = (Provider("terrazzo", lambda: _route_ours("cpu"), ours=True), Provider("reference", lambda: _route_ours("reference")),
-                         Provider("hf", _route_hf))
+            providers = (*own_providers(_route_ours), Provider("hf", _route_hf))
             yield Case("moe_route", f"{T} tokens {E}x{A} with permute", "fwd", name, route_work(T, E, A, dtype.itemsize), inputs, providers,
-                       lambda: _route_ours("reference"))
+                       lambda: _route_ours("reference"), arguments={"norm_order": 1})
 
 
 def cases(preset):

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, Unavailable, generator, trains
+from .cases import DTYPES, NO_TRANSFORMERS, Case, Unavailable, generator, own_providers, peers, trains
 from .patch_reduce import patch_ids
 from .roofline import Work
 
@@ -13,6 +13,7 @@ K = 2  # rows of a patch
 SIZES = {"blt": ((16, 64, (1024, 2048, 4096, 8192, 32768, 131072)), (32, 64, (4096,))), "tiny": ((2, 8, (40,)),)}
 TRAIN_BYTES = (40, 4096, 8192, 32768, 131072)
 MASK_BYTES = 8192     # the longest text for providers with a mask
+REFERENCE_BYTES = 4096
 CHECKED_PATCHES = 64  # what the oracle sees: patches know nothing of each other
 
 
@@ -24,7 +25,7 @@ def _hf(queries, L):
     try:
         from transformers.models.blt.modeling_blt import _prepare_patch_cross_attention_mask
     except ImportError as error:
-        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+        raise Unavailable(NO_TRANSFORMERS) from error
     if L > MASK_BYTES:
         raise Unavailable(f"its mask and scores of {L} bytes need {L * L / 4.5 * K * 8 / 1e9:.0f} GB and more")
 
@@ -81,10 +82,11 @@ def cases(preset):
                 S = patch_ids(L)[1]
                 for queries in ("patches", "bytes"):
                     for mode in ("fwd", *(("bwd",) if trains(preset, L, TRAIN_BYTES) else ())):
-                        providers = (Provider("terrazzo", lambda queries=queries: _ours("cpu", queries), ours=True),
-                                     Provider("hf", lambda queries=queries, L=L: _hf(queries, L)))
+                        why = None if L <= REFERENCE_BYTES else f"its scores of all pairs need {4 * H * L * S * K / 1e9:.0f} GB and more"
+                        providers = (*own_providers(lambda backend, queries=queries: _ours(backend, queries), reference=why),
+                                     *peers("hf", lambda queries=queries, L=L: _hf(queries, L)))
                         found.append(Case("patch_cross_attention", f"{queries} {L} bytes {H}x{P}", mode, name,
                                           work(L, S, H, P, queries, dtype.itemsize, mode), _inputs(L, H, P, queries, dtype, mode),
                                           providers, lambda queries=queries: _ours("reference", queries), differentiable=("q", "k", "v"),
-                                          narrow=_narrow(L, queries)))
+                                          narrow=_narrow(L, queries), arguments={"queries": queries, "k_per_patch": K}))
     return found

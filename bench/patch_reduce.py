@@ -3,7 +3,7 @@ import torch
 
 import terrazzo
 
-from .cases import DTYPES, Case, Provider, Unavailable, generator, trains
+from .cases import DTYPES, NO_TRANSFORMERS, Case, Unavailable, generator, own_providers, peers, trains
 from .roofline import Work
 
 SIZES = {"blt": ((1024, 1024), (4096, 1024), (8192, 1024), (32768, 1024)), "tiny": ((40, 16),)}  # bytes, width
@@ -25,7 +25,7 @@ def _hf(S):
     try:
         from transformers.models.blt.modeling_blt import BltLocalEncoder
     except ImportError as error:
-        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+        raise Unavailable(NO_TRANSFORMERS) from error
     return lambda h, patch_ids: BltLocalEncoder.patch_reduce(None, h, S, patch_ids.long())
 
 
@@ -47,9 +47,8 @@ def cases(preset):
                         made = {"h": torch.randn(1, L, D, generator=g).to(dtype), "patch_ids": ids.clone()}
                         return made | ({"grad": torch.randn(1, S, D, generator=g).to(dtype)} if mode == "bwd" else {})
 
-                    providers = (Provider("terrazzo", lambda S=S, kind=kind: _ours("cpu", S, kind), ours=True),
-                                 Provider("reference", lambda S=S, kind=kind: _ours("reference", S, kind)),
-                                 *((Provider("hf", lambda S=S: _hf(S)),) if kind == "amax" else ()))  # transformers pools by amax alone
+                    providers = (*own_providers(lambda backend, S=S, kind=kind: _ours(backend, S, kind)),
+                                 *(peers("hf", lambda S=S: _hf(S)) if kind == "amax" else ()))  # transformers pools by amax alone
                     found.append(Case("patch_reduce", f"{kind} {L} bytes {D}", mode, name, work(L, S, D, dtype.itemsize, mode), inputs, providers,
-                                      lambda S=S, kind=kind: _ours("reference", S, kind), differentiable=("h",)))
+                                      lambda S=S, kind=kind: _ours("reference", S, kind), differentiable=("h",), arguments={"num_patches": S, "reduce": kind}))
     return found

@@ -6,6 +6,7 @@
 A function takes the inputs of a case by name. Cases whose inputs it does not take become rows that say so. Nothing heavy is
 imported here: `terrazzo.bench.provider` is meant for users' modules.
 """
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -33,18 +34,24 @@ class UserKernel:
     def serves(self, case):
         return self.op in (case.family, case.op)
 
-    def why_not(self, names):
-        """Why a case with inputs of these names is not for it, or None."""
+    def why_not(self, names, arguments=()):
+        """Why a case with inputs of these names, and these arguments besides, is not for it, or None."""
         required = {name for name, p in inspect.signature(self.fn).parameters.items() if p.default is p.empty and name in self.parameters}
-        if required <= set(names) and (self.takes_any or set(names) <= set(self.parameters)):
+        if required <= {*names, *arguments} and (self.takes_any or set(names) <= set(self.parameters)):
             return None
-        return f"{self.name} takes {', '.join(self.parameters)}; this case gives {', '.join(names)}"
+        return f"{self.name} takes {', '.join(self.parameters)}; this case gives {', '.join((*names, *arguments))}"
+
+    def bound(self, names, arguments):
+        """The kernel with the arguments that it asks for by name; it is called with the inputs."""
+        wanted = {name: value for name, value in arguments.items() if name in self.parameters and name not in names}
+        return functools.partial(self.fn, **wanted) if wanted else self.fn
 
 
 def provider(name, *, op):
     """Decorator: measures the function as provider `name` in every case of `op`, a name of `terrazzo bench --help` or a public function's.
 
-    It gets the inputs of a case by name and returns what the op returns; in mode "bwd" the suite differentiates it. It is held to the
+    It gets the inputs of a case by name, those of the function's other arguments that it asks for (window, eps, num_experts, …), and
+    returns what the op returns; in mode "bwd" the suite differentiates it. It is held to the
     accuracy of a peer: NMSE of 1e-7 (fp32), 1e-4 (fp16), 1e-3 (bf16) against float64.
     """
 
@@ -75,74 +82,22 @@ def load(path):
     found.loader.exec_module(module)
 
 
-# ---- other packages: their functions under the names of a case's inputs ----------------------------------------
-
-
-def _causal_conv1d(module):
-    return lambda x, weight, bias: module.causal_conv1d_fn(x, weight, bias, activation="silu")
-
-
-def _causal_conv1d_update(module):
-    return lambda x, conv_state, weight, bias: module.causal_conv1d_update(x, conv_state, weight, bias, activation="silu")
-
-
-def _mamba_scan(module):
-    return lambda x, dt, A, B, C, D, dt_bias: module.mamba_chunk_scan_combined(x, dt, A, B, C, 256, D=D, dt_bias=dt_bias, dt_softplus=True)
-
-
-def _mamba_update(module):
-    return lambda state, x, dt, A, B, C, D, dt_bias: module.selective_state_update(state, x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=True)
-
-
-def _gmm(module):
-    return lambda a, b, offs: module.gmm(a, b, offs.diff(prepend=offs.new_zeros(1)).long().cpu())
-
-
-# function of a case -> (provider, module, adapter). All of them run on NVIDIA GPUs alone.
-PACKAGES = {
-    "causal_conv1d_fn": ("causal_conv1d", "causal_conv1d", _causal_conv1d),
-    "causal_conv1d_update": ("causal_conv1d", "causal_conv1d", _causal_conv1d_update),
-    "mamba_chunk_scan_combined": ("mamba_ssm", "mamba_ssm.ops.triton.ssd_combined", _mamba_scan),
-    "selective_state_update": ("mamba_ssm", "mamba_ssm.ops.triton.selective_state_update", _mamba_update),
-    "grouped_mm": ("grouped_gemm", "grouped_gemm.ops", _gmm),
-}
-
-
-def package(case):
-    """The provider of another package for a case, or none: (name, build)."""
-    if case.op not in PACKAGES:
-        return None
-    name, module, adapt = PACKAGES[case.op]
-
-    def build():
-        from .cases import Unavailable
-
-        if importlib.util.find_spec(name) is None:
-            raise Unavailable(f"{name} is not installed")
-        if not any(getattr(value, "is_cuda", False) for value in case.inputs(0).values()):
-            raise Unavailable(f"{name} runs on CUDA tensors only; this case's are on the CPU")
-        return adapt(importlib.import_module(module))
-
-    return name, build
-
-
 def of_case(case):
     """Every provider of a case: its own, other packages', users'."""
+    from . import packages
     from .cases import Provider, Unavailable
 
     def users(kernel):
         def build():
             names = tuple(name for name in case.inputs(0) if name != "grad")
-            why = kernel.why_not(names)
+            why = kernel.why_not(names, case.arguments)
             if why:
                 raise Unavailable(why)
-            return kernel.fn
+            return kernel.bound(names, case.arguments)
 
         return build
 
-    found = package(case)
-    return (*case.providers, *((Provider(*found),) if found else ()),
-            *(Provider(kernel.name, users(kernel)) for kernel in REGISTERED.values() if kernel.serves(case)))
+    return (*case.providers, *packages.providers(case), *(Provider(kernel.name, users(kernel)) for kernel in REGISTERED.values() if kernel.serves(case)))
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------

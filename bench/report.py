@@ -2,33 +2,69 @@
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .page import number
+from . import suite
+from .page import absent, number
+
+
+def _speed(row):
+    return "–" if row.get("speedup") is None else f"{number(row['speedup'])}×"
+
+
+def _remarks(row):
+    words = [f"n {row['n']}"] + (["noisy"] if row["noisy"] else [])
+    if row.get("tokens_per_s"):
+        words.insert(0, f"{number(row['tokens_per_s'])} {row['unit']}/s")
+    if row.get("launch_ms") is not None:
+        words.append(f"{row['timer']}, launch {number(row['launch_ms'] * 1e3)} µs")
+    return ", ".join(words)
 
 
 def _cells(row):
     if row["status"] != "ok":
         return [row["provider"], row["status"], *[""] * (len(HEADINGS) - 3), row["reason"]]
-    speed = "–" if row.get("speedup") is None else f"{number(row['speedup'])}×"
     return [
-        row["provider"], number(row["median_ms"]), f"{number(row['p20_ms'])}–{number(row['p80_ms'])}", speed,
-        number(row["times_limit"]), number(row["gflops"]), number(row["gbs"]), f"{row['max_abs']:.1e}", f"{row['nmse']:.1e}",
-        f"n {row['n']}" + (" noisy" if row["noisy"] else ""),
+        row["provider"], number(row["median_ms"]), f"{number(row['p20_ms'])}–{number(row['p80_ms'])}", _speed(row),
+        number(row["times_limit"]), number(row["gflops"]), number(row["gbs"]), f"{row['max_abs']:.1e}", f"{row['nmse']:.1e}", _remarks(row),
     ]  # fmt: skip
 
 
 HEADINGS = ("provider", "median ms", "p20–p80", "speed-up", "× limit", "GFLOP/s", "GB/s", "max error", "NMSE", "")
 
 
+def _table(title, headings, left):
+    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for name in headings:
+        last = name == headings[-1]
+        table.add_column(name, justify="left" if last or name in left else "right", no_wrap=not last)
+    return table
+
+
 def case_table(rows):
-    """A rich table of one case."""
+    """A rich table of one case; providers that are not here share a line for each reason."""
     first = rows[0]
-    table = Table(title=f"{first['op']}  {first['size']}  {first['dtype']}  {first['mode']}", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-    for name in HEADINGS:
-        last = name == HEADINGS[-1]
-        table.add_column(name, justify="left" if last or name == "provider" else "right", no_wrap=not last)
+    table = _table(f"{first['op']}  {first['size']}  {first['dtype']}  {first['mode']}", HEADINGS, ("provider",))
     for row in rows:
-        style = {"ok": None, "unavailable": "dim"}.get(row["status"], "red")
-        table.add_row(*_cells(row), style=style)
+        if row["status"] != "unavailable":
+            table.add_row(*_cells(row), style=None if row["status"] == "ok" else "red")
+    table.caption = "\n".join(f"{', '.join(names)}: {reason}" for reason, names in absent(rows)) or None
+    return table
+
+
+def summary_table(rows):
+    """A rich table with a line for each case: how ours did."""
+    table = _table("all cases", ("case", "ours", "ms", "speed-up", "over", "× limit", "NMSE", ""), ("case", "ours", "over"))
+    cases = {}
+    for row in rows:
+        cases.setdefault((row["op"], row["size"], row["dtype"], row["mode"]), []).append(row)
+    for case, group in cases.items():
+        ours = suite.standing_for_us(group)
+        bad = ", ".join(f"{row['provider']} {row['status']}" for row in group if row["status"] in ("wrong", "failed"))
+        if ours is None or ours["status"] != "ok":
+            table.add_row(" ".join(case), *[""] * 6, bad or "not measured", style="red" if bad else "dim")
+            continue
+        compared = ours.get("speedup") is not None
+        table.add_row(" ".join(case), ours["provider"], number(ours["median_ms"]), _speed(ours), ours["baseline"] if compared else "", number(ours["times_limit"]),
+                      f"{ours['nmse']:.1e}", bad or ("noisy" if ours["noisy"] else ""), style="red" if bad else None)  # fmt: skip
     return table
 
 

@@ -5,7 +5,7 @@ import torch
 
 import terrazzo
 
-from .cases import DTYPES, Case, Unavailable, generator, standard_providers
+from .cases import DTYPES, NO_TRANSFORMERS, Case, Unavailable, generator, standard_providers
 from .roofline import Work
 
 EPS = 1e-5
@@ -35,7 +35,7 @@ def _theirs():
     try:
         from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
     except ImportError as error:
-        raise Unavailable("transformers is not installed: pip install terrazzo[hf]") from error
+        raise Unavailable(NO_TRANSFORMERS) from error
 
     def run(x, weight, z):
         norm = SimpleNamespace(weight=weight, variance_epsilon=EPS, group_size=x.shape[-1])
@@ -54,9 +54,9 @@ def cases(preset):
     D, lengths = SIZES[preset]
     found = []
     for name, dtype in DTYPES.items():
-        providers = standard_providers(_ours, lambda: _ours("reference"), _theirs)
+        providers = standard_providers(_ours, _theirs)
         for rows in lengths:
             for mode in ("fwd", "bwd"):
                 found.append(Case("rmsnorm_gated", f"{rows}x{D}", mode, name, work(rows, D, dtype.itemsize, mode), _inputs(rows, D, dtype, mode == "bwd"), providers,
-                                  lambda: _ours("reference"), differentiable=("x", "weight", "z")))
+                                  lambda: _ours("reference"), differentiable=("x", "weight", "z"), arguments={"eps": EPS, "norm_before_gate": False}))
     return found

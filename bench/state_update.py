@@ -55,7 +55,7 @@ def cases(preset):
     found = []
     for name, dtype in DTYPES.items():
         for batch, N in sizes:
-            providers = standard_providers(_ours, lambda: _ours("reference"), _theirs)
+            providers = standard_providers(_ours, _theirs)
             found.append(Case("selective_state_update", f"{batch}x{H}x{P} N{N}", "decode", name, work(batch, H, P, N, dtype.itemsize), _inputs(batch, H, P, N, dtype),
-                              providers, lambda: _ours("reference"), mutated=("state",)))
+                              providers, lambda: _ours("reference"), mutated=("state",), arguments={"dt_softplus": True}))
     return found

@@ -147,7 +147,8 @@ def judge(target, rows, peak=None, rates=None):
         ratio = peak[0] / peak[1]
         return ratio, ratio <= target.bar, ""
     by_provider = {row["provider"]: row for row in rows}
-    ours, other = by_provider.get("terrazzo-packed" if target.against == PACKED else "terrazzo"), by_provider.get(_rival(target))
+    ours = by_provider.get("terrazzo-packed") if target.against == PACKED else by_provider.get("cpu", by_provider.get("terrazzo"))
+    other = by_provider.get(_rival(target))
     for row in (ours, other):
         if row is not None and row["status"] != "ok":
             return None, False, f"{row['provider']} {row['status']}: {row['reason']}"
@@ -184,11 +185,11 @@ def run(options, calibration, match=None, *, machine_is_free=None, on_case=None,
             on_case(number, len(chosen))
         targets = [t for t in TARGETS if t.key == case.key]
         packed = ("terrazzo-packed",) if any(t.against == PACKED for t in targets) else ()
-        providers = ("terrazzo", *packed, *(_rival(t) for t in targets if _rival(t) in PROVIDERS))
+        providers = ("cpu", "terrazzo", *packed, *(_rival(t) for t in targets if _rival(t) in PROVIDERS))
         case_rows = measure(case, replace(options, providers=providers), calibration, machine_is_free=machine_is_free, on_progress=on_progress)
         if on_rows:
             on_rows(case_rows)
-        rates |= {case.key: row["gflops"] for row in case_rows if row["provider"] == "terrazzo" and row["status"] == "ok"}
+        rates |= {case.key: row["gflops"] for row in case_rows if row["provider"] in ("cpu", "terrazzo") and row["status"] == "ok"}
         for target in targets:
             peak = memory.peak_in_fresh_process(target.op, target.size, target.mode, target.dtype, THREADS) if target.against == "memory" else None
             measured, passed, reason = judge(target, case_rows, peak, rates)

@@ -1,7 +1,8 @@
 """Timing: interleaved rounds in random order, until the median is known to 1 % or the budget ends.
 
 Nothing here knows what it times, or which clock it reads: a provider is a function without arguments, a clock
-is a function that returns nanoseconds. So the protocol itself is tested with a fake clock.
+is a function that returns nanoseconds, a stopwatch one that runs a function some times and returns the nanoseconds
+that took (bench/gpu.py has one of CUDA events). So the protocol itself is tested with a fake clock.
 """
 import math
 import random
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 TARGET_HALF_WIDTH = 0.01  # of the median: the 95 % interval that ends the rounds
 MIN_SAMPLE_NS = 500_000   # shorter calls are repeated inside one sample, so that the clock's own cost vanishes
 MAX_REPEATS = 1000
+WARM_NS = 100_000_000     # longer calls need no warm-up behind the two of the accuracy check
 LEAD_IN_NS = 20_000_000   # shorter calls run once untimed before a sample: the caches hold this provider's data, not the last one's
 
 
@@ -51,7 +53,8 @@ class Timing:
     samples: list[float] = field(default_factory=list)
     first_call_ns: float | None = None
     once_ns: float = 0.0
-    repeats: int = 1   # calls inside one sample
+    repeats: int = 1   # runs inside one sample
+    calls: int = 1     # calls inside one run: of a CUDA graph many
     dropped: int = 0   # rounds thrown away because the machine was busy
 
     def summary(self):
@@ -62,7 +65,7 @@ class Timing:
             "min_ms": min(self.samples) / 1e6,
             "n": len(self.samples),
             "noisy": not is_settled(self.samples),
-            "repeats": self.repeats,
+            "repeats": self.repeats * self.calls,
             "dropped_rounds": self.dropped,
             "first_call_ms": None if self.first_call_ns is None else self.first_call_ns / 1e6,
         }
@@ -74,19 +77,37 @@ def time_once(fn, clock=time.perf_counter_ns):
     return clock() - start
 
 
-def interleave(providers, budget_s, *, clock=time.perf_counter_ns, seed=0, min_rounds=7, max_rounds=400, lead_in=False, machine_is_free=None, on_round=None):
-    """Times every provider of {name: fn} round by round, in a new random order each round -> {name: Timing}.
+def by(clock):
+    """The stopwatch of a clock."""
+
+    def stopwatch(fn, repeats=1):
+        begin = clock()
+        for _ in range(repeats):
+            fn()
+        return clock() - begin
+
+    return stopwatch
+
+
+def interleave(providers, budget_s, *, clock=time.perf_counter_ns, stopwatch=None, calls=None, known=None, before_call=None, seed=0, min_rounds=7,
+               max_rounds=400, lead_in=False, machine_is_free=None, on_round=None):  # fmt: skip
+    """Times every provider of {name: fn} round by round, in a new random order each round -> {name: Timing}, nanoseconds a call.
 
     Ends when every median is settled, or when the budget is spent and each provider has `min_rounds` samples
     (3 where one round alone outlasts the budget). `machine_is_free()` is asked around each round; a round next
     to a "no" is dropped, as long as budget is left. `lead_in` warms the caches before each sample of a short call. `on_round(spent_fraction)` feeds a progress bar.
+    `before_call()` runs, untimed, before every single call (it empties the caches): a sample is one call then. `calls` {name: n}: fn() makes n calls. `known` {name: ns}:
+    what a call took before; those over WARM_NS are not called again to warm up.
     """
+    stopwatch = stopwatch or by(clock)
     timings = {name: Timing() for name in providers}
     for name, fn in providers.items():
-        fn()  # warm-up: the first call was timed apart
-        once = max(time_once(fn, clock), 1)
-        timings[name].once_ns = once
-        timings[name].repeats = min(MAX_REPEATS, max(1, math.ceil(MIN_SAMPLE_NS / once)))
+        once = (known or {}).get(name) or 0
+        if once < WARM_NS:
+            fn()  # warm-up: the first call was timed apart
+            once = max(stopwatch(fn), 1)
+        timings[name].once_ns, timings[name].calls = once, (calls or {}).get(name, 1)
+        timings[name].repeats = 1 if before_call else min(MAX_REPEATS, max(1, math.ceil(MIN_SAMPLE_NS / once)))
     order, shuffle = list(providers), random.Random(seed).shuffle
     start = clock()
     free_before = machine_is_free() if machine_is_free else True
@@ -94,13 +115,12 @@ def interleave(providers, budget_s, *, clock=time.perf_counter_ns, seed=0, min_r
         shuffle(order)
         round_samples = {}
         for name in order:
-            fn, repeats = providers[name], timings[name].repeats
-            if lead_in and timings[name].once_ns < LEAD_IN_NS:
+            fn, timing = providers[name], timings[name]
+            if before_call:
+                before_call()
+            elif lead_in and timing.once_ns < LEAD_IN_NS:
                 fn()
-            begin = clock()
-            for _ in range(repeats):
-                fn()
-            round_samples[name] = (clock() - begin) / repeats
+            round_samples[name] = stopwatch(fn, timing.repeats) / timing.repeats / timing.calls
         free_after = machine_is_free() if machine_is_free else True
         spent = (clock() - start) / 1e9
         keep = (free_before and free_after) or spent > budget_s

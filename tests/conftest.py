@@ -1,4 +1,6 @@
 """Shared fixtures: uninitialised memory is NaN in every test, so an output that was never written shows."""
+import sys
+
 import pytest
 import torch
 from terrazzo import adapters, native
@@ -28,6 +30,19 @@ def linear_layers_as_on_any_cpu(monkeypatch):
 def fresh_compiler():
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def calibrations(tmp_path_factory):
+    return tmp_path_factory.mktemp("calibration") / "calibration.json"
+
+
+@pytest.fixture(autouse=True)
+def own_calibrations(monkeypatch, calibrations):
+    """The benchmarks' peaks are kept in a folder of the tests, not in the user's cache."""
+    roofline = sys.modules.get("terrazzo.bench.roofline")
+    if roofline is not None:
+        monkeypatch.setattr(roofline, "_kept_in", lambda: calibrations)
 
 
 def pytest_report_header(config):

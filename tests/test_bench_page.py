@@ -18,7 +18,8 @@ ENVIRONMENT = {"schema": 1, "kind": "environment", "cpu": "a made-up <cpu>", "th
 
 
 def row(op, size, provider, ms, dtype="fp32", status="ok", speedup=None, reason="", nmse=1e-13):
-    found = {"schema": 1, "kind": "row", "op": op, "size": size, "dtype": dtype, "mode": "fwd", "provider": provider, "threads": 2, "status": status, "reason": reason,
+    found = {"schema": 2, "kind": "row", "op": op, "size": size, "dtype": dtype, "mode": "fwd", "provider": provider, "threads": 2, "device": "cpu", "cold": False,
+             "status": status, "reason": reason,
              "command": f"terrazzo bench {op} --match '{size}' --provider {provider}"}  # fmt: skip
     if status == "ok":
         found |= {"median_ms": ms, "p20_ms": ms * 0.97, "p80_ms": ms * 1.05, "min_ms": ms * 0.95, "n": 9, "noisy": False, "gflops": 30 / ms, "gbs": 12 / ms,
@@ -32,7 +33,7 @@ def made_up_rows():
         for dtype in ("fp32", "bf16"):
             for L in lengths:
                 ms = L / 512 * (1 if op.startswith("causal") else 8)
-                rows += [row(op, f"1x8448x{L}", "terrazzo", ms, dtype, speedup=8 if L == 512 else 2, nmse=1e-5 if dtype == "bf16" else 1e-13),
+                rows += [row(op, f"1x8448x{L}", "cpu", ms, dtype, speedup=8 if L == 512 else 2, nmse=1e-5 if dtype == "bf16" else 1e-13),
                          row(op, f"1x8448x{L}", "hf", 8 * ms, dtype, speedup=1.0)]  # fmt: skip
     rows.append(row("causal_conv1d_fn", "1x8448x512", "causal_conv1d", 0, status="unavailable", reason="causal_conv1d is <not> installed"))
     rows.append(row("causal_conv1d_fn", "1x8448x512", "my_conv", 0, status="wrong", reason="row 3"))
@@ -58,8 +59,8 @@ def test_summary_by_hand():
 
 
 def test_scaling_lines_are_sizes_that_differ_in_one_number():
-    rows = [row("op", size, "terrazzo", ms) for size, ms in (("1x8x512 N64", 1.0), ("1x8x1024 N64", 2.0), ("1x8x2048 N64", 4.0), ("1x8x512 N128", 9.0))]
-    assert page.scalings(rows) == [("1x8x▢ N64 fp32 fwd", [("terrazzo", [(512, 1.0), (1024, 2.0), (2048, 4.0)])])]
+    rows = [row("op", size, "cpu", ms) for size, ms in (("1x8x512 N64", 1.0), ("1x8x1024 N64", 2.0), ("1x8x2048 N64", 4.0), ("1x8x512 N128", 9.0))]
+    assert page.scalings(rows) == [("1x8x▢ N64 fp32 fwd", [("cpu", [(512, 1.0), (1024, 2.0), (2048, 4.0)])])]
     assert [pattern for pattern, _ in page.scalings(rows[:2])] == ["1x8x▢ N64 fp32 fwd"]
     assert page.scalings(rows[:1]) == []
 
@@ -73,28 +74,88 @@ def test_points_lie_where_the_axes_say():
     assert y[1] < y[2] < y[0]
 
 
+@pytest.mark.parametrize("values", [[3.0], [128, 256], [0.8, 0.9, 27.0], [1e-18, 1e-3], [5e-14, 7e-13], [1.0, 1e9]])
+def test_every_axis_holds_its_values_and_two_to_seven_ticks(values):
+    low, high = plots.bounds(values)
+    assert low < min(values) and max(values) < high and high / low >= 5.99
+    found = plots.ticks(low, high)
+    assert 2 <= len(found) <= 7 and found == sorted(set(found)) and low <= found[0] and found[-1] <= high
+
+
+def test_ranges_stand_on_one_scale():
+    svg = ElementTree.fromstring(plots.ranges("t", [("a", 1, 10, 100), ("b", 10, 10, 10)], (1.0, "as fast")))
+    space = "{http://www.w3.org/2000/svg}"
+    first, second = (float(c.get("cx")) for c in svg.iter(f"{space}circle"))
+    begin, end = (float(n) for n in re.fullmatch(r"M([\d.]+) [\d.]+H([\d.]+)", next(p.get("d") for p in svg.iter(f"{space}path") if p.get("class") == "r")).groups())
+    assert first == second == pytest.approx((begin + end) / 2, abs=0.1)
+    assert begin == pytest.approx(float(re.match(r"M([\d.]+)", next(p.get("d") for p in svg.iter(f"{space}path") if p.get("class") == "w"))[1]))
+
+
+def test_models_are_a_table_of_tokens_a_second(tmp_path):
+    rows = [row("m", "prefill", name, ms, speedup=8 / ms) | {"mode": "model", "tokens_per_s": 512 / ms, "unit": "bytes", "baseline": "hf"} for name, ms in (("terrazzo", 2.0), ("hf-patched", 4.0), ("hf", 8.0))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *rows)))
+    text = page.html([tmp_path / "a.jsonl"])
+    (line,) = re.findall(r"<tr><td class=\"left\">m prefill fp32 model</td>.*?</tr>", text)
+    cells = re.findall(r"<td>(.*?)</td>", line)
+    assert cells[:3] == ['256 <span class="soft">4×</span>', "64", '128 <span class="soft">2×</span>'] and cells[3] == "bytes"
+    assert "Whole models" not in page.html([next(tmp_path.glob("a*"))]).replace("Whole models", "", 1)
+
+
+def test_only_rows_of_several_files_carry_the_files_name(tmp_path):
+    for name, rows in (("old", [row("op", "1", "cpu", 1.0), row("op", "2", "cpu", 1.0)]), ("new", [row("op", "1", "cpu", 1.0)])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *rows)))
+    text = page.html([tmp_path / "old.jsonl", tmp_path / "new.jsonl"])
+    assert all(f">{name}</td>" in text for name in ("cpu · old", "cpu · new", "cpu"))
+
+
 def test_every_row_case_and_reason_is_there(report):
     text = report.read_text()
     for drawing in re.findall(r"<svg.*?</svg>", text, re.S):
         ElementTree.fromstring(drawing)
-    assert text.count('class="case"') == 10 and text.count("roofline</text>") == 2
+    assert text.count('class="case"') == 10 and text.count(">Roofline, ") == 2
     assert "a made-up &lt;cpu&gt;" in text and "causal_conv1d is &lt;not&gt; installed" in text and "<not>" not in text
-    assert "Targets: 0 of 1 met" in text and text.index("Summary") < text.index("Targets") < text.index("1x8448x512 fp32 fwd</h3>")
+    assert "Targets: 0 of 1 met" in text and text.index("Summary") < text.index("Targets") < text.index("1x8448x512 fp32 fwd</h4>")
     assert "terrazzo bench causal_conv1d_fn --match &#x27;1x8448x512&#x27; --provider hf" in text
+
+
+def test_every_row_has_a_command_and_absent_ones_share_theirs():
+    rows = made_up_rows()
+    rows.append(row("causal_conv1d_fn", "1x8448x512", "fla", 0, status="unavailable", reason="fla is not installed: pip install x"))
+    of_case = [r for r in rows if (r["op"], r["size"], r["dtype"]) == ("causal_conv1d_fn", "1x8448x512", "fp32")]
+    commands = page._commands(of_case)
+    assert [who for who, _ in commands] == ["cpu", "hf", "my_conv", "causal_conv1d, fla"]
+    assert commands[-1][1] == "terrazzo bench causal_conv1d_fn --match '1x8448x512' --provider causal_conv1d,fla"
+
+
+def test_providers_of_a_usual_run_have_colours_of_their_own(tmp_path):
+    names = ("cpu", "hf", "reference", "torch", "hf-compiled", "reference-compiled", "hf-grouped", "terrazzo-packed", "terrazzo-int8", "my_conv")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *(row("op", "1", name, 1.0) for name in names))))
+    key = dict(re.findall(r'<i class="(s\d+)"></i>([^<]+)</span>', page.html([tmp_path / "a.jsonl"])))
+    assert len(key) == len(names) and key["s0"] == "cpu" and key["s1"] == "hf"
+    from terrazzo.bench.page_style import STYLE
+
+    assert all(STYLE.count(f"--s{k}:#") == 2 for k in range(plots.SERIES))  # light and dark
 
 
 def test_the_same_rows_of_two_files_stand_side_by_side(tmp_path):
     for name in ("old", "new"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(ENVIRONMENT) + "\n" + json.dumps(row("op", "1", "terrazzo", 1.0)) + "\n")
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(ENVIRONMENT) + "\n" + json.dumps(row("op", "1", "cpu", 1.0)) + "\n")
     text = page.html([tmp_path / "old.jsonl", tmp_path / "new.jsonl"])
-    assert text.count('class="case"') == 1 and "terrazzo · old" in text and "terrazzo · new" in text
+    assert text.count('class="case"') == 1 and "cpu · old" in text and "cpu · new" in text
 
 
 def test_a_sweep_over_threads_is_a_scaling_line(tmp_path):
-    rows = [row("op", "1x8", "terrazzo", 4 / n) | {"threads": n} for n in (1, 2, 4)]
+    rows = [row("op", "1x8", "cpu", 4 / n) | {"threads": n} for n in (1, 2, 4)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *rows)))
     text = page.html([tmp_path / "a.jsonl"])
     assert text.count('class="case"') == 3 and "1x8 ▢ threads fp32 fwd" in text
+
+
+def test_cold_and_warm_rows_are_cases_of_their_own(tmp_path):
+    rows = [row("op", "1x8", "cpu", ms) | {"cold": cold} for ms, cold in ((1.0, False), (2.0, True))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (ENVIRONMENT, *rows)))
+    text = page.html([tmp_path / "a.jsonl"])
+    assert text.count('class="case"') == 2 and "1x8 cold fp32 fwd</h4>" in text and "1x8 warm fp32 fwd</h4>" in text
 
 
 def test_the_last_of_an_appended_row_counts(tmp_path):
@@ -145,6 +206,19 @@ def test_page_renders_without_complaint_or_network(chromium, report, width, dark
     assert boxes == chromium.evaluate("document.querySelectorAll('svg').length") > 10
     bars = chromium.evaluate("getComputedStyle(document.querySelector('.case rect.s0')).fill")
     assert bars != "rgb(0, 0, 0)"  # the series' own colour
+
+
+def test_cases_fold(chromium, report):
+    chromium.open(report)
+    opened = "document.querySelectorAll('.case[open]').length"
+    button = "document.getElementById('fold')"
+    assert chromium.evaluate(opened) == 10 and chromium.evaluate(f"{button}.textContent") == "close all"  # few cases: all open
+    chromium.evaluate(f"{button}.click()")
+    assert chromium.evaluate(f"new Promise(r => setTimeout(() => r({opened}), 50))") == 0 and chromium.evaluate(f"{button}.textContent") == "open all"
+    chromium.evaluate("document.querySelector('.case summary').click()")
+    assert chromium.evaluate(opened) == 1
+    chromium.evaluate(f"{button}.click()")
+    assert chromium.evaluate(opened) == 10
 
 
 def test_typing_filters(chromium, report):

@@ -1,5 +1,4 @@
 """Users' own kernels and shapes in the suite, other packages' adapters, and the command that each row carries."""
-import importlib
 import json
 import runpy
 import shlex
@@ -10,9 +9,10 @@ from pathlib import Path
 import pytest
 import terrazzo
 import torch
-from terrazzo.bench import accuracy, providers, roofline, suite
+from terrazzo.bench import accuracy, cases, packages, providers, roofline, suite
 from terrazzo.bench.__main__ import main
-from terrazzo.bench.cases import Unavailable
+
+import fake_packages
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CALIBRATION = roofline.Calibration(100.0, 20.0, 30.0, 40.0, 2, "test", "2026-01-01")
@@ -45,7 +45,7 @@ def test_the_example_runs_at_its_shapes(capsys, monkeypatch):
         runpy.run_path(str(EXAMPLES / "bench_my_kernel.py"), run_name="__main__")
     assert end.value.code == 0
     found = {(row["mode"], row["provider"]): row for row in rows_printed(capsys)}
-    assert set(found) == {(mode, name) for mode in ("fwd", "bwd") for name in ("my_conv", "terrazzo")}
+    assert set(found) == {(mode, name) for mode in ("fwd", "bwd") for name in ("my_conv", "cpu")}
     assert all(row["status"] == "ok" and row["size"] == "1x256x64" for row in found.values())
     assert found["fwd", "my_conv"]["nmse"] < 1e-10
 
@@ -67,7 +67,7 @@ def test_a_case_with_other_inputs_is_a_row_that_says_so():
         return x
 
     row = rows_of(tiny("causal_conv1d_update", "decode"), "mine")["mine"]
-    assert row["status"] == "unavailable" and "mine takes x, weight, bias; this case gives x, conv_state, weight, bias" in row["reason"]
+    assert row["status"] == "unavailable" and "mine takes x, weight, bias; this case gives x, conv_state, weight, bias, activation" in row["reason"]
 
 
 def test_a_wrong_kernel_is_not_timed():
@@ -155,27 +155,139 @@ def test_a_file_to_load_must_be_there(capsys):
 
 # ---- other packages ------------------------------------------------------------------------------------------
 
-UPSTREAM = {"causal_conv1d": "terrazzo.compat.causal_conv1d", "mamba_ssm.ops.triton.ssd_combined": "terrazzo.compat.mamba_ssm.ops.triton.ssd_combined",
-            "mamba_ssm.ops.triton.selective_state_update": "terrazzo.compat.mamba_ssm.ops.triton.selective_state_update",
-            "grouped_gemm.ops": "terrazzo.compat.grouped_gemm.ops"}  # fmt: skip
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Every package is there, a fake of its signatures, and runs where the inputs are."""
+    fake_packages.install(monkeypatch)
+    monkeypatch.setattr(packages, "needs_gpu", lambda: None)
 
 
-@pytest.mark.parametrize("op", providers.PACKAGES)
-def test_adapters_call_upstreams_signature_rightly(op):
-    """terrazzo.compat has upstream's modules and signatures, on the CPU."""
-    _, module, adapt = providers.PACKAGES[op]
-    case = tiny(op, "decode" if op in ("causal_conv1d_update", "selective_state_update") else "fwd")
-    checked = accuracy.gate(case, adapt(importlib.import_module(UPSTREAM[module])), accuracy.Oracle(case), ours=False)
-    assert checked.ok, checked.why
+CASES_OF_PACKAGES = [(package, case) for package in packages.PACKAGES for case in suite.all_cases("tiny") if case.op == package.op and case.dtype in package.dtypes]
 
 
-def test_absent_packages_and_missing_gpus_are_rows(monkeypatch):
-    case = tiny("causal_conv1d_fn")
-    row = rows_of(case, "causal_conv1d")["causal_conv1d"]
-    assert (row["status"], row["reason"]) == ("unavailable", "causal_conv1d is not installed")
-    monkeypatch.setitem(providers.PACKAGES, case.op, ("json", "json", lambda module: module))  # a module that is there
-    with pytest.raises(Unavailable, match="json runs on CUDA tensors only"):
-        providers.package(case)[1]()
+@pytest.mark.parametrize("package, case", CASES_OF_PACKAGES, ids=[f"{package.name} {case.key}" for package, case in CASES_OF_PACKAGES])
+def test_packages_are_called_by_their_signatures(package, case, installed):
+    row = rows_of(case, package.name)[package.name]
+    assert row["status"] == "ok", row["reason"]
+
+
+@pytest.mark.parametrize("name, op, spoil", [
+    ("causal_conv1d", "causal_conv1d_fn", lambda fn: lambda x, weight, bias, **kw: fn(x, weight.flip(1), bias, **kw)),
+    ("mamba_ssm", "mamba_chunk_scan_combined", lambda fn: lambda x, dt, A, B, C, chunk_size, **kw: fn(x, dt, A, C, B, chunk_size, **kw)),
+    ("mamba_ssm", "rmsnorm_gated", lambda fn: lambda *a, norm_before_gate, **kw: fn(*a, norm_before_gate=not norm_before_gate, **kw)),
+    ("flash_attn", "local_attention", lambda fn: lambda q, k, v, window_size, **kw: fn(q, k, v, window_size=(window_size[0] + 1, 0), **kw)),
+    ("flash_attn", "patch_cross_attention", lambda fn: lambda q, k, v, a, b, *rest: fn(q, k, v, a, b.flip(0).diff().neg().cumsum(0).int(), *rest)),
+    ("scattermoe", "fused_experts", lambda fn: lambda x, w, k, experts, *rest, **kw: fn(x, w, k, experts.roll(1), *rest, **kw)),
+    ("fla", "mamba_chunk_scan_combined", lambda fn: lambda q, k, v, g, **kw: fn(q, k, v, g)),
+])  # fmt: skip
+def test_the_check_of_signatures_sees_a_wrong_call(name, op, spoil, installed, monkeypatch):
+    """A swapped, shifted or left-out argument must not come out right: else the test above says nothing."""
+    package = next(p for p in packages.PACKAGES if (p.name, p.op) == (name, op))
+    module = sys.modules[package.modules[-1].split("|")[0]]
+    function = {"causal_conv1d_fn": "causal_conv1d_fn", "rmsnorm_gated": "rmsnorm_fn", "local_attention": "flash_attn_func", "fused_experts": "parallel_linear",
+                "patch_cross_attention": "flash_attn_varlen_func"}.get(op, "chunk_simple_gla" if name == "fla" else op)  # fmt: skip
+    monkeypatch.setattr(module, function, spoil(getattr(module, function)))
+    case = next(c for c in suite.all_cases("tiny") if c.op == op and c.dtype in package.dtypes and c.mode == "fwd")
+    assert rows_of(case, name)[name]["status"] in ("wrong", "failed")
+
+
+def test_every_package_has_its_rows():
+    """Each of the eight is asked for where it has a function for the op; absent it is a row that says how to get it."""
+    found = {}
+    for case in suite.all_cases("tiny"):
+        for row in rows_of(case, *packages.NAMES).values():
+            assert row["status"] == "unavailable" and row["reason"] == f"{row['provider']} is not installed: pip install {packages.DISTRIBUTIONS[row['provider']]}"
+            found.setdefault(row["provider"], set()).add(case.op)
+    assert set(found) == set(packages.NAMES) and set(found["fla"]) == {"causal_conv1d_fn", "causal_conv1d_update", "mamba_chunk_scan_combined"}
+
+
+def test_packages_that_cannot_run_say_why(monkeypatch):
+    fake_packages.install(monkeypatch)
+    assert rows_of(tiny("causal_conv1d_fn"), "fla")["fla"]["reason"] == "it runs on CUDA tensors; the inputs are on the CPU"
+    monkeypatch.setattr(packages, "needs_gpu", lambda: None)
+    assert rows_of(tiny("local_attention"), "flash_attn")["flash_attn"]["reason"] == "it takes bf16, fp16, not fp32"
+    monkeypatch.setitem(sys.modules, "fla.modules.convolution", None)  # its import fails
+    assert rows_of(tiny("causal_conv1d_fn"), "fla")["fla"]["reason"].startswith("fla does not load: ")
+
+
+@pytest.mark.filterwarnings("ignore:terrazzo.compat.install")
+def test_our_own_stand_in_is_not_the_package():
+    handle = terrazzo.compat.install()
+    try:
+        assert "causal_conv1d" in sys.modules
+        assert "is not installed" in rows_of(tiny("causal_conv1d_fn"), "causal_conv1d")["causal_conv1d"]["reason"]
+    finally:
+        handle.undo()
+
+
+# ---- our backends --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [c for c in suite.all_cases("tiny") if c.dtype == "fp32" and c.mode != "model"], ids=lambda c: c.key)
+def test_every_op_has_all_backends(case):
+    names = [provider.name for provider in case.providers]
+    assert set(names) >= {"cpu", "cuda", "triton", "reference", "reference-compiled"}, names
+    rows = rows_of(case, "cuda", "triton")
+    assert {name: (row["status"], row["reason"]) for name, row in rows.items()} == {name: ("unavailable", "no GPU") for name in ("cuda", "triton")}
+
+
+def test_backends_by_name_on_the_command_line(capsys):
+    words = ["linear", "--preset", "tiny", "--match", "1x16x24 fwd", "--quick", "--any-machine-state", "--json", "--provider", "cpu,triton,cuda,reference"]
+    assert main(words) == 0  # a backend that is not here is no failure
+    rows = {row["provider"]: row for row in rows_printed(capsys)}
+    assert list(rows) == ["cpu", "cuda", "triton", "reference"]
+    assert rows["cpu"]["status"] == rows["reference"]["status"] == "ok"
+    if not torch.cuda.is_available():
+        assert {rows[name]["reason"] for name in ("cuda", "triton")} == {"no GPU"}
+
+
+def test_backends_say_what_they_lack(monkeypatch):
+    case = tiny("linear")
+    monkeypatch.setattr(cases, "no_backend", lambda backend: None)  # the call itself has to say it
+    row = rows_of(case, "cuda")["cuda"]
+    assert row["status"] == "unavailable" and "CUDA kernels" in row["reason"] and "cannot run" not in row["reason"]
+
+
+def test_where_the_inputs_lie_decides(monkeypatch):
+    with torch.device("meta"):
+        assert cases.no_backend("cpu") == "the inputs are on meta; --device cpu measures it" and cases.no_backend("cuda") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cases.no_backend("cuda") == "the inputs are on the CPU; --device cuda measures it" and cases.no_backend("cpu") is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET" in cases.no_backend("triton")
+
+
+def test_terrazzo_means_all_of_ours():
+    assert suite.expand(("terrazzo", "hf")) == ("terrazzo", "cpu", "hf")
+    assert suite.expand(("hf", "terrazzo", "cuda"), "cuda") == ("hf", "terrazzo", "cuda", "triton")
+
+
+def test_a_missing_gpu_is_refused(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main(["linear", "--device", "cuda"]) == 2
+    assert "--device cuda: torch finds no GPU" in capsys.readouterr().err
+
+
+def test_inputs_move_with_their_strides():
+    for case in suite.all_cases("tiny"):
+        if case.dtype == "bf16" and case.mode != "model":
+            before, moved = case.inputs(3), cases.on_device(case, "meta").inputs(3)
+            for name, value in before.items():
+                if isinstance(value, torch.Tensor):
+                    assert moved[name].is_meta and (moved[name].shape, moved[name].stride(), moved[name].dtype) == (value.shape, value.stride(), value.dtype), name
+
+
+# ---- arguments of kernels ------------------------------------------------------------------------------------
+
+
+def test_a_kernel_gets_the_functions_other_arguments():
+    @terrazzo.bench.provider("mine", op="rmsnorm_gated")
+    def mine(x, weight, z, eps, norm_before_gate):
+        return terrazzo.rmsnorm_gated(x, weight, z, eps=eps, norm_before_gate=norm_before_gate)
+
+    assert rows_of(tiny("rmsnorm_gated"), "mine")["mine"]["status"] == "ok"
 
 
 def test_threads_are_swept(capsys):

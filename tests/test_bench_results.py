@@ -14,13 +14,14 @@ ENVIRONMENT = {"kind": "environment", "cpu": "a cpu", "gpu": None, "threads": 2,
                "date": "2026-01-02T03:04:05+00:00", "command": "terrazzo bench --quick"}  # fmt: skip
 
 
-def row(provider="terrazzo", ms=2.0, status="ok", **values):
-    found = {"schema": 1, "kind": "row", "op": "linear", "size": "1x2x3", "dtype": "fp32", "mode": "fwd", "provider": provider, "threads": 2, "status": status, "reason": "",
-             "command": "terrazzo bench linear"}  # fmt: skip
+def row(provider="cpu", ms=2.0, status="ok", **values):
+    found = {"schema": 2, "kind": "row", "op": "linear", "size": "1x2x3", "dtype": "fp32", "mode": "fwd", "provider": provider, "threads": 2, "device": "cpu", "cold": False,
+             "status": status, "reason": "", "command": "terrazzo bench linear"}  # fmt: skip
     if status == "ok":
         found |= {"median_ms": ms, "p20_ms": ms * 0.99, "p80_ms": ms * 1.01, "min_ms": ms * 0.98, "n": 3, "noisy": False, "speedup": 6 / ms, "baseline": "hf",
                   "times_limit": 1.25, "limit": "memory", "gflops": 10.0, "gbs": 20.0, "max_abs": 1e-6, "rel": 1e-6, "nmse": 1e-13, "first_call_ms": 5.0,
-                  "peak_bytes": 1_500_000, "samples_ms": [ms, ms, ms]}  # fmt: skip
+                  "peak_bytes": 1_500_000, "peak_device_bytes": None, "timer": "host", "launch_ms": None, "load_average": 0.5, "tokens_per_s": None, "unit": None,
+                  "samples_ms": [ms, ms, ms]}  # fmt: skip
     return found | values
 
 
@@ -33,7 +34,7 @@ def test_csv_holds_every_field_but_the_samples(tmp_path, capsys):
     rows = [row(), row("hf", 6.0), row("torch", status="unavailable", reason="no, not here")]
     assert main(["export", write(tmp_path / "a.jsonl", *rows)]) == 0
     found = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert [r["provider"] for r in found] == ["terrazzo", "hf", "torch"]
+    assert [r["provider"] for r in found] == ["cpu", "hf", "torch"]
     assert float(found[0]["median_ms"]) == 2.0 and found[2]["median_ms"] == "" and found[2]["reason"] == "no, not here"
     assert set(found[0]) == set(rows[0]) - {"schema", "kind", "samples_ms"}
 
@@ -42,7 +43,7 @@ def test_markdown_names_a_case_once(tmp_path, capsys):
     assert main(["export", "--format", "markdown", write(tmp_path / "a.jsonl", row(), row("hf|x", 6.0), row("torch", status="wrong"))]) == 0
     head, rule, *lines = capsys.readouterr().out.splitlines()
     assert head == "| case | provider | ms | speed-up | × limit | NMSE |" and rule == "| --- | --- | --- | --- | --- | --- |"
-    assert lines == ["| linear 1x2x3 fp32 fwd | terrazzo | 2 | 3× | 1.25 | 1e-13 |", "|  | hf\\|x | 6 | 1× | 1.25 | 1e-13 |", "|  | torch | wrong | – | – | – |"]
+    assert lines == ["| linear 1x2x3 fp32 fwd | cpu | 2 | 3× | 1.25 | 1e-13 |", "|  | hf\\|x | 6 | 1× | 1.25 | 1e-13 |", "|  | torch | wrong | – | – | – |"]
 
 
 DOCUMENT = """# Title
@@ -61,9 +62,15 @@ def test_tables_between_markers_are_made_anew(tmp_path, capsys):
     assert main(["tables", result, str(document)]) == 0
     text = document.read_text()
     assert "old" not in text and text.startswith("# Title\n<!-- bench: op=linear") and text.endswith("<!-- /bench -->\ntext\n")
-    assert "| linear 1x2x3 fp32 fwd | terrazzo | 2 | 1.5 |" in text and "hf" not in text and "other" not in text
+    assert "| linear 1x2x3 fp32 fwd | cpu | 2 | 1.5 |" in text and "hf" not in text and "other" not in text
     assert "a cpu, 2 threads, avx2, torch 2.13.0, transformers 5.23.0, 2026-01-02: `terrazzo bench --quick`" in text
     assert main(["tables", result, str(document), "--check"]) == 0
+
+
+def test_terrazzo_in_a_marker_is_whatever_of_ours_ran(tmp_path):
+    rows = [row("cpu"), row("cuda", status="unavailable", reason="no GPU"), row("hf", 6.0)]
+    text = export.fill("<!-- bench: providers=terrazzo,hf columns=median_ms -->\n<!-- /bench -->\n", ENVIRONMENT, rows)
+    assert "| cpu | 2 |" in text and "| hf | 6 |" in text and "cuda" not in text
 
 
 @pytest.mark.parametrize("marker, message", [("op=nothing", "no row of the result fits"), ("size", "a marker takes op, size"), ("columns=speed", "unknown columns speed")])
