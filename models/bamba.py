@@ -125,7 +125,8 @@ class Mamba(nn.Module):
         super().__init__()
         self.config = config
         H, inner = config.mamba_n_heads, config.mamba_expand * config.hidden_size
-        self.channels = inner + 2 * config.mamba_n_groups * config.mamba_d_state
+        self.parts = [inner, *[config.mamba_n_groups * config.mamba_d_state] * 2]  # channels of x, B, C
+        self.channels = sum(self.parts)
         self.in_proj = layers.Linear(config.hidden_size, inner + self.channels + H, config.mamba_proj_bias)
         self.conv1d = nn.Conv1d(self.channels, self.channels, config.mamba_d_conv, groups=self.channels, bias=config.mamba_conv_bias)
         self.dt_bias = nn.Parameter(torch.ones(H))
@@ -135,16 +136,22 @@ class Mamba(nn.Module):
         self.out_proj = layers.Linear(inner, config.hidden_size, config.mamba_proj_bias)
 
     def forward(self, h, context, past):
-        c, valid = self.config, context.valid
-        inner = c.mamba_expand * c.hidden_size
-        gate, xBC, dt = self.in_proj(h if valid is None else h * valid).split([inner, self.channels, c.mamba_n_heads], -1)
+        valid, inner = context.valid, self.parts[0]
+        gate, xBC, dt = self.in_proj(h if valid is None else h * valid).split([inner, self.channels, inner // self.config.mamba_d_head], -1)
         step = past is not None and past.conv is not None and h.shape[1] == 1
         xBC = self._convolve(xBC.transpose(1, 2), context, past, step).transpose(1, 2)
-        x, B, C = (xBC if valid is None else xBC * valid).split([inner, *[c.mamba_n_groups * c.mamba_d_state] * 2], -1)
-        x, B, C = x.unflatten(-1, (c.mamba_n_heads, -1)), B.unflatten(-1, (c.mamba_n_groups, -1)), C.unflatten(-1, (c.mamba_n_groups, -1))
+        x, B, C = (xBC if valid is None else xBC * valid).split(self.parts, -1)
+        x, (B, C) = x.unflatten(-1, (-1, self.config.mamba_d_head)), self._groups(B, C)
         y = self._step(x, dt, B, C, past) if step else self._scan(x, dt, B, C, context, past)
-        y = terrazzo.rmsnorm_gated(y.flatten(-2), self.norm.weight, gate, self.norm.eps, inner // c.mamba_n_groups, norm_before_gate=False)
-        return self.out_proj(y)
+        return self.out_proj(self._norm(y.flatten(-2), gate))
+
+    def _groups(self, B, C):
+        """(B, L, G, N) each."""
+        return B.unflatten(-1, (-1, self.config.mamba_d_state)), C.unflatten(-1, (-1, self.config.mamba_d_state))
+
+    def _norm(self, y, gate):
+        width = self.config.mamba_n_heads * self.config.mamba_d_head // self.config.mamba_n_groups
+        return terrazzo.rmsnorm_gated(y, self.norm.weight, gate, self.norm.eps, width, norm_before_gate=False)
 
     def _convolve(self, x, context, past, step):
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
@@ -260,4 +267,4 @@ class Bamba(loading.Pretrained, CausalGeneration):
             return None
         loss = layers.causal_loss(logits, labels)
         z = self.config.z_loss_coefficient
-        return loss + z * logits.logsumexp(-1).to(loss.dtype).square().mean() if z > 0 else loss
+        return loss + z * layers.logsumexp(logits).to(loss.dtype).square().mean() if z > 0 else loss

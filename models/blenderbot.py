@@ -83,7 +83,7 @@ class Attention(nn.Module):
         """h (rows, L, D) over k, v (B, H, S, P): the rows / B beams of a question ask its keys together."""
         beams = len(h) // len(k)
         q = self.q_proj(h).view(len(k), beams * h.shape[1], -1)
-        return self.out_proj(layers.attend(self.heads(q), k, v, mask, dropout=self.dropout if self.training else 0.0).view_as(h))
+        return self.out_proj(layers.attend(self.heads(q), k, v, mask, dropout=self.dropout if self.training else 0.0).view(*h.shape[:2], -1))
 
 
 class Layer(nn.Module):
@@ -195,7 +195,7 @@ class Blenderbot(loading.Pretrained, Generation):
         valid = layers.check_valid(FN, decoder_attention_mask, *decoder_input_ids.shape)
         mask = layers.Mask.causal(decoder_input_ids.shape[1], 0, valid, device=input_ids.device)
         logits = self._logits(self.model.decoder(self._embed(decoder_input_ids), mask, 0, None, question, question_mask, again))
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=layers.IGNORED)
+        loss = None if labels is None else layers.cross_entropy(logits, labels)
         return layers.Output(logits, loss)
 
     def _embed(self, ids):

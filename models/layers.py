@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import terrazzo
 
 from ..adapters import linear_serving
+from ..checks import is_spread
 from ..linear import linear_by
 
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -33,8 +34,12 @@ class Linear(nn.Linear):
     """nn.Linear; by terrazzo.linear where torch is slower on this CPU (linear_serving)."""
 
     def forward(self, x):
-        chosen, _ = linear_serving(x, self.weight, self.bias, None)
-        return F.linear(x, self.weight, self.bias) if chosen is None else linear_by(chosen, x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x, weight, bias=None):
+    chosen, _ = linear_serving(x, weight, bias, None)
+    return F.linear(x, weight, bias) if chosen is None else linear_by(chosen, x, weight, bias)
 
 
 class RMSNorm(nn.Module):
@@ -180,8 +185,25 @@ def initialise(model, std):
 # ---- losses ------------------------------------------------------------------------------------------------------
 def causal_loss(logits, labels):
     """Mean cross entropy in float32 of each label (B, L) given the positions before it; labels of -100 don't count."""
-    shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-    return F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), ignore_index=IGNORED)
+    return cross_entropy(logits.float(), F.pad(labels, (0, 1), value=IGNORED)[:, 1:])
+
+
+def cross_entropy(logits, labels):
+    """Mean cross entropy of labels (B, L) given logits (B, L, V), which a tensor-parallel model leaves spread over ranks."""
+    if is_spread(logits):
+        from ..distributed.tensor_parallel import cross_entropy as spread
+
+        return spread(logits, labels, IGNORED)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+
+def logsumexp(logits):
+    """(B, L) of logits (B, L, V), spread or not."""
+    if is_spread(logits):
+        from ..distributed.tensor_parallel import logsumexp as spread
+
+        return spread(logits)
+    return logits.logsumexp(-1)
 
 
 def check_ids(fn, name, ids, vocab_size, optional=False):

@@ -54,11 +54,16 @@ def check_float64(fn, **tensors):
 
 
 def has_values(tensor):
-    """Whether values can be read here: not in a graph, where it would break, nor on a device, which would have to be waited for.
+    """Whether values can be read here: not in a graph, where it would break, nor on a device, which would have to be waited for, nor of a DTensor.
 
     Otherwise the kernel itself checks them.
     """
-    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor) and not is_spread(tensor)
+
+
+def is_spread(tensor):
+    """Whether this is a DTensor. (Its class isn't imported: torch.distributed need not be there.)"""
+    return not torch.compiler.is_compiling() and hasattr(tensor, "placements")
 
 
 def check_not_negative(fn, name, value):

@@ -307,8 +307,9 @@ def _patches(fn, entropies, cut, max_patches):
     """Patches with lengths as wide as the most patches of a row, or as wide as was asked for."""
     starts, ids, lengths, counts = cut
     width = max_patches
-    if checks.has_values(counts) or (width is None and not torch.compiler.is_compiling()):
-        most = counts.item() if counts.shape[0] == 1 else int(counts.max()) if counts.shape[0] else 0
+    every = counts.full_tensor() if checks.is_spread(counts) else counts  # rows on several ranks are as wide on all
+    if checks.has_values(every) or (width is None and not torch.compiler.is_compiling()):
+        most = every.item() if every.shape[0] == 1 else int(every.max()) if every.shape[0] else 0
         if width is not None and most > width:
             checks.fail(fn, f"max_patches must be at least {most}, the most patches of a row, got {width}")
         width = most if width is None else width

@@ -37,6 +37,8 @@ def grouped_mm(a, b, offs, bias=None, *, backend=None):
     if isinstance(b, PackedWeight):
         return _packed(a, b, offs, bias, backend)
     checks.check_tensor(OP, "b", b, 3, "(E, K, N)", a)
+    if checks.is_spread(b):
+        b = b.contiguous()  # a DTensor's strides aren't always those of its pieces, by which db is laid out
     T, K = a.shape
     E, _, N = b.shape
     checks.check_positive(OP, E=E, K=K, N=N)

@@ -54,14 +54,17 @@ def expert_parallel(module_or_model, mesh, *, chunks=1):
 def reduce_gradients(model, mesh):
     """Makes the gradients those of the mean of the ranks' losses, where each rank has called backward on its own tokens' loss.
 
-    Gradients of parameters sharded over `mesh` are divided by its size; those of all others are averaged over its ranks. For a model that no other
-    wrapper (FSDP2, DDP) cares for. Frozen parameters are left out; a gradient that is None counts as zero.
+    Gradients of parameters sharded over `mesh` are divided by its size; those of all others, spread by `tensor_parallel` over another dimension or not,
+    are averaged over its ranks. For a model that no other wrapper (FSDP2, DDP) cares for. Frozen parameters are left out; a gradient that is None counts
+    as zero.
     """
     fn = "distributed.reduce_gradients"
     group, _, size = comm.check_mesh(fn, mesh)
+    ranks = dist.get_process_group_ranks(group)
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) and parameter.device_mesh != mesh:
-            checks.fail(fn, f"{name} must be sharded over this mesh or not at all, got {parameter.device_mesh}; leave it to the wrapper that sharded it")
+        others = [set(other) & set(ranks) for other in _ranks_of(parameter) if other != ranks]
+        if any(len(shared) > 1 for shared in others):
+            checks.fail(fn, f"{name} must be sharded over this mesh, another dimension of it, or not at all, got {parameter.device_mesh}; leave it to the wrapper that sharded it")
     open_works = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -69,13 +72,25 @@ def reduce_gradients(model, mesh):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         parameter.grad.div_(size)
-        if not isinstance(parameter, DTensor):
-            open_works.append(dist.all_reduce(parameter.grad, group=group, async_op=True))
+        if not _sharded_over(parameter, ranks):
+            grad = parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
+            open_works.append(dist.all_reduce(grad, group=group, async_op=True))
     try:
         for work in open_works:
             work.wait()
     except RuntimeError as error:
         raise comm.failed("summing gradients", group, error) from error
+
+
+def _ranks_of(parameter):
+    """The ranks of each dimension of a DTensor's mesh."""
+    mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+    return [dist.get_process_group_ranks(mesh.get_group(i)) for i in range(mesh.ndim)] if mesh is not None else []
+
+
+def _sharded_over(parameter, ranks):
+    """Whether these ranks hold different parts of a parameter."""
+    return any(other == ranks and parameter.placements[i].is_shard() for i, other in enumerate(_ranks_of(parameter)))
 
 
 # ---- which parameters, and whether they divide -------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Both kinds of parallelism on four ranks, and on ranks of which one dies."""
+"""All kinds of parallelism, and two at once, on four ranks, and on ranks of which one dies."""
 import pytest
 import torch.multiprocessing as mp
 from ranks import dying, spawn
@@ -7,11 +7,15 @@ EXPERTS = ["uneven", "a_rank_without_tokens", "sentinels", "chunked", "dbrx_of_o
 SEQUENCE = ["conv", "conv_of_short_stretches", "scan", "scan_of_short_stretches", "bytes_do_not_depend_on_the_length"]
 
 
+TENSORS = ["blenderbot_split", "dbrx_split", "bamba_split", "bamba_with_few_groups", "blt_split", "generated_alike", "whole_again", "split_bytes_are_the_formula",
+           "split_bad_input", "rules_on_two_dimensions"]  # fmt: skip
+
+
 def test_four_ranks():
-    spawn.run("ranks.everything", EXPERTS + SEQUENCE, 4)
+    spawn.run("ranks.everything", EXPERTS + SEQUENCE + TENSORS, 4)
 
 
-@pytest.mark.parametrize("kind", ["experts", "sequence"])
+@pytest.mark.parametrize("kind", ["experts", "sequence", "tensors"])
 def test_a_rank_dies(tmp_path, kind):
     processes = mp.start_processes(dying.rank, (3, str(tmp_path), kind), 3, join=False, start_method="spawn").processes
     for process in processes:

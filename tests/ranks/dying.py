@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from ranks import spawn
 from terrazzo import distributed
-from terrazzo.models.dbrx import DbrxConfig, Experts, FFNConfig
+from terrazzo.models import Dbrx
+from terrazzo.models.dbrx import AttentionConfig, DbrxConfig, Experts, FFNConfig
 
 SECONDS = 5
 
@@ -24,6 +25,13 @@ def rank(rank, ranks, folder, kind):
 
         def call():
             layer(x, indices, weights).sum().backward()
+    elif kind == "tensors":
+        sizes = dict(d_model=18, n_heads=3, n_layers=1, vocab_size=12, attn_config=AttentionConfig(kv_n_heads=3), ffn_config=FFNConfig(ffn_hidden_size=9))
+        torch.manual_seed(0)
+        model, ids = distributed.tensor_parallel(Dbrx(DbrxConfig(**sizes)), mesh), torch.arange(12)[None]
+
+        def call():
+            model(ids, labels=ids).loss.backward()
     else:
         args = (torch.randn(1, 9, 2, 4, requires_grad=True), torch.rand(1, 9, 2), -torch.rand(2), torch.randn(1, 9, 1, 3), torch.randn(1, 9, 1, 3), 8)
 
