@@ -67,6 +67,13 @@ def parser():
     diff.add_argument("--json", action="store_true")
     floors = commands.add_parser("roofline", help="the time floor of every op at model sizes on A100, H100, B200 and MI300X: computed, no GPU needed")
     floors.add_argument("-o", "--output", metavar="FILE", help="write the tables there (Markdown) instead of printing them")
+    scales = commands.add_parser("scaling", help="step time against ranks, of every plan of parallelism on 8 to 1024 H100s: computed, no GPU needed")
+    scales.add_argument("-o", "--output", metavar="FILE", help="write it there (Markdown, its plots beside it) instead of printing it")
+    shared = commands.add_parser("ranks", help="two ranks with one thread each against one rank with two threads: what parallelism costs")
+    shared.add_argument("--size", choices=("quick", "full", "tiny"), default="full")
+    shared.add_argument("--rounds", type=int, default=9)
+    shared.add_argument("--ranks", type=int, default=2)
+    shared.add_argument("--json", action="store_true")
     table = commands.add_parser("export", help="rows as CSV or Markdown")
     table.add_argument("files", nargs="+")
     table.add_argument("--format", choices=("csv", "markdown"), default="csv")
@@ -303,8 +310,28 @@ def _roofline(args, argv):
     return 0
 
 
+def _scaling(args, argv):
+    from . import scaling  # brings torch.distributed with it, which the other commands do without
+
+    text = scaling.write(args.output)
+    print(args.output or text)
+    return 0
+
+
+def _ranks(args, argv):
+    from . import ranks
+
+    if args.rounds < 1 or args.ranks < 1:
+        raise ValueError(f"terrazzo bench ranks: --rounds and --ranks must be at least 1, got {args.rounds} and {args.ranks}")
+    ranks.restart_asleep(argv)
+    results = ranks.measure(ranks.SIZES[args.size], args.rounds, args.ranks, None if args.json else lambda result: print(ranks.line(result), flush=True))
+    if args.json:
+        print(*(json.dumps(vars(result) | {"speed": result.speed if result.one else None, "passed": result.passed}) for result in results), sep="\n")
+    return 0 if all(result.passed for result in results) else 1
+
+
 COMMANDS = {"run": _run, "targets": _targets, "calibrate": _calibrate, "compare": _compare, "roofline": _roofline, "report": _report, "export": _export,
-            "tables": _tables}
+            "tables": _tables, "scaling": _scaling, "ranks": _ranks}
 
 
 def main(argv=None):

@@ -19,12 +19,12 @@ def locate(path):
     return Path(path)
 
 
-def from_pretrained(path, dtype=None, device=None):
+def from_pretrained(path, dtype=None, device=None, shard=None):
     """The model of the class that config.json's model_type says.
 
     Args:
         path: a directory with config.json and safetensors, or the name of a shipped model, such as "tiny-bamba".
-        dtype, device: as for the classes' own from_pretrained.
+        dtype, device, shard: as for the classes' own from_pretrained.
 
     Raises: FileNotFoundError: no such directory or file. ValueError: a model_type that no class reads, or tensors that don't fit.
     """
@@ -32,4 +32,4 @@ def from_pretrained(path, dtype=None, device=None):
     kind = read_json(FN, folder / CONFIG).get("model_type")
     if kind not in MODELS:
         raise ValueError(f"{FN}: config.json must have a model_type of {', '.join(MODELS)}, got {kind!r}")
-    return getattr(import_module(f"{__package__}.{kind}"), MODELS[kind]).from_pretrained(folder, dtype, device)
+    return getattr(import_module(f"{__package__}.{kind}"), MODELS[kind]).from_pretrained(folder, dtype, device, shard)

@@ -115,7 +115,7 @@ class Attention(nn.Module):
         q, k = layers.rotate(q, context.turns), layers.rotate(k, context.turns)
         if past is not None:
             k, v = past.append(k, v)
-        return self.o_proj(layers.attend(q, k, v, context.mask, dropout=self.dropout if self.training else 0.0))
+        return self.o_proj(context.attend(q, k, v, self.dropout if self.training else 0.0))
 
 
 class Mamba(nn.Module):
@@ -158,17 +158,17 @@ class Mamba(nn.Module):
         if step:
             return terrazzo.causal_conv1d_update(x, past.conv, weight, bias, "silu")
         if past is None:
-            return terrazzo.causal_conv1d_fn(x, weight, bias, context.seq_idx, activation="silu")
+            return context.convolve(x, weight, bias)
         y, past.conv = terrazzo.causal_conv1d_fn(x, weight, bias, None, past.conv, True, activation="silu")
         return y
 
     def _scan(self, x, dt, B, C, context, past):
-        y = terrazzo.mamba_chunk_scan_combined(
-            x, dt, -self.A_log.float().exp(), B, C, self.config.mamba_chunk_size, D=self.D, dt_bias=self.dt_bias, dt_softplus=True,
-            dt_limit=self.config.time_step_limit, seq_idx=context.seq_idx, initial_states=None if past is None else past.ssm,
-            return_final_states=past is not None)  # fmt: skip
-        if past is not None:
-            y, past.ssm = y
+        c = self.config
+        args = (x, dt, -self.A_log.float().exp(), B, C, c.mamba_chunk_size)
+        options = dict(D=self.D, dt_bias=self.dt_bias, dt_softplus=True, dt_limit=c.time_step_limit)
+        if past is None:
+            return context.scan(*args, **options)
+        y, past.ssm = terrazzo.mamba_chunk_scan_combined(*args, **options, initial_states=past.ssm, return_final_states=True)
         return y
 
     def _step(self, x, dt, B, C, past):
@@ -182,17 +182,30 @@ class Mamba(nn.Module):
 
 
 class Context:
-    """What all layers of one call share."""
+    """What all layers of one call share, and how rows without a state look back along themselves."""
 
-    def __init__(self, config, B, L, past, valid, cu_seqlens, device, dtype):
-        before = past.length if past is not None else 0
+    def __init__(self, config, input_ids, labels, state, valid, cu_seqlens, dtype):
+        L, before, device = input_ids.shape[1], 0 if state is None else state.length, input_ids.device
+        self.labels = labels
         self.mask = layers.Mask.causal(L, before, valid, cu_seqlens, device)
         positions = layers.positions_of(valid, L, before, cu_seqlens, device)
         self.turns = layers.rotations(positions, config.hidden_size // config.num_attention_heads // 2, config.rope_theta, dtype)
         self.valid = None if valid is None or L == 1 else valid[:, before:, None].to(dtype)
-        self.seq_idx = None
-        if cu_seqlens is not None:
-            self.seq_idx = torch.searchsorted(cu_seqlens[1:], torch.arange(L, dtype=torch.int32, device=device), right=True)[None].int()
+        self.seq_idx = None if cu_seqlens is None else layers.text_of(cu_seqlens, before, L)[None].int()
+
+    def attend(self, q, k, v, dropout):
+        return layers.attend(q, k, v, self.mask, dropout=dropout)
+
+    def convolve(self, x, weight, bias):
+        return terrazzo.causal_conv1d_fn(x, weight, bias, self.seq_idx, activation="silu")
+
+    def scan(self, *args, **options):
+        return terrazzo.mamba_chunk_scan_combined(*args, seq_idx=self.seq_idx, **options)
+
+    def loss(self, logits, z):
+        """The mean cross entropy of the labels, and z times the mean square of the logits' logsumexp."""
+        loss = layers.causal_loss(logits, self.labels)
+        return loss + z * layers.logsumexp(logits).to(loss.dtype).square().mean() if z > 0 else loss
 
 
 class Layer(nn.Module):
@@ -226,6 +239,7 @@ class Bamba(loading.Pretrained, CausalGeneration):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # True: layers are computed again in the backward pass instead of kept
+        self.context = Context               # terrazzo.distributed.context_parallel puts another in its place
         self.model = Backbone(config)
         self.lm_head = layers.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -251,20 +265,12 @@ class Bamba(loading.Pretrained, CausalGeneration):
         Returns: Output(logits (B, L, V), loss or None). Equivalent to: transformers' BambaForCausalLM.
         """
         valid = layers.check_call(FN, input_ids, self.config.vocab_size, attention_mask, cu_seqlens, state)
-        B, L = input_ids.shape
         h = self.model.embed_tokens(input_ids)
-        context = Context(self.config, B, L, state, valid, cu_seqlens, h.device, h.dtype)
+        context = self.context(self.config, input_ids, labels, state, valid, cu_seqlens, h.dtype)
         for i, layer in enumerate(self.model.layers):
             past = None if state is None else state.layers[i]
             h = layers.run(layer, h, context, past, again=self.gradient_checkpointing and self.training and past is None)
         if state is not None:
-            state.length += L
+            state.length += input_ids.shape[1]
         logits = self.lm_head(self.model.final_layernorm(h[:, -logits_to_keep:] if logits_to_keep else h))
-        return layers.Output(logits, self._loss(logits, labels))
-
-    def _loss(self, logits, labels):
-        if labels is None:
-            return None
-        loss = layers.causal_loss(logits, labels)
-        z = self.config.z_loss_coefficient
-        return loss + z * layers.logsumexp(logits).to(loss.dtype).square().mean() if z > 0 else loss
+        return layers.Output(logits, None if labels is None else context.loss(logits, self.config.z_loss_coefficient))

@@ -159,12 +159,17 @@ def attend(q, k, v, mask, scale=None, dropout=0.0):
 def positions_of(valid, length, past, cu_seqlens=None, device=None):
     """Positions (B or 1, length): they count from 0 in every row's text and in every packed text; padding has 1, as in transformers."""
     if cu_seqlens is not None:
-        every = torch.arange(length, device=device)
-        text = torch.searchsorted(cu_seqlens[1:], every.int(), right=True).clamp(max=cu_seqlens.shape[0] - 2)
-        return (every - cu_seqlens[text])[None]
+        text = text_of(cu_seqlens, past, length).clamp(max=cu_seqlens.shape[0] - 2)
+        return (torch.arange(past, past + length, device=device) - cu_seqlens[text])[None]
     if valid is None:
         return torch.arange(past, past + length, device=device)[None]
     return (valid.long().cumsum(-1) - 1).masked_fill(~valid, 1)[:, past:]
+
+
+def text_of(cu_seqlens, past, length):
+    """(length,) int64: in which of the packed texts the positions from `past` on lie."""
+    positions = torch.arange(past, past + length, dtype=torch.int32, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], positions, right=True)
 
 
 def run(layer, h, *args, again):

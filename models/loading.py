@@ -88,6 +88,30 @@ class Checkpoint:
     def __getitem__(self, name):
         return self.file(self.names[name]).get_tensor(name)
 
+    def slices(self, name):
+        """What reads parts of a tensor, by slices for each dimension."""
+        return self.file(self.names[name]).get_slice(name)
+
+
+def is_sharded(tensor):
+    """Whether a tensor is a DTensor. (Its class isn't imported: models run without torch.distributed.)"""
+    return hasattr(tensor, "placements")
+
+
+def _converted(tensor, device, dtype):
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _own_part(whole, like, device, dtype):
+    """The DTensor of which this rank holds what `like` says, of `whole`, something that slices are read from."""
+    (chunk,) = like.__create_chunk_list__()
+    if 0 in chunk.sizes:  # nothing is here; one number tells the dtype
+        local = whole[(slice(1),) * like.dim()].new_empty(chunk.sizes)
+    else:
+        local = whole[tuple(slice(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes))].contiguous()
+    local = _converted(local, device or like.device_mesh.device_type, dtype)
+    return type(like).from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
 
 def listed(names):
     names = list(names)
@@ -106,13 +130,16 @@ class Pretrained(nn.Module):
     surplus_allowed = ()  # ends of names of tensors that some checkpoints hold and no model needs
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device=None):
+    def from_pretrained(cls, path, dtype=None, device=None, shard=None):
         """The model in a directory with config.json and safetensors, in evaluation mode.
 
         Args:
             path: the directory, such as a snapshot of a model hub.
             dtype: of all floating-point tensors; None keeps each as it is stored.
-            device: where they go; None is the CPU.
+            device: where they go; None is the CPU, for sharded tensors their mesh's device.
+            shard: f(model), which shards the model over ranks in place while its tensors are on the meta device, such as
+                `lambda model: expert_parallel(model, mesh)` or FSDP2's fully_shard on its blocks. Every rank calls from_pretrained, and reads
+                of each sharded tensor (DTensor) its own part alone. None: nothing is sharded.
 
         Raises: FileNotFoundError, ValueError: a file is missing or no safetensors, or tensors are missing, surplus or of
             another shape than config.json says: all of them are named, and nothing is loaded.
@@ -123,8 +150,12 @@ class Pretrained(nn.Module):
         checkpoint = Checkpoint(fn, path)
         config = read_json(fn, Path(path) / CONFIG)
         check_model_type(fn, config, cls.model_types)
+        if shard is not None and not callable(shard):
+            raise TypeError(f"{fn}: shard must be a function of the model or None, got {type(shard).__name__}")
         with torch.device("meta"):
             model = cls(cls.Config.from_hf(config))
+        if shard is not None:
+            shard(model)
         model.load_state_dict(model._tensors(fn, checkpoint, dtype, device), assign=True, strict=True)
         model.tie_weights()
         if (Path(path) / GENERATION).exists():
@@ -132,7 +163,8 @@ class Pretrained(nn.Module):
         return model.eval()
 
     def _tensors(self, fn, checkpoint, dtype, device):
-        wanted = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        state = self.state_dict()
+        wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
         for tied in self.tied():
             if tied not in checkpoint.names:
                 wanted.pop(tied)
@@ -145,8 +177,11 @@ class Pretrained(nn.Module):
             raise ValueError(f"{fn}: {checkpoint.folder} does not fit its config.json; " + "; ".join(problems))
         tensors = {}
         for name in wanted:
-            tensor = checkpoint[name] if name in checkpoint.names else self.optional[name](self.config)
-            tensors[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+            stored = name in checkpoint.names
+            if is_sharded(state[name]):
+                tensors[name] = _own_part(checkpoint.slices(name) if stored else self.optional[name](self.config), state[name], device, dtype)
+            else:
+                tensors[name] = _converted(checkpoint[name] if stored else self.optional[name](self.config), device, dtype)
         for tied, source in self.tied().items():
             tensors.setdefault(tied, tensors[source])
         return tensors
@@ -169,29 +204,52 @@ class Pretrained(nn.Module):
         return next(self.parameters()).device
 
     def save_pretrained(self, folder, dtype=None, max_shard_bytes=5_000_000_000):
-        """Writes config.json and safetensors (shards above max_shard_bytes) that from_pretrained and transformers read."""
-        from safetensors.torch import save_file
+        """Writes config.json and safetensors (shards above max_shard_bytes) that from_pretrained and transformers read.
 
+        Where tensors are sharded over ranks, every rank of the job calls it: tensors are gathered one after another, and rank 0 writes.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in self.state_dict().items() if name not in self.tied()}
-        shards = [{}]
-        for name, tensor in tensors.items():
-            if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
-                shards.append({})
-            shards[-1][name] = tensor
+        state = {name: tensor for name, tensor in self.state_dict().items() if name not in self.tied()}
+        sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in state.items()}
+        shards = [[]]
+        for name, size in sizes.items():
+            if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > max_shard_bytes:
+                shards.append([])
+            shards[-1].append(name)
         files = [WEIGHTS] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        for file, shard in zip(files, shards):
-            # Not onto the file itself: a model that was loaded from this very directory has it mapped.
-            save_file(shard, folder / f"{file}.partial", {"format": "pt"})
-            os.replace(folder / f"{file}.partial", folder / file)
+        sharded = any(map(is_sharded, state.values()))
+        writes = not sharded or torch.distributed.get_rank() == 0
+        for file, names in zip(files, shards):
+            _write(folder, file, {name: state[name] for name in names}, dtype, writes)
+        if writes:
+            self._write_rest(folder, dict(zip(files, shards)), sum(sizes.values()))
+        if sharded:
+            torch.distributed.barrier()  # nobody reads what isn't there yet
+
+    def _write_rest(self, folder, files, total):
+        """The index of several files {file: names}, config.json, generation_config.json; files of an earlier model go."""
         for old in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX):
             if old.name not in files:
                 old.unlink(missing_ok=True)
-        if len(shards) > 1:
-            weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-            total = sum(tensor.nbytes for tensor in tensors.values())
+        if len(files) > 1:
+            weight_map = {name: file for file, names in files.items() for name in names}
             (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
         (folder / CONFIG).write_text(json.dumps(self.config.to_hf(), indent=2) + "\n")
         if getattr(self, "generation_config", None):
             (folder / GENERATION).write_text(json.dumps(self.generation_config, indent=2) + "\n")
+
+
+def _write(folder, file, tensors, dtype, writes):
+    """One file of safetensors. Ranks that don't write take part in gathering."""
+    from safetensors.torch import save_file
+
+    kept = {}
+    for name, tensor in tensors.items():
+        whole = tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
+        if writes:
+            kept[name] = whole.to("cpu", dtype or tensor.dtype).contiguous()
+    if writes:
+        # Not onto the file itself: a model that was loaded from this very directory has it mapped.
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(kept, folder / f"{file}.partial", {"format": "pt"})
+        os.replace(folder / f"{file}.partial", folder / file)

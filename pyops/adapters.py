@@ -38,7 +38,9 @@ def serving(op, *tensors, backend=None):
 
 
 def conv(original, backend):
-    def terrazzo_causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, seq_idx=None, **kwargs):
+    def terrazzo_causal_conv1d_fn(hidden_states, weight, bias=None, activation=None, seq_idx=None, stretch=None, **kwargs):
+        if stretch is not None:  # of rows that are sharded: terrazzo.distributed.context_parallel
+            return stretch.convolve(hidden_states, weight, bias)
         chosen, _ = serving("causal_conv1d_fn", hidden_states, weight, bias, backend=backend)
         packed = seq_idx is not None
         if activation not in SILU or (chosen is None and not packed):
@@ -76,8 +78,10 @@ def state_update(original, backend):
 def chunk_scan(original, backend):
     def terrazzo_chunk_scan(
         hidden_states, dt, A, B, C, chunk_size, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
-        dt_limit=(0.0, float("inf")), return_final_states=False, seq_idx=None, **kwargs,
+        dt_limit=(0.0, float("inf")), return_final_states=False, seq_idx=None, stretch=None, **kwargs,
     ):
+        if stretch is not None:
+            return stretch.scan(hidden_states, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=tuple(dt_limit))
         tensors = (hidden_states, dt, A, B, C, D, None, dt_bias, initial_states)
         chosen, _ = serving("mamba_chunk_scan_combined", *tensors, backend=backend)
         options = dict(

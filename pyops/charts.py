@@ -72,6 +72,38 @@ def curves(title, series, across, up, levels=()):
     return _svg(title, left + wide + VALUE, top + high + 48, parts)
 
 
+def loglog(title, series, across, up):
+    """SVG of lines on logarithmic axes: powers of two across, powers of ten up. series: [(label, [(x, y)])], all positive."""
+    left, top, wide, high, names = 64, 40, 520, 320, 240
+    xs, ys = zip(*(point for _, line in series for point in line))
+    x0, x1 = math.floor(math.log2(min(xs))), max(math.ceil(math.log2(max(xs))), math.floor(math.log2(min(xs))) + 1)
+    y0, y1 = math.floor(math.log10(min(ys))), max(math.ceil(math.log10(max(ys))), math.floor(math.log10(min(ys))) + 1)
+
+    def at(x, y):
+        return left + wide * (math.log2(x) - x0) / (x1 - x0), top + high * (y1 - math.log10(y)) / (y1 - y0)
+
+    parts = []
+    for power in range(x0, x1 + 1):
+        x, _ = at(2.0**power, 10.0**y0)
+        parts.append(f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + high}" stroke="#e3e3e3"/>')
+        parts.append(f'<text x="{x:.1f}" y="{top + high + 18}" {TEXT} text-anchor="middle">{2**power:g}</text>')
+    for power in range(y0, y1 + 1):
+        _, y = at(2.0**x0, 10.0**power)
+        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{left + wide}" y2="{y:.1f}" stroke="#e3e3e3"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" {TEXT} text-anchor="end">{10.0**power:g}</text>')
+    for index, (label, line) in enumerate(series):
+        colour, dashes = COLOURS[index % len(COLOURS)], ' stroke-dasharray="6 4"' if index >= len(COLOURS) else ""
+        points = [at(x, y) for x, y in line]
+        parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" fill="none" stroke="{colour}" stroke-width="1.6"{dashes}/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in points]
+        y = top + 18 + 20 * index
+        parts.append(f'<line x1="{left + wide + 16}" y1="{y - 4}" x2="{left + wide + 40}" y2="{y - 4}" stroke="{colour}" stroke-width="1.6"{dashes}/>')
+        parts.append(f'<text x="{left + wide + 46}" y="{y}" {TEXT}>{escape(label)}</text>')
+    parts.append(f'<text x="{left + wide / 2}" y="{top + high + 38}" {TEXT} text-anchor="middle">{escape(across)}</text>')
+    parts.append(f'<text transform="translate(16 {top + high / 2}) rotate(-90)" {TEXT} text-anchor="middle">{escape(up)}</text>')
+    return _svg(title, left + wide + names, top + high + 48, parts)
+
+
 def _tick(span):
     """The round number of which `span` holds four to ten."""
     unit = 10.0 ** math.floor(math.log10(span))

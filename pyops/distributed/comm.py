@@ -45,7 +45,7 @@ def _count(purpose, tensor, rows=None):
     _sent[purpose] += tensor.element_size() * (tensor.numel() if rows is None else rows * math.prod(tensor.shape[1:]))
 
 
-def agree(fn, group, mine):
+def agree(fn, group, mine, what="layers"):
     """Raises on every rank unless all of them pass the same `mine`, a list of texts."""
     found = [None] * dist.get_world_size(group)
     try:
@@ -55,7 +55,7 @@ def agree(fn, group, mine):
     ranks = dist.get_process_group_ranks(group)
     for rank, theirs in zip(ranks, found):
         if theirs != found[0]:
-            pairs = [(f"{len(found[0])} layers", f"{len(theirs)} layers"), *zip(found[0], theirs)]
+            pairs = [(f"{len(found[0])} {what}", f"{len(theirs)} {what}"), *zip(found[0], theirs)]
             ours, other = next((a, b) for a, b in pairs if a != b)
             checks.fail(fn, f"every rank must pass the same model, got {ours} on rank {ranks[0]} and {other} on rank {rank}")
 
@@ -136,19 +136,42 @@ class Line:
     def shift(self, tensor, step, received=None):
         """Sends `tensor` (None: nothing) to the neighbour `step` places on, and fills `received` (None: nothing) from the one `step` places before.
         A neighbour that isn't there is left out: `received` then stays as it is."""
-        ops = []
         to, source = self.place + step, self.place - step
-        if tensor is not None and 0 <= to < self.size:
-            tensor = tensor.contiguous()
+        outgoing = {to: tensor} if tensor is not None and 0 <= to < self.size else {}
+        incoming = {source: received} if received is not None and 0 <= source < self.size else {}
+        self.transfer(outgoing, incoming)
+        return received
+
+    def transfer(self, outgoing, incoming):
+        """Sends each tensor of outgoing {place: tensor} and fills those of incoming {place: tensor}, all at once; nothing happens where both are empty."""
+        ops = []
+        for place, tensor in outgoing.items():
             _count(self.purpose, tensor)
-            ops.append(dist.P2POp(dist.isend, tensor, group=self.group, group_peer=to))
-        if received is not None and 0 <= source < self.size:
-            ops.append(dist.P2POp(dist.irecv, received, group=self.group, group_peer=source))
-        if not ops:
-            return received
+            ops.append(dist.P2POp(dist.isend, tensor.contiguous(), group=self.group, group_peer=place))
+        ops += [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=place) for place, tensor in incoming.items()]
         try:
-            for work in dist.batch_isend_irecv(ops):
+            for work in dist.batch_isend_irecv(ops) if ops else ():
                 work.wait()
         except RuntimeError as error:
             raise failed(self.purpose, self.group, error) from error
-        return received
+
+    def numbers(self, mine, device):
+        """Every rank's list of as many integers."""
+        mine = torch.tensor(mine, device=device)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        _count(self.purpose, mine, (self.size - 1) * len(mine))
+        try:
+            dist.all_gather(found, mine, group=self.group)
+        except RuntimeError as error:
+            raise failed(self.purpose, self.group, error) from error
+        return torch.stack(found).tolist()
+
+    def total(self, value):
+        """The sum of every rank's scalar, without gradient."""
+        value = value.detach().clone()
+        _count(self.purpose, value, self.size - 1)
+        try:
+            dist.all_reduce(value, group=self.group)
+        except RuntimeError as error:
+            raise failed(self.purpose, self.group, error) from error
+        return value

@@ -1,6 +1,6 @@
-"""Context parallelism on two gloo ranks of this machine; the checks are in tests/ranks/sequence.py."""
-from ranks import sequence, spawn
+"""Context parallelism on two gloo ranks of this machine; the checks are in tests/ranks/sequence.py and rows.py."""
+from ranks import rows, sequence, spawn
 
 
 def test_two_ranks():
-    spawn.run("ranks.sequence", sequence.CHECKS, 2)
+    spawn.run("ranks.everything", sequence.CHECKS + rows.CHECKS, 2)

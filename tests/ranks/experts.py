@@ -1,17 +1,20 @@
 """Checks of expert parallelism, run on every rank: each builds the whole model, computes alone what all ranks' tokens give, and compares its part."""
 import copy
+import sys
+import time
 
 import pytest
 import terrazzo
 import torch
 import torch.distributed as dist
-from ranks.spawn import close
+from ranks.spawn import close, replaced
 from terrazzo import models
-from terrazzo.distributed import expert_parallel, reduce_gradients, reset_traffic, traffic
+from terrazzo.distributed import comm, expert_parallel, reduce_gradients, reset_traffic, traffic, volume
 from terrazzo.models.dbrx import AttentionConfig, DbrxConfig, Experts, FFNConfig
 from tiny_models import make_config
 
 D, F, E, A = 16, 12, 8, 3
+parallel = sys.modules["terrazzo.distributed.expert_parallel"]  # the function has the module's name
 
 
 def gathered(parameter):
@@ -275,10 +278,60 @@ def bytes_are_the_formula(mesh):
     layer = expert_parallel(our_layer(), mesh, chunks=2)
     reset_traffic()
     y = layer(x, indices, weights)
-    counts = 4 * (ranks - 1) * 2 * here
-    assert traffic() == {"expert counts": counts, "expert dispatch": 4 * D * leaving, "expert combine": 4 * D * arriving}
+    counts, out, back = volume.expert_counts(E, ranks, chunks=2), volume.expert_rows(leaving, D, 4), volume.expert_rows(arriving, D, 4)
+    assert (counts, out) == (4 * (ranks - 1) * 2 * here, 4 * D * leaving)
+    assert traffic() == {"expert counts": counts, "expert dispatch": out, "expert combine": back}
     y.backward(dy)
-    assert traffic() == {"expert counts": counts, "expert dispatch": 4 * D * (leaving + arriving), "expert combine": 4 * D * (arriving + leaving)}
+    assert traffic() == {"expert counts": counts, "expert dispatch": out + back, "expert combine": back + out}
+
+
+# ---- one chunk travels while another is computed -----------------------------------------------------------------
+
+
+def the_next_chunk_travels_meanwhile(mesh):
+    """The order of events: while a chunk is computed, forward and backward, the rows of another have been sent and are not waited for; and they arrive."""
+    chunks, events, open_ = 4, [], {}
+    order, begin, end, compute = {}, comm.Exchange.begin, comm.Exchange.end, parallel._run
+
+    def begins(self, rows, back=False):
+        if self.purpose == "expert dispatch":
+            events.append(("sent", order.setdefault(self, len(order)), back))
+            received = begin(self, rows, back)
+            open_[order[self]] = self.open[0]
+            return received
+        return begin(self, rows, back)
+
+    def ends(self):
+        if self in order:
+            events.append(("waited", order[self], events.count(("sent", order[self], True)) > 0))
+        return end(self)
+
+    def computes(layer, view, weights, rows, counts):
+        i = sum(kind == "computed" and not back for kind, _, back in events)
+        if i + 1 < chunks:  # nobody has waited for them, and they come: the transfer needs no one's help
+            deadline = time.monotonic() + 20
+            while not open_[i + 1].is_completed():
+                assert time.monotonic() < deadline, f"the rows of chunk {i + 1} don't arrive while chunk {i} is computed"
+                time.sleep(0.001)
+        events.append(("computed", i, False))
+        y = compute(layer, view, weights, rows, counts)
+        y.register_hook(lambda grad: events.append(("computed", i, True)))
+        return y
+
+    layer = expert_parallel(our_layer(), mesh, chunks=chunks)
+    x, indices, weights, dy = routed(20, list(range(E)), torch.float32, mesh.get_local_rank())
+    with replaced(comm.Exchange, "begin", begins), replaced(comm.Exchange, "end", ends), replaced(parallel, "_run", computes):
+        layer(x, indices, weights).backward(dy)
+    at = {event: place for place, event in enumerate(events)}
+    assert len(at) == len(events) == 6 * chunks
+    for i in range(chunks - 1):
+        for back in (False, True):
+            assert at["sent", i + 1, back] < at["computed", i, back] < at["waited", i + 1, back], (i, back, events)
+    alone = expert_parallel(our_layer(), mesh)
+    order.clear(), events.clear()
+    with replaced(comm.Exchange, "begin", begins), replaced(comm.Exchange, "end", ends):
+        alone(x, indices, weights)
+    assert events == [("sent", 0, False), ("waited", 0, False)]
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------
@@ -319,5 +372,5 @@ def other_bad_input(mesh):
 
 
 LAYER = ["uneven", "a_rank_without_tokens", "nobody_has_tokens", "all_on_one_rank", "one_expert_without_tokens", "sentinels", "sentinels_alone", "chunked",
-         "float64_and_bfloat16", "a_swapped_expert_shows", "bytes_are_the_formula", "experts_that_do_not_divide", "models_that_differ", "other_bad_input"]  # fmt: skip
+         "float64_and_bfloat16", "a_swapped_expert_shows", "bytes_are_the_formula", "the_next_chunk_travels_meanwhile", "experts_that_do_not_divide", "models_that_differ", "other_bad_input"]  # fmt: skip
 MODELS = ["dbrx_of_ours", "dbrx_of_transformers", "mixtral", "gpt_oss", "gradient_checkpointing", "state_dict_is_the_whole_model", "an_optimiser_step", "fsdp2_beside_it"]

@@ -161,17 +161,18 @@ def a_lost_state_shows(mesh):
 
 def bytes_do_not_depend_on_the_length(mesh):
     rank, last = mesh.get_local_rank(), mesh.size() - 1
+    assert (distributed.volume.halo(2, D, 4, 4), distributed.volume.states(2, H, P, N)) == (4 * 2 * D * 3, 4 * 2 * H * P * N)
     for L in (16, 256):
         x, weight = torch.randn(2, D, L, requires_grad=True), torch.randn(D, 4)
         ids = torch.zeros(2, L, dtype=torch.int32)
         distributed.reset_traffic()
         y = distributed.causal_conv1d_fn(x, weight, mesh=mesh)
-        halo = 4 * 2 * D * 3
+        halo = distributed.volume.halo(2, D, 4, 4)
         assert distributed.traffic().get("convolution halo", 0) == halo * (rank < last)
         y.sum().backward()
         assert distributed.traffic()["convolution halo"] == halo * ((rank < last) + (rank > 0))
         args = (torch.randn(2, L, H, P, requires_grad=True), torch.rand(2, L, H), -torch.rand(H), torch.randn(2, L, G, N), torch.randn(2, L, G, N), 8)
-        states = 4 * 2 * H * P * N
+        states = distributed.volume.states(2, H, P, N)
         distributed.reset_traffic()
         y = distributed.mamba_chunk_scan_combined(*args, mesh=mesh)
         assert distributed.traffic().get("scan states", 0) == states * (rank < last)
@@ -179,7 +180,7 @@ def bytes_do_not_depend_on_the_length(mesh):
         assert distributed.traffic()["scan states"] == states * ((rank < last) + (rank > 0))
         distributed.reset_traffic()
         distributed.mamba_chunk_scan_combined(*args, seq_idx=ids, mesh=mesh)
-        assert distributed.traffic().get("scan states", 0) == (states + 4 * 2) * (rank < last)
+        assert distributed.traffic().get("scan states", 0) == (states + distributed.volume.packed(2)) * (rank < last)
 
 
 def bad_input(mesh):
