@@ -94,7 +94,8 @@ template <bool kBlockTeams> TZ_DEVICE Softmax team_softmax(Softmax s, int lanes)
 // a block comes along to the end, since teams share warps.
 template <class T, int vec, bool kBlockTeams, class F> TZ_DEVICE void for_rows(const PatchEntropyParams& p, int lanes, const F& f) {
   if (kBlockTeams) lanes = threads_of(true);
-  const int lane = threadIdx.x % lanes, V = static_cast<int>(p.V);
+  // signed: of unsigned lanes nvcc makes an index whose neighbours it no longer sees, and stores a vector element by element
+  const int lane = static_cast<int>(threadIdx.x) % lanes, V = static_cast<int>(p.V);
   const int64_t l = static_cast<int64_t>(blockIdx.x) * (threads_of(kBlockTeams) / lanes) + threadIdx.x / lanes;
   for (int64_t b = blockIdx.y; b < p.B; b += gridDim.y) {
     const T* x = static_cast<const T*>(p.logits) + b * p.logits_stride_b + l * p.logits_stride_l;
