@@ -46,7 +46,8 @@ template <class T, int kVec> __global__ void __launch_bounds__(kThreads) byte_ha
   for (int i = threadIdx.x; i < count + 2; i += kThreads) keys_smem[i] = s.key(begin + i - 1);
   for (int i = threadIdx.x; i < count; i += kThreads) positions_smem[i] = s.order[begin + i] / s.per_position;
   __syncthreads();
-  const int64_t d = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kVec;
+  // signed numbers: with unsigned ones nvcc loses sight of what lies side by side, and stores a vector element by element
+  const int64_t d = int64_t{static_cast<int>(blockIdx.y) * kThreads + static_cast<int>(threadIdx.x)} * kVec;
   if (d >= s.D) return;
 
   const T* dy = static_cast<const T*>(s.dy) + d;

@@ -94,7 +94,7 @@ template <bool kBlockTeams> TZ_DEVICE Softmax team_softmax(Softmax s, int lanes)
 // a block comes along to the end, since teams share warps.
 template <class T, int vec, bool kBlockTeams, class F> TZ_DEVICE void for_rows(const PatchEntropyParams& p, int lanes, const F& f) {
   if (kBlockTeams) lanes = threads_of(true);
-  const int lane = threadIdx.x % lanes, V = static_cast<int>(p.V);
+  const int lane = static_cast<int>(threadIdx.x) % lanes, V = static_cast<int>(p.V);
   const int64_t l = static_cast<int64_t>(blockIdx.x) * (threads_of(kBlockTeams) / lanes) + threadIdx.x / lanes;
   for (int64_t b = blockIdx.y; b < p.B; b += gridDim.y) {
     const T* x = static_cast<const T*>(p.logits) + b * p.logits_stride_b + l * p.logits_stride_l;
@@ -119,7 +119,9 @@ __global__ void __launch_bounds__(threads_of(kBlockTeams)) entropy_patch_bwd_ker
   for_rows<T, vec, kBlockTeams>(p, lanes, [&](int64_t row, const T* x, bool live, const Softmax& s, int lane, int team) {
     T* dx = static_cast<T*>(p.dlogits) + row * p.V;
     const float scale = live ? -static_cast<const float*>(p.dentropies)[row] / s.sum : 0.0f, shift = s.dot / s.sum;
-    for (int c = lane * vec; c < p.V; c += team * vec) {
+    const int pieces = static_cast<int>(p.V / vec);
+    for (int piece = lane; piece < pieces; piece += team) {
+      const int64_t c = int64_t{piece} * vec;  // counted in elements, nvcc loses sight of what lies side by side, and stores one by one
       float v[vec] = {};
       if (live) {
         load_floats<T, vec>(x + c, v);

@@ -20,8 +20,9 @@ constexpr int kClearThreads = 128, kClearRows = 32;
 template <int kVec> struct Piece {
   int64_t b, s, d, begin, end;
   TZ_DEVICE Piece(const PatchReduceCudaParams& p, int64_t first_patch, int i) {
-    const unsigned pieces = static_cast<unsigned>(p.D / kVec), patch = static_cast<unsigned>(i) / pieces;
-    const unsigned item = static_cast<unsigned>(first_patch) + patch;
+    // signed numbers: with unsigned ones nvcc loses sight of what lies side by side, and stores a vector element by element
+    const int pieces = static_cast<int>(p.D / kVec), patch = i / pieces;
+    const unsigned item = static_cast<unsigned>(first_patch) + static_cast<unsigned>(patch);
     b = item / static_cast<unsigned>(p.S), s = item % static_cast<unsigned>(p.S), d = static_cast<int64_t>(i - patch * pieces) * kVec;
     const int32_t* starts = p.patch_starts + b * (p.S + 1) + s;
     begin = starts[0], end = starts[1];

@@ -15,7 +15,9 @@ namespace terrazzo { namespace cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRows = 2;  // 4 need registers that cost more warps than the loads are worth; so do six blocks an SM where steps differ
+constexpr int kRows = 2;  // 4 need registers that cost more warps than the loads are worth
+// Registers for so many, without spilling.
+template <class S> constexpr int blocks_per_sm(bool per_head) { return (per_head ? 6 : 5) - (sizeof(S) == 2); }
 constexpr int64_t kMostBlocks = 65535;  // along y or z of a grid
 
 // kVec neighbours of a vector with any stride.
@@ -31,7 +33,7 @@ template <int kVec> TZ_DEVICE void load_strided(DType dtype, const void* base, i
 // Grid: heads x tiles of p x rows. lanes: of a team, a power of two. S: the state's type. kPerHead: dt and A don't vary in a head;
 // vectors: B, C and A come in vectors too.
 template <class S, int kVec, bool kPerHead>
-__global__ void __launch_bounds__(kThreads, kPerHead ? 6 : 5) state_update_kernel(const StateUpdateParams p, const int lanes, const bool vectors) {
+__global__ void __launch_bounds__(kThreads, blocks_per_sm<S>(kPerHead)) state_update_kernel(const StateUpdateParams p, const int lanes, const bool vectors) {
   constexpr int kSteps = kPerHead ? 1 : kRows;  // different step sizes of a thread
   const int team = threadIdx.x / lanes, lane = threadIdx.x % lanes, teams = kThreads / lanes;
   const int N = static_cast<int>(p.N), P = static_cast<int>(p.P);

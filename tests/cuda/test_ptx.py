@@ -136,11 +136,10 @@ def test_products_meet_no_banks(emulator):
 WHOLE_SECTORS = {
     "causal_conv1d_fn-channel_last": "causal_conv1d_fwd_channel_last_kernel causal_conv1d_bwd_channel_last_kernel",
     "causal_conv1d_fn-channel_first": "causal_conv1d_fwd_channel_first_kernel",
-    "causal_conv1d_update-channel_last_state": "causal_conv1d_update_one_kernel",
     "causal_conv1d_varlen_states-aligned": "causal_conv1d_varlen_states_kernel",
     "selective_state_update-fp32_state": "state_update_kernel",
     "selective_state_update-bf16_state": "state_update_kernel",
-    "rmsnorm_gated-wide": "rmsnorm_gated_fwd_kernel rmsnorm_gated_bwd_kernel",
+    "rmsnorm_gated-wide": "rmsnorm_gated_fwd_kernel",
     "moe_unpermute-rows": "moe_unpermute_fwd_kernel moe_unpermute_bwd_kernel",
     "patch_reduce-rows": "patch_reduce_fwd_kernel patch_reduce_bwd_kernel",
 }

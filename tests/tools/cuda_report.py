@@ -37,7 +37,7 @@ def resident_warps(arch, registers, shared, threads):
 
 
 def compiled(arch):
-    """{Entry: (registers, stack, static shared memory)}"""
+    """{Entry: nvcc.Kernel}"""
     found = {}
     for source in nvcc.SOURCES:
         made = nvcc.kernels(nvcc.built(source), arch)
@@ -74,12 +74,12 @@ def resources(shapes):
         by_kernel.setdefault(entry.kernel, []).append(entry)
     for kernel, entries in sorted(by_kernel.items()):
         launches = [(entry, threads, dynamic) for entry in entries for threads, dynamic in shapes[entry]]
-        static = {arch: {e: made[arch][e].shared for e in entries} for arch in nvcc.ARCHS}
+        static = {e: made["sm_80"][e].shared for e in entries}  # of newer ones it counts what the system takes
         rows.append("| " + " | ".join([
             f"`{kernel}`", str(len(entries)), " / ".join(span([made[arch][e].registers for e in entries]) for arch in nvcc.ARCHS),
             span([threads for _, threads, _ in launches]),
-            span([static["sm_80"][e] + dynamic for e, _, dynamic in launches]),
-            " / ".join(span([resident_warps(arch, made[arch][e].registers, static[arch][e] + dynamic, threads) for e, threads, dynamic in launches])
+            span([static[e] + dynamic for e, _, dynamic in launches]),
+            " / ".join(span([resident_warps(arch, made[arch][e].registers, static[e] + dynamic, threads) for e, threads, dynamic in launches])
                        for arch in nvcc.ARCHS),
             ", ".join(span([sass[e][name] for e in entries]) for name in INSTRUCTIONS) if any(sass[e] for e in entries) else "",
         ]) + " |")
@@ -105,11 +105,11 @@ def main():
     kernels.NAMESPACES["cuda"] = emulator.NAMESPACE
     native.cuda_why_not = lambda op, names, *tensors: None
     loaded = emulator.load()
-    text = PAGE.read_text()
-    for name, table in (("resources", resources(shapes_of_launches(loaded))), ("accesses", accesses(traffic_of(loaded)))):
-        head, begin, rest = text.partition(f"<!-- {name} -->")
-        text = f"{head}{begin}\n{table}\n<!-- end of {name} -->{rest.partition(f'<!-- end of {name} -->')[2]}"
-    PAGE.write_text(text)
+    for name, make in (("resources", lambda: resources(shapes_of_launches(loaded))), ("accesses", lambda: accesses(traffic_of(loaded)))):
+        table = make()
+        head, begin, rest = PAGE.read_text().partition(f"<!-- {name} -->")
+        end = f"<!-- end of {name} -->"
+        PAGE.write_text(f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":
