@@ -107,7 +107,8 @@ def chunk_scan_bwd_x_kernel(
         dy = dy.to(tl.float32)
         through += tl.sum(leaving * dy, 1)
         if HAS_D:
-            dx += tl.load(D_ptr + head * stride_D_h + offs_p.to(tl.int64) * stride_D_p, mask=mask_p, other=0.0).to(tl.float32)[None, :] * dy
+            D_at = D_ptr + head * stride_D_h + tl.cast(p, tl.int64) * stride_D_p + tl.arange(0, BLOCK_P) * stride_D_p  # 64 bits a channel would spill
+            dx += tl.load(D_at, mask=mask_p, other=0.0).to(tl.float32)[None, :] * dy
             tl.store(dD_ptr + (chunk.to(tl.int64) * H + head) * P + offs_p, tl.sum(x * dy, 0), mask=mask_p)
         dx_at = dx_ptr + ((row * L + offs_l[:, None]) * H + head) * P + offs_p[None, :]
         tl.store(dx_at, dx.to(dtype), mask=(offs_l < end)[:, None] & mask_p[None, :])

@@ -45,7 +45,8 @@ BWD_KEYS = configs.Table(
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=1, arch=("gfx",), itemsize=2, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1, up_to={"P": 64}),
     configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1, up_to={"P": 128}),
-    configs.Row({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1),
+    configs.Row({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=1, arch=("sm",), itemsize=4),
+    configs.Row({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=1),
 )
 FLOOR = tl.constexpr(-1e30)  # the score of what is not seen: finite, so that differences of two stay numbers
 
