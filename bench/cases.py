@@ -39,6 +39,7 @@ class Provider:
     name: str
     build: Callable
     ours: bool = False
+    nmse_limit: float | None = None  # of what is inexact by design: quantised weights
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import terrazzo
 
-from .cases import DTYPES, Case, generator, own_providers, peers
+from .cases import DTYPES, Case, Provider, Unavailable, compiled, generator, own_providers
 from .roofline import Work
 
 # preset -> (groups, [(K, N)], rows of each group)
@@ -30,6 +30,10 @@ def _torch():
     return lambda a, b, offs: F.grouped_mm(a, b, offs=offs)
 
 
+def _bf16_alone():
+    raise Unavailable("torch compiles its grouped_mm in bf16 alone")
+
+
 def work(E, T, K, N, itemsize, mode="fwd"):
     """T rows over E groups; the backward is two more products of the same size."""
     passes = 1 if mode == "fwd" else 3
@@ -38,9 +42,9 @@ def work(E, T, K, N, itemsize, mode="fwd"):
 
 def cases(preset):
     E, shapes, all_rows = SIZES[preset]
-    providers = (*own_providers(_ours), *peers("torch", _torch))
     found = []
     for name, dtype in DTYPES.items():
+        providers = (*own_providers(_ours), Provider("torch", _torch), Provider("torch-compiled", compiled(_torch) if name == "bf16" else _bf16_alone))
         for K, N in shapes:
             for rows in all_rows:
                 for layout in LAYOUTS:

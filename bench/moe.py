@@ -145,7 +145,7 @@ def _experts_cases(preset):
                          Provider("hf-grouped", lambda E=E: _hf_grouped(E)))
             for T in tokens:
                 for load in LOADS:
-                    inference = (Provider("terrazzo-packed", lambda E=E: _packed(E), ours=True), Provider("terrazzo-int8", lambda E=E: _packed(E, "int8")))
+                    inference = (Provider("terrazzo-packed", lambda E=E: _packed(E), ours=True), Provider("terrazzo-int8", lambda E=E: _packed(E, "int8"), nmse_limit=1e-3))
                     for mode in ("fwd", *(("bwd",) if trains(preset, T, TRAIN_TOKENS) else ())):
                         work = experts_work(T, D, F_, A, touched[T, load], dtype.itemsize, mode)
                         yield Case("fused_experts", f"{T} tokens {D}x{F_} {E}x{A} {load}", mode, name, work,

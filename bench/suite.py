@@ -231,7 +231,8 @@ def measure(case, options, calibration, *, machine_is_free=None, on_progress=Non
         try:
             fn = _built(job, provider)
             oracle = oracle or accuracy.Oracle(case, job.inputs, options.device)
-            checked = accuracy.gate(case, fn, oracle, provider.ours, job.cuda, _patience_ns(options), clock)
+            judged = replace(case, nmse_limit=provider.nmse_limit) if provider.nmse_limit else case
+            checked = accuracy.gate(judged, fn, oracle, provider.ours, job.cuda, _patience_ns(options), clock)
         except Unavailable as why:
             rows.append(row("unavailable", str(why)))
             continue
