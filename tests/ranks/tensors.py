@@ -110,8 +110,9 @@ def compare(found, make, call, dtype=torch.float32):
     for (name, value), exact, rounded in zip(found.items(), reference(make, call, torch.float64).values(), reference(make, call, dtype).values(), strict=True):
         if exact.abs().max() < 1e-12:  # a bias of keys, which softmax doesn't see: the gradient is zero but for rounding
             assert value.abs().max() < (0.05 if dtype == torch.bfloat16 else 1e-4)
-        elif value.dim() == 0 and dtype == torch.bfloat16:  # one number, whose error on one rank may happen to be nothing
-            torch.testing.assert_close(value.double(), exact, rtol=1e-2, atol=0)
+        elif dtype == torch.bfloat16:  # the limit is one of single ops: of a whole model, no worse than a few times one rank's own error
+            errors = [(each.double() - exact).square().sum() / exact.square().sum() for each in (value, rounded)]
+            assert errors[0] <= 4 * errors[1] + 2e-5, f"{name}: max error of nmse {errors}"
         else:
             close(name, value, exact, rounded)
 
