@@ -10,7 +10,7 @@ ROWS = ["bamba", "bamba_of_packed_texts", "data_beside_context", "keys_travel_on
 
 
 TENSORS = ["blenderbot_split", "dbrx_split", "bamba_split", "bamba_with_few_groups", "blt_split", "generated_alike", "whole_again", "split_bytes_are_the_formula",
-           "split_bad_input", "rules_on_two_dimensions"]  # fmt: skip
+           "split_bad_input", "tensor_and_fsdp", "tensor_and_experts", "rules_on_two_dimensions"]  # fmt: skip
 
 
 def test_four_ranks():

@@ -109,9 +109,7 @@ def reference(make, call, dtype):
 def compare(found, make, call, dtype=torch.float32):
     for (name, value), exact, rounded in zip(found.items(), reference(make, call, torch.float64).values(), reference(make, call, dtype).values(), strict=True):
         if exact.abs().max() < 1e-12:  # a bias of keys, which softmax doesn't see: the gradient is zero but for rounding
-            assert value.abs().max() < (0.05 if dtype == torch.bfloat16 else 1e-4)
-        elif value.dim() == 0 and dtype == torch.bfloat16:  # one number, whose error on one rank may happen to be nothing
-            torch.testing.assert_close(value.double(), exact, rtol=1e-2, atol=0)
+            assert value.abs().max() < 1e-4
         else:
             close(name, value, exact, rounded)
 
@@ -153,9 +151,7 @@ def blt_split(mesh):
     exact(mesh, lambda: blt(patching_mode="bytes", tie_word_embeddings=True), bytewise)
 
 
-def split_in_other_dtypes(mesh):
-    exact(mesh, blenderbot, answered, torch.bfloat16)
-    exact(mesh, bamba, causal, torch.bfloat16)
+def split_in_float64(mesh):
     exact(mesh, blenderbot, answered, torch.float64)
 
 
@@ -420,7 +416,7 @@ def plans_that_do_not_combine(mesh):
         tensor_parallel(fully_shard(dbrx(), mesh=mesh), mesh)
     with pytest.raises(ValueError, match="mesh must be another dimension of the mesh that transformer.blocks.0.ffn.experts.mlp.w1 is spread over"):
         tensor_parallel(expert_parallel(dbrx(), mesh), mesh)
-    with pytest.raises(ValueError, match="the weights of transformer.blocks.0.ffn.experts must be plain tensors, got a Parameter w1|shard experts before anything else"):
+    with pytest.raises(ValueError, match="the weights of transformer.blocks.0.ffn.experts must be plain tensors, got a .* w1; shard experts before anything else"):
         expert_parallel(tensor_parallel(dbrx(), mesh), mesh)
 
 
@@ -450,6 +446,6 @@ def plans_for_parallelize_module(mesh):
     compare({"loss": loss, "logits": logits} | gradients(model), bamba, causal)
 
 
-SPLIT = ["blenderbot_split", "dbrx_split", "bamba_split", "bamba_with_few_groups", "blt_split", "split_in_other_dtypes", "split_and_computed_again", "a_missing_sum_shows",
+SPLIT = ["blenderbot_split", "dbrx_split", "bamba_split", "bamba_with_few_groups", "blt_split", "split_in_float64", "split_and_computed_again", "a_missing_sum_shows",
          "generated_alike", "whole_again", "loaded_without_a_whole_model", "placements", "an_optimiser_steps_split", "copies_of_split_models", "split_bytes_are_the_formula", "split_bad_input",
          "plans_that_do_not_combine", "split_models_that_differ", "plans_for_parallelize_module"]  # fmt: skip
