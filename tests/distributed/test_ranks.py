@@ -13,7 +13,7 @@ def test_four_ranks():
     spawn.run("ranks.everything", EXPERTS + SEQUENCE + ROWS, 4)
 
 
-@pytest.mark.parametrize("kind", ["experts", "sequence"])
+@pytest.mark.parametrize("kind", ["experts", "sequence", "rows"])
 def test_a_rank_dies(tmp_path, kind):
     processes = mp.start_processes(dying.rank, (3, str(tmp_path), kind), 3, join=False, start_method="spawn").processes
     for process in processes:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from ranks import spawn
+from ranks.rows import our_bamba
 from terrazzo import distributed
 from terrazzo.models.dbrx import DbrxConfig, Experts, FFNConfig
 
@@ -24,6 +25,12 @@ def rank(rank, ranks, folder, kind):
 
         def call():
             layer(x, indices, weights).sum().backward()
+    elif kind == "rows":
+        model = distributed.context_parallel(our_bamba(), mesh)
+        ids = torch.arange(3, 12)[None]
+
+        def call():
+            model(ids, labels=ids).loss.backward()
     else:
         args = (torch.randn(1, 9, 2, 4, requires_grad=True), torch.rand(1, 9, 2), -torch.rand(2), torch.randn(1, 9, 1, 3), torch.randn(1, 9, 1, 3), 8)
 
