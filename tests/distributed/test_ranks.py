@@ -6,7 +6,7 @@ from ranks import dying, spawn
 EXPERTS = ["uneven", "a_rank_without_tokens", "sentinels", "chunked", "dbrx_of_ours", "bytes_are_the_formula"]
 SEQUENCE = ["conv", "conv_of_short_stretches", "scan", "scan_of_short_stretches", "bytes_do_not_depend_on_the_length"]
 
-ROWS = ["bamba", "bamba_of_packed_texts", "data_beside_context", "keys_travel_once", "ranks_read_their_own_parts"]
+ROWS = ["bamba", "bamba_of_packed_texts", "data_beside_context", "keys_travel_once", "blt", "bytes_of_blt", "ranks_read_their_own_parts"]
 
 
 def test_four_ranks():
