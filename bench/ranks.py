@@ -21,7 +21,8 @@ from .moe import choices
 from .timer import median
 
 BAR = 0.85  # ranks' speed, as a share of that of one rank with as many threads
-SIZES = {"quick": dict(tokens=512, D=512, F=896, L=1024, H=64), "full": dict(tokens=2048, D=1024, F=1792, L=4096, H=128), "tiny": dict(tokens=24, D=16, F=8, L=40, H=2)}
+SIZES = {"full": dict(tokens=2048, D=1024, F=1792, L=4096, H=128), "quick": dict(tokens=512, D=512, F=896, L=1024, H=64),
+         "tiny": dict(tokens=24, D=16, F=8, L=40, H=2)}  # fmt: skip
 E, A, P, N = 16, 4, 64, 128
 CASES = [(name, mode) for name in ("experts", "scan") for mode in ("fwd", "bwd")]
 
@@ -196,7 +197,8 @@ def line(result):
     if result.why:
         return f"{result.name:8} {result.mode:4} WRONG: {result.why}"
     one, several = median(result.one) * 1e3, median(result.several) * 1e3
-    return f"{result.name:8} {result.mode:4} one rank {one:8.1f} ms   ranks {several:8.1f} ms   speed {result.speed:.2f} (at least {BAR})   {'met' if result.passed else 'MISSED'}"
+    verdict = "met" if result.passed else "MISSED"
+    return f"{result.name:8} {result.mode:4} one rank {one:8.1f} ms   ranks {several:8.1f} ms   speed {result.speed:.2f} (at least {BAR})   {verdict}"
 
 
 def restart_asleep(argv):

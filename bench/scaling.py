@@ -204,11 +204,14 @@ def step(training, plan):
     experts = sum(layer.count * layer.experts for layer in training.layers)
     held = STATE * (weights / plan.tensor / (sharing if plan.sharded else 1) + experts / plan.tensor / (sharing if plan.sharded else plan.experts))
     a_layer = max(layer.weights + layer.experts / plan.experts for layer in training.layers) / plan.tensor
-    token = BF16 * (training.D * sum(layer.count for layer in training.layers) + max(layer.width for layer in training.layers)) + 10 * training.vocabulary / plan.tensor
+    kept = training.D * sum(layer.count for layer in training.layers) + max(layer.width for layer in training.layers)
+    token = BF16 * kept + 10 * training.vocabulary / plan.tensor  # logits and their gradient in float32, and in bfloat16
     stretch, groups = training.length // plan.context, training.rows // plan.data
     free = MEMORY - held - (2 * BF16 * a_layer if plan.sharded else 0)
     if free < token * stretch:
-        what = f"{held / 1e9:.0f} GB of weights and optimiser" if held > MEMORY else f"the activations of {stretch} tokens, {token * stretch / 1e9:.0f} GB, beside {held / 1e9:.0f} GB of weights and optimiser,"
+        what = f"{held / 1e9:.0f} GB of weights and optimiser"
+        if held <= MEMORY:
+            what = f"the activations of {stretch} tokens, {token * stretch / 1e9:.0f} GB, beside {what},"
         return Step(plan, why=f"{what} don't fit a GPU")
     B = max(b for b in range(1, groups + 1) if groups % b == 0 and b * stretch * token <= free)
     return _timed(training, plan, B, groups // B, stretch, sharing)
@@ -356,7 +359,8 @@ def _parts(found):
 def section(training):
     """(Markdown, the steps of each kind of plan)."""
     every = {name: {ranks: best(training, make(ranks)) for ranks in RANKS} for name, make in kinds(training).items()}
-    lines = ["", f"## {training.name} tokens, {training.rows} rows a step", "", f"{training.parameters / 1e9:.1f} B parameters, {training.rows * training.length / 2**20:.0f} Mi tokens.", ""]
+    lines = ["", f"## {training.name} tokens, {training.rows} rows a step", ""]
+    lines += [f"{training.parameters / 1e9:.1f} B parameters, {training.rows * training.length / 2**20:.0f} Mi tokens.", ""]
     lines += [f"| plan | {' | '.join(map(str, RANKS))} |", "|---" * (len(RANKS) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(_cell(steps[ranks]) for ranks in RANKS)} |" for name, steps in every.items()]
     lines += ["", "| plan | scales to | then |", "|---|---|---|"]

@@ -22,6 +22,7 @@ def parser():
     top.add_argument("--experts", type=int, default=8, help="a multiple of the ranks (default 8)")
     top.add_argument("--chunks", type=int, default=1, help="parts of a step's tokens, of which one travels while another is computed")
     top.add_argument("--lr", type=float, default=3e-3)
+    top.add_argument("--out", metavar="DIRECTORY", help="write the model there as safetensors, for examples/generate_on_ranks.py")
     return top
 
 
@@ -51,6 +52,8 @@ def main():
         dist.all_reduce(mean)
         if dist.get_rank() == 0:
             print(f"step {step} loss {mean.item():.4f}", flush=True)
+    if args.out:
+        model.save_pretrained(args.out)
     dist.destroy_process_group()
 
 

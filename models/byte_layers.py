@@ -34,7 +34,7 @@ class Span:
         self.window, self.past, self.lengths, self.L = stack.window, past, lengths, length
         self.begin = 0 if past is None else past.length
         positions = torch.arange(length, device=device) + (self.begin[:, None] if isinstance(self.begin, torch.Tensor) else self.begin)
-        self.turns = _turns(positions, stack.head_dim, stack.theta)
+        self.turns = turns(positions, stack.head_dim, stack.theta)
         self.ragged = lengths is not None or isinstance(self.begin, torch.Tensor)
         if past is not None:
             self._place(device)
@@ -118,7 +118,7 @@ class Span:
                 into[:, :, self.slots] = new[:, self.take].transpose(1, 2)
 
 
-def _turns(positions, width, theta):
+def turns(positions, width, theta):
     """(..., 1, width / 2) complex64 of positions (...): what turns a pair of neighbouring channels. Angles are exact for any length of text."""
     speed = 1 / theta ** (torch.arange(0, width, 2, device=positions.device).float() / width)
     angles = positions[..., None].double() * speed
@@ -191,11 +191,13 @@ class Stack(nn.Module):
         return Past(len(self.layers), self.window)
 
     def run(self, x, past=None, lengths=None, before=None):
-        """x (B, L, D) through all layers; before(i, x) -> x is called in front of layer i."""
-        span = Span(self, x.shape[1], x.device, past, lengths)
+        """x (B, L, D) through all layers; before(i, x) -> x is called in front of layer i. past: None, a Past, or what makes a span of its own
+        (terrazzo.distributed: the positions before lie on other ranks)."""
+        keeps = isinstance(past, Past)
+        span = Span(self, x.shape[1], x.device, past, lengths) if past is None or keeps else past.span(self, x.device)
         for i, layer in enumerate(self.layers):
             x = x if before is None else before(i, x)
-            x = layers.run(layer, x, span, None if past is None else past.kept[i], again=self.gradient_checkpointing and self.training and past is None)
+            x = layers.run(layer, x, span, past.kept[i] if keeps else None, again=self.gradient_checkpointing and self.training and not keeps)
         span.done()
         return x
 

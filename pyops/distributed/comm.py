@@ -166,6 +166,17 @@ class Line:
             raise failed(self.purpose, self.group, error) from error
         return torch.stack(found).tolist()
 
+    def everyones(self, tensor, lengths):
+        """(1, n) of each rank, n of them in `lengths` -> (1, sum of lengths)."""
+        piece = torch.nn.functional.pad(tensor, (0, max(lengths) - tensor.shape[1]))
+        found = [torch.empty_like(piece) for _ in range(self.size)]
+        _count(self.purpose, piece, self.size - 1)
+        try:
+            dist.all_gather(found, piece.contiguous(), group=self.group)
+        except RuntimeError as error:
+            raise failed(self.purpose, self.group, error) from error
+        return torch.cat([part[:, :n] for part, n in zip(found, lengths)], 1)
+
     def total(self, value):
         """The sum of every rank's scalar, without gradient."""
         value = value.detach().clone()

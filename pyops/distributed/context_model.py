@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
 from .. import checks
-from ..models import bamba, layers
+from ..models import bamba, blt, layers
 from ..patching import patch
 from . import comm
 from .context_parallel import causal_conv1d_fn, mamba_chunk_scan_combined
@@ -26,17 +26,17 @@ def context_parallel(model, mesh):
     """Lets a model run on rows that are cut into stretches over the ranks of a mesh, in place. Every rank calls it, and then the model, together.
 
     Args:
-        model: a `terrazzo.models.Bamba` or transformers' BambaForCausalLM (which is also patched, see `terrazzo.patch`), the same on every rank; its
-            weights stay whole (FSDP2 may shard them, over the same mesh or a larger one).
+        model: a `terrazzo.models.Bamba` or `Blt`, or transformers' BambaForCausalLM (which is also patched, see `terrazzo.patch`), the same on every rank;
+            its weights stay whole (FSDP2 may shard them, over the same mesh or a larger one).
         mesh: a DeviceMesh of one dimension, its ranks in the order of the stretches.
 
     Returns:
         model. Calls then take
             input_ids, labels: (B, L), this rank's stretch of each row, as they would stand in the whole row; L >= 1 may differ between ranks.
-            cu_seqlens: the bounds of the texts packed into the whole row, the same on every rank; they need not lie on ranks' borders.
+            cu_seqlens (not Blt): the bounds of the texts packed into the whole row, the same on every rank; they need not lie on ranks' borders.
         and return the logits of the stretch, and as loss that of the whole row, the same on every rank. After backward a parameter's gradient is that
         of the stretch's share in the loss, times the number of ranks: the mean over ranks, by `reduce_gradients` or FSDP2, is the gradient of the loss.
-        attention_mask, state or cache (and so generation) are refused.
+        attention_mask, state or cache (and so generation) are refused. A Blt takes one row, B = 1, of which every stretch holds a whole patch.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above, or models differ between ranks; before anything else travels, on every rank.
@@ -44,17 +44,29 @@ def context_parallel(model, mesh):
     """
     group, _, _ = comm.check_mesh(FN, mesh)
     ours = isinstance(model, bamba.Bamba)
-    if not ours and not _is_transformers(model):
-        checks.fail(FN, f"model must be a terrazzo.models.Bamba or transformers' BambaForCausalLM, got {type(model).__name__}; for other models there are "
-                        "distributed.causal_conv1d_fn and mamba_chunk_scan_combined", TypeError)
+    if not ours and not isinstance(model, blt.Blt) and not _is_transformers(model):
+        checks.fail(FN, f"model must be a Bamba or Blt of terrazzo.models or transformers' BambaForCausalLM, got {type(model).__name__}; for other models there "
+                        "are distributed.causal_conv1d_fn and mamba_chunk_scan_combined", TypeError)
     if hasattr(model, "_context_parallel") or ours and model.context is not bamba.Context:
         checks.fail(FN, "the rows of model must not be sharded yet, they are; load the model anew")
     comm.agree(FN, group, [_described(name, p.detach()) for name, p in model.named_parameters()], "parameters")
     if ours:
         model.context = partial(_context, mesh)
+    elif isinstance(model, blt.Blt):
+        from .context_blt import forward
+
+        _swap(model, mesh, forward)
     else:
-        _shard_transformers(model, mesh)
+        _patch_transformers(model)
+        _swap(model, mesh, _forward)
     return model
+
+
+def _swap(model, mesh, forward):
+    """The model's forward becomes `forward`, which finds (mesh, the one before) in model._context_parallel."""
+    cls = type(model)
+    object.__setattr__(model, "_context_parallel", (mesh, cls.forward))
+    model.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "forward": forward})
 
 
 def _described(name, weight):
@@ -79,8 +91,8 @@ class Stretch:
     def __init__(self, mesh, input_ids, labels, state, valid, cu_seqlens):
         self.mesh, self.labels = mesh, labels
         _check(input_ids, labels, state, valid, cu_seqlens)
-        (group, self.place, self.size), device = comm.check_mesh(FN, mesh), input_ids.device
-        self.line = partial(comm.Line, group, self.place, self.size)
+        (self.group, self.place, self.size), device = comm.check_mesh(FN, mesh), input_ids.device
+        self.line = partial(comm.Line, self.group, self.place, self.size)
         bounds = None if cu_seqlens is None else cu_seqlens.tolist()
         found = self.line("stretch lengths").numbers(_describe(input_ids, labels, bounds, self.place), device)
         _check_ranks(found, cu_seqlens)
@@ -98,24 +110,18 @@ class Stretch:
             self.after = self.line("labels").shift(labels[:, 0], -1, torch.full_like(labels[:, 0], layers.IGNORED))
 
     def _reach(self, bounds):
-        """outgoing {place: position from which on the keys here are seen there}, incoming {place: how many of its last keys are seen here}, and
-        head: how many positions here belong to the text that reaches in from the left."""
+        """Where keys travel, and head: how many positions here belong to the text that reaches in from the left."""
         first = [bounds[bisect_right(bounds, start) - 1] for start in self.starts[:-1]]  # where the text begins that a stretch begins in
 
-        def seen(source, place):
-            return max(0, self.starts[source + 1] - max(first[place], self.starts[source]))
-
-        L = self.starts[self.place + 1] - self.starts[self.place]
-        self.outgoing = {to: L - n for to in range(self.place + 1, self.size) if (n := seen(self.place, to))}
-        self.incoming = {source: n for source in range(self.place) if (n := seen(source, self.place))}
-        end = bounds[bisect_right(bounds, self.starts[self.place])]
-        self.head = min(end - self.starts[self.place], L)
+        self.outgoing, self.incoming = reach(self.starts, self.place, first)
+        start, stop = self.starts[self.place], self.starts[self.place + 1]
+        self.head = min(bounds[bisect_right(bounds, start)], stop) - start
 
     def attend(self, q, k, v, dropout):
         """As layers.attend: q (B, H, L, P), k and v (B, Hk, L, P) -> (B, L, H * P)."""
         if dropout and self.mask is not None:  # on every rank, not only where a text begins
             raise NotImplementedError("terrazzo.distributed: attention dropout over packed texts is not supported; set it to 0")
-        k, v = _Keys.apply(torch.stack([k, v]), self.line("keys and values"), self.outgoing, self.incoming).unbind()
+        k, v = Behind.apply(torch.stack([k, v]), 3, self.line("keys and values"), self.outgoing, self.incoming).unbind()
         behind, head, L = k.shape[2] - q.shape[2], self.head, q.shape[2]
         if not behind:
             return layers.attend(q, k, v, layers.Mask(None, self.mask), dropout=dropout)
@@ -145,26 +151,39 @@ class Stretch:
         return self.line("loss").total(share) + self.size * (share - share.detach())
 
 
-class _Keys(torch.autograd.Function):
-    """kv (2, B, Hk, L, P) of this stretch -> with those before it that are seen here in front (2, B, Hk, behind + L, P)."""
+def reach(starts, place, first):
+    """Which positions of rank `place` others see, and it of others, where rank r has starts[r] to starts[r + 1] and sees from first[r] on:
+    outgoing {rank on the right: position in the stretch from which on it sees}, incoming {rank on the left: how many of its last positions are seen}."""
+
+    def seen(source, at):
+        return max(0, starts[source + 1] - max(first[at], starts[source]))
+
+    L = starts[place + 1] - starts[place]
+    outgoing = {to: L - n for to in range(place + 1, len(starts) - 1) if (n := seen(place, to))}
+    return outgoing, {source: n for source in range(place) if (n := seen(source, place))}
+
+
+class Behind(torch.autograd.Function):
+    """A tensor of this stretch's positions along `dim` -> with those before it that are seen here in front."""
 
     @staticmethod
-    def forward(ctx, kv, line, outgoing, incoming):
-        ctx.line, ctx.outgoing, ctx.incoming, ctx.L = line, outgoing, incoming, kv.shape[3]
-        found = {source: kv.new_empty(*kv.shape[:3], n, kv.shape[4]) for source, n in incoming.items()}
-        line.transfer({to: kv[..., begin:, :] for to, begin in outgoing.items()}, found)
-        return torch.cat([*found.values(), kv], 3)
+    def forward(ctx, own, dim, line, outgoing, incoming):
+        ctx.dim, ctx.line, ctx.outgoing, ctx.incoming, ctx.L = dim, line, outgoing, incoming, own.shape[dim]
+        found = {source: own.new_empty(*own.shape[:dim], n, *own.shape[dim + 1 :]) for source, n in incoming.items()}
+        line.transfer({to: own.narrow(dim, begin, ctx.L - begin) for to, begin in outgoing.items()}, found)
+        return torch.cat([*found.values(), own], dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        *theirs, own = grad.split([*ctx.incoming.values(), ctx.L], 3)
-        found = {to: grad.new_empty(*grad.shape[:3], ctx.L - begin, grad.shape[4]) for to, begin in ctx.outgoing.items()}
+        dim, L = ctx.dim, ctx.L
+        *theirs, own = grad.split([*ctx.incoming.values(), L], dim)
+        found = {to: grad.new_empty(*grad.shape[:dim], L - begin, *grad.shape[dim + 1 :]) for to, begin in ctx.outgoing.items()}
         ctx.line.transfer(dict(zip(ctx.incoming, theirs)), found)
         own = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
         for to, begin in ctx.outgoing.items():
-            own[..., begin:, :] += found[to]
-        return own.to(grad.dtype), None, None, None
+            own.narrow(dim, begin, L - begin).add_(found[to])
+        return own.to(grad.dtype), None, None, None, None
 
 
 # ---- transformers' Bamba -----------------------------------------------------------------------------------------
@@ -177,16 +196,13 @@ def _is_transformers(model):
     return ("transformers.models.bamba.modeling_bamba", "BambaForCausalLM") in names
 
 
-def _shard_transformers(model, mesh):
+def _patch_transformers(model):
     """Its own forward runs, patched; what a call knows of its stretch goes down to convolutions, scans and attention as a keyword of theirs."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     patch(model, ops=["causal_conv1d_fn", "mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"])
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
     model.set_attn_implementation(ATTENTION)
-    cls = type(model)
-    object.__setattr__(model, "_context_parallel", (mesh, cls.forward))
-    model.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "forward": _forward})
 
 
 def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, stretch=None, **kwargs):

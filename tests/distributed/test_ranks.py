@@ -6,7 +6,7 @@ from ranks import dying, spawn
 EXPERTS = ["uneven", "a_rank_without_tokens", "sentinels", "chunked", "dbrx_of_ours", "bytes_are_the_formula"]
 SEQUENCE = ["conv", "conv_of_short_stretches", "scan", "scan_of_short_stretches", "bytes_do_not_depend_on_the_length"]
 
-ROWS = ["bamba", "bamba_of_packed_texts", "data_beside_context", "keys_travel_once", "ranks_read_their_own_parts"]
+ROWS = ["bamba", "bamba_of_packed_texts", "data_beside_context", "keys_travel_once", "blt", "bytes_of_blt", "ranks_read_their_own_parts"]
 
 
 TENSORS = ["blenderbot_split", "dbrx_split", "bamba_split", "bamba_with_few_groups", "blt_split", "generated_alike", "whole_again", "split_bytes_are_the_formula",
@@ -17,7 +17,7 @@ def test_four_ranks():
     spawn.run("ranks.everything", EXPERTS + SEQUENCE + ROWS + TENSORS, 4)
 
 
-@pytest.mark.parametrize("kind", ["experts", "sequence", "tensors"])
+@pytest.mark.parametrize("kind", ["experts", "sequence", "rows", "tensors"])
 def test_a_rank_dies(tmp_path, kind):
     processes = mp.start_processes(dying.rank, (3, str(tmp_path), kind), 3, join=False, start_method="spawn").processes
     for process in processes:

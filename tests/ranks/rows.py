@@ -1,13 +1,17 @@
 """Checks of Bamba on rows cut into stretches, run on every rank: each computes the whole rows alone and compares loss, its logits and all gradients."""
+import dataclasses
+
 import pytest
 import terrazzo
 import torch
 import torch.distributed as dist
+import transformers
+from model_pairs import BLT
 from ranks.experts import gathered, livened, our_dbrx
 from ranks.sequence import LENGTHS, SHORT, stretch
 from ranks.spawn import close, replaced
 from terrazzo import distributed, models
-from terrazzo.distributed import context_model, context_parallel, reduce_gradients
+from terrazzo.distributed import context_blt, context_model, context_parallel, reduce_gradients, volume
 from tiny_models import make_config
 from torch.distributed.fsdp import fully_shard
 
@@ -22,7 +26,7 @@ def our_bamba(**changes):
     return livened(models.Bamba(models.BambaConfig(**config | changes)))
 
 
-WHOLE = [(torch.float64, "reference"), (torch.float32, "cpu"), (torch.float32, "reference")]  # how one rank computes
+BACKENDS = ["reference", "cpu", "reference"]  # of one rank: in float64, and twice in the model's own dtype
 
 
 def close_to_one(name, out, expected64, *expected):
@@ -49,10 +53,10 @@ def hf_bamba():
     return livened(cls(config).train())
 
 
-def exact(mesh, lengths=LENGTHS, make=our_bamba, bounds=None, wrap=reduce_gradients, unjudged=None):
+def exact(mesh, lengths=LENGTHS, make=our_bamba, bounds=None, wrap=reduce_gradients, unjudged=None, batch=2):
     """Loss, logits and gradients against one rank's. bounds: of packed texts. unjudged: a slice of labels that don't count."""
     lengths = lengths[: mesh.size()]
-    ids, labels = rows(sum(lengths), 1 if bounds else 2, unjudged=unjudged)
+    ids, labels = rows(sum(lengths), 1 if bounds else batch, unjudged=unjudged)
     options = {} if bounds is None else dict(cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
     here = (slice(None), stretch(mesh, lengths))
     model = context_parallel(make(), mesh)
@@ -63,14 +67,15 @@ def exact(mesh, lengths=LENGTHS, make=our_bamba, bounds=None, wrap=reduce_gradie
     if wrap is reduce_gradients:
         reduce_gradients(model, mesh)
     expected = []
-    for dtype, backend in WHOLE:
-        whole = make().to(dtype)
+    for precision, backend in zip((torch.float64, torch.float32, torch.float32), BACKENDS):
+        whole = make().to(precision)
         with terrazzo.use_backend(backend):
             want = whole(ids, labels=labels, **options)
             want.loss.backward()
-        expected.append([want.loss, want.logits[here], *(p.grad for p in whole.parameters())])
-    names = ["loss", "logits", *(name for name, _ in whole.named_parameters())]
-    for name, *values in zip(names, [out.loss, out.logits, *(gathered(p) for p in model.parameters())], *expected, strict=True):
+        expected.append([want.loss, want.logits[here], *(p.grad if p.grad is not None else torch.zeros_like(p) for p in whole.parameters() if p.requires_grad)])
+    names = ["loss", "logits", *(name for name, p in whole.named_parameters() if p.requires_grad)]
+    found = [out.loss, out.logits, *(gathered(p) for p in model.parameters() if p.requires_grad)]
+    for name, *values in zip(names, found, *expected, strict=True):
         close_to_one(name, *values)
 
 
@@ -134,8 +139,8 @@ def data_beside_context(mesh):
     logits, loss = model(ids[here], labels=labels[here])
     loss.backward()
     expected = []
-    for dtype, backend in WHOLE:
-        whole = our_bamba().to(dtype)
+    for precision, backend in zip((torch.float64, torch.float32, torch.float32), BACKENDS):
+        whole = our_bamba().to(precision)
         with terrazzo.use_backend(backend):
             results = [whole(ids, labels=labels) for ids, labels in (rows(sum(lengths), seed=0), rows(sum(lengths), seed=1))]
             (sum(each.loss for each in results) / 2).backward()
@@ -143,6 +148,101 @@ def data_beside_context(mesh):
     names = ["loss", "logits", *(name for name, _ in whole.named_parameters())]
     for name, *values in zip(names, [loss, logits, *(gathered(p) for p in model.parameters())], *expected, strict=True):
         close_to_one(name, *values)
+
+
+# ---- BLT ---------------------------------------------------------------------------------------------------------
+
+BYTES = [40, 33, 51, 38]  # lengths of stretches
+
+
+def our_blt(**changes):
+    torch.manual_seed(0)
+    config = models.BltConfig.from_hf(transformers.BltConfig(**BLT).to_dict())
+    model = models.Blt(dataclasses.replace(config, **{"max_patch_length": 6} | changes))
+    if model.model.patcher is not None:
+        livened(model.model.patcher)  # entropies on both sides of the threshold; it has no gradients
+    return model
+
+
+def blt(mesh):
+    """Patches across borders, windows over several ranks, patches cut by entropy, by length and byte by byte; and many bytes a patch."""
+    distributed.reset_traffic()
+    for changes in ({}, {"local_attention_window_len": 70}, {"local_attention_window_len": None}, {"local_attention_window_len": 2, "patching_threshold": 9.0},
+                    {"patching_mode": "byte"}, {"patching_threshold": 99.0}, {"patching_threshold": 3.0, "max_patch_length": 20}):
+        exact(mesh, BYTES, make=lambda: our_blt(**changes), batch=1)
+    moved = torch.tensor(distributed.traffic().get("bytes at borders", 0))
+    dist.all_reduce(moved)
+    assert moved >= 8 * 3  # at a threshold of 99 patches begin at 0, 1, 7, 13, ..., 43: not at 40
+
+
+def blt_computed_again(mesh):
+    def make():
+        model = our_blt()
+        model.gradient_checkpointing = True
+        return model.train()
+
+    exact(mesh, BYTES, make=make, batch=1)
+
+
+def what_blt_loses_shows(mesh):
+    """The comparison fails when what is behind a stretch doesn't come, when positions count from zero, when a stretch's first bytes ask no patch before it."""
+    behind, span = context_blt.Part.behind, context_blt._Span.__init__
+
+    def lost(purpose):
+        return lambda self, tensor, dim, before, what: tensor if what == purpose else behind(self, tensor, dim, before, what)
+
+    for purpose in ("keys and values", "hashed bytes", "patches at borders"):
+        with replaced(context_blt.Part, "behind", lost(purpose)), pytest.raises(AssertionError, match="^loss"):
+            exact(mesh, BYTES, make=our_blt, batch=1)
+
+    def from_zero(self, part, stack, device):
+        span(self, context_blt.Part(part.line, 0, [0, part.starts[part.place + 1] - part.starts[part.place]]), stack, device)
+        self.part = part
+
+    if mesh.size() > 1:
+        with replaced(context_blt._Span, "__init__", from_zero), pytest.raises(AssertionError, match="^(loss|logits|model)"):
+            exact(mesh, BYTES, make=our_blt, batch=1)
+
+
+def bytes_of_blt(mesh):
+    """What one call and its backward pass send: windows of keys, keys of all patches before, one patch, a few bytes; entropies to everyone."""
+    rank, size = mesh.get_local_rank(), mesh.size()
+    lengths, model = BYTES[:size], context_parallel(our_blt(patching_mode="byte"), mesh)
+    ids, labels = rows(sum(lengths), 1)
+    starts = [sum(lengths[:r]) for r in range(size + 1)]
+    here, c = (slice(None), stretch(mesh, lengths)), model.config
+
+    def travels(before, width):
+        """Numbers forward and backward: what others see here, what of others is seen here."""
+        sees = [max(0, start - before) for start in starts[:-1]]
+        to = sum(max(0, starts[rank + 1] - max(sees[r], starts[rank])) for r in range(rank + 1, size))
+        back = sum(max(0, starts[r + 1] - max(sees[rank], starts[r])) for r in range(rank))
+        return width * to, width * back
+
+    parts = ((c.encoder, c.local_attention_window_len - 1), (c.decoder, c.local_attention_window_len - 1), (c.global_, starts[-1]))
+    passes = [travels(before, p.num_hidden_layers * volume.keys(1, p.num_key_value_heads or p.num_attention_heads, p.hidden_size // p.num_attention_heads, 1, 4))
+              for p, before in parts]
+    distributed.reset_traffic()
+    loss = model(ids[here], labels=labels[here]).loss
+    forward = {"keys and values": sum(to for to, _ in passes), "patches at borders": travels(1, 4 * c.global_.hidden_size)[0],
+               "hashed bytes": travels(max(c.encoder_hash_byte_group_size) - 1, 8)[0]}  # every byte a patch: no border moves
+    assert {name: distributed.traffic().get(name, 0) for name in forward} == forward
+    assert distributed.traffic().get("bytes at borders", 0) == distributed.traffic().get("outputs at borders", 0) == 0
+    loss.backward()
+    assert distributed.traffic()["keys and values"] == sum(to + back for to, back in passes)
+    assert distributed.traffic()["patches at borders"] == sum(travels(1, 4 * c.global_.hidden_size))
+
+
+def bad_bytes(mesh):
+    model, ids = context_parallel(our_blt(max_patch_length=None, patching_threshold=99.0), mesh), torch.arange(4, 24)[None]
+    with pytest.raises(ValueError, match=r"input_ids of a Blt must be one row \(1, L\), got \(2, 20\)"):
+        model(ids.expand(2, -1))
+    with pytest.raises(ValueError, match="patch_lengths isn't taken by a Blt whose rows are sharded"):
+        model(ids, patch_lengths=torch.tensor([[1, 19]]))
+    with pytest.raises(ValueError, match="keeps no state and doesn't generate"):
+        model.generate(ids, 2)
+    with pytest.raises(ValueError, match="every stretch of a Blt's row must hold a whole patch, number 1, 20 bytes, holds none"):
+        model(ids)
 
 
 # ---- what would go unnoticed otherwise ---------------------------------------------------------------------------
@@ -161,10 +261,14 @@ def what_is_lost_shows(mesh):
         with pytest.raises(AssertionError, match="^loss"):
             exact(mesh)
     shift = context_model.comm.Line.shift
-    with replaced(context_model.comm.Line, "shift", lambda self, tensor, step, received=None: received if self.purpose == "labels" else shift(self, tensor, step, received)):
+
+    def no_label(self, tensor, step, received=None):
+        return received if self.purpose == "labels" else shift(self, tensor, step, received)
+
+    with replaced(context_model.comm.Line, "shift", no_label):
         with pytest.raises(AssertionError, match="^loss"):
             exact(mesh)
-    with replaced(context_model._Keys, "backward", staticmethod(lambda ctx, grad: (grad[..., -ctx.L :, :].contiguous(), None, None, None))):
+    with replaced(context_model.Behind, "backward", staticmethod(lambda ctx, grad: (grad[..., -ctx.L :, :].contiguous(), None, None, None, None))):
         with pytest.raises(AssertionError, match="^model.embed_tokens"):  # forward all is right
             exact(mesh)
 
@@ -197,11 +301,11 @@ def keys_travel_once(mesh):
 
 def bad_rows(mesh):
     rank = mesh.get_local_rank()
-    with pytest.raises(TypeError, match="terrazzo.distributed.context_parallel: model must be a terrazzo.models.Bamba or transformers' BambaForCausalLM, got Dbrx"):
+    with pytest.raises(TypeError, match="terrazzo.distributed.context_parallel: model must be a Bamba or Blt of terrazzo.models or transformers' BambaForCausalLM, got Dbrx"):
         context_parallel(our_dbrx(), mesh)
     with pytest.raises(TypeError, match="mesh must be a DeviceMesh of one dimension, got NoneType"):
         context_parallel(our_bamba(), None)
-    with pytest.raises(ValueError, match=r"every rank must pass the same model, got model.\S+ \(.* on rank 0 and model.\S+ \(.* on rank 1"):
+    with pytest.raises(ValueError, match=r"every rank must pass the same model, got model.\S+ \(.* on rank 0 and model.\S+ \(.* rank 1"):
         context_parallel(our_bamba(intermediate_size=48 if rank == 0 else 64), mesh)
     other = our_bamba()
     with torch.no_grad():
@@ -241,4 +345,6 @@ def bad_rows(mesh):
             model(*args, **options)
 
 
-CHECKS = ["bamba", "bamba_of_packed_texts", "bamba_computed_again", "bamba_of_transformers", "bamba_under_fsdp2", "what_is_lost_shows", "keys_travel_once", "bad_rows"]
+BLT_CHECKS = ["blt", "blt_computed_again", "what_blt_loses_shows", "bytes_of_blt", "bad_bytes"]
+CHECKS = [*BLT_CHECKS, "bamba", "bamba_of_packed_texts", "bamba_computed_again", "bamba_of_transformers", "bamba_under_fsdp2", "what_is_lost_shows",
+          "keys_travel_once", "bad_rows"]  # fmt: skip
