@@ -220,8 +220,8 @@ matrix products, sorting or attention; opening them has not been tried.
 
 ## Addresses, CUDA graphs
 Offsets are int64: `make aot` also reads each kernel's IR ([tests/tools/ttir.py](../tests/tools/ttir.py)) and refuses an address that comes of a 32-bit
-product of two numbers, unless a block's size bounds one of them. (It lets through what only numbers chunks, heads or channels: INDICES in
-tests/tools/triton_aot.py.)
+product of two numbers, unless a block's size bounds one of them. (It lets through what only numbers chunks, heads or channels, and
+the channels of the scan's D, whose launcher sees to their size: INDICES in tests/tools/triton_aot.py.)
 
 Launchers wait for nothing: a test runs every one of them, backward included, on tensors without contents, where reading a number is an error
 (tests/triton/test_fake.py), so calls can be captured in a CUDA graph once a first call has compiled them. Not `gmm`, which takes sizes
