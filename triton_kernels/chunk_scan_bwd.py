@@ -107,8 +107,9 @@ def chunk_scan_bwd_x_kernel(
         dy = dy.to(tl.float32)
         through += tl.sum(leaving * dy, 1)
         if HAS_D:
-            D_at = D_ptr + head * stride_D_h + tl.cast(p, tl.int64) * stride_D_p + tl.arange(0, BLOCK_P) * stride_D_p  # 64 bits a channel would spill
-            dx += tl.load(D_at, mask=mask_p, other=0.0).to(tl.float32)[None, :] * dy
+            D_at = D_ptr + head * stride_D_h
+            offs_D = offs_p * stride_D_p  # 64 bits would spill on sm_90; the launcher sees to it that 32 are enough
+            dx += tl.load(D_at + offs_D, mask=mask_p, other=0.0).to(tl.float32)[None, :] * dy
             tl.store(dD_ptr + (chunk.to(tl.int64) * H + head) * P + offs_p, tl.sum(x * dy, 0), mask=mask_p)
         dx_at = dx_ptr + ((row * L + offs_l[:, None]) * H + head) * P + offs_p[None, :]
         tl.store(dx_at, dx.to(dtype), mask=(offs_l < end)[:, None] & mask_p[None, :])
@@ -209,6 +210,8 @@ def _grad_x(chunks, dy, x, dt, A, B, C, D, dt_bias, states, dstates, dt_softplus
     def partial(*shape):
         return torch.empty(chunks.count, *shape, dtype=torch.float32, device=x.device)
 
+    if D is not None and D.dim() == 2 and D.stride(1) * P >= 2**31:
+        D = D.contiguous()
     partial_A, partial_bias = partial(H), None if dt_bias is None else partial(H)
     partial_D = None if D is None else partial(H, P)
 

@@ -30,8 +30,9 @@ from .ttir import narrow_offsets
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORES = {"HMMA", "HGMMA", "UTCHMMA", "MFMA"}
 DOT_OF_16_BITS = re.compile(r"tt\.dot\b.*: tensor<\S*x(bf16|f16)> \* tensor<\S*x(bf16|f16)>")
-INDICES = {  # kernel -> a variable, product of two numbers, that numbers what a dimension holds
+INDICES = {  # kernel -> a variable, product of two numbers, that numbers what a dimension holds, or whose launcher sees to its size
     "chunk_scan_states_kernel": ("first",),    # chunks
+    "chunk_scan_bwd_x_kernel": ("offs_D",),
     "chunk_scan_bwd_bc_kernel": ("first",),    # heads
     "rmsnorm_gated_fwd_kernel": ("offs_d",),   # channels
     "rmsnorm_gated_bwd_kernel": ("offs_d",),
@@ -219,7 +220,8 @@ matrix products, sorting or attention; opening them has not been tried.
 
 ## Addresses, CUDA graphs
 Offsets are int64: `make aot` also reads each kernel's IR ([tests/tools/ttir.py](../tests/tools/ttir.py)) and refuses an address that comes of a 32-bit
-product of two numbers, unless a block's size bounds one of them.
+product of two numbers, unless a block's size bounds one of them. (It lets through what only numbers chunks, heads or channels, and
+the channels of the scan's D, whose launcher sees to their size: INDICES in tests/tools/triton_aot.py.)
 
 Launchers wait for nothing: a test runs every one of them, backward included, on tensors without contents, where reading a number is an error
 (tests/triton/test_fake.py), so calls can be captured in a CUDA graph once a first call has compiled them. Not `gmm`, which takes sizes
