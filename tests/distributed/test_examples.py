@@ -13,7 +13,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def run(example, *args, ranks=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(EXAMPLES / example), *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for _ in range(3):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        # Torch 2.13's gloo aborts so at a program's end, once in ten runs of init_process_group, all_gather_object, destroy_process_group alone.
+        if result.returncode == 0 or "terminate called without an active exception" not in result.stderr:
+            break
     assert result.returncode == 0, result.stderr
     return result.stdout
 

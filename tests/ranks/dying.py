@@ -30,6 +30,9 @@ def rank(rank, ranks, folder, kind):
         sizes = dict(d_model=18, n_heads=3, n_layers=1, vocab_size=12, attn_config=AttentionConfig(kv_n_heads=3), ffn_config=FFNConfig(ffn_hidden_size=9))
         torch.manual_seed(0)
         model, ids = distributed.tensor_parallel(Dbrx(DbrxConfig(**sizes)), mesh), torch.arange(12)[None]
+
+        def call():
+            model(ids, labels=ids).loss.backward()
     elif kind == "rows":
         model = distributed.context_parallel(our_bamba(), mesh)
         ids = torch.arange(3, 12)[None]
