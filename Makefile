@@ -39,8 +39,8 @@ test: export OMP_WAIT_POLICY = PASSIVE
 # The last line is pytest's own, over everything but what the other targets cover.
 test: build cuda sanitize test-install
 	for isa in $(LESSER_ISAS); do TERRAZZO_CPU_ISA=$$isa $(BIN)/python -m pytest -q -n 2 $(OP_TESTS) || exit 1; done
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/triton
-	$(BIN)/python -m pytest -q -n 2 tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/triton
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
 # The whole package again in build/sanitize, its kernels instrumented. Leaks are Python's own at exit: not looked for.
 sanitize: $(BIN)/.ready
