@@ -1,4 +1,5 @@
 """Shared fixtures: uninitialised memory is NaN in every test, so an output that was never written shows."""
+import gc
 import sys
 
 import pytest
@@ -24,6 +25,15 @@ def linear_layers_as_on_any_cpu(monkeypatch):
     """Which linear layers are ours depends on the CPU; tests say what they mean by setting these."""
     monkeypatch.setattr(adapters, "TORCH_IS_SLOW", False)
     monkeypatch.setattr(adapters, "OWN_BF16", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def objects_of_other_tests_rest():
+    """Benchmarks collect garbage before every row: not among what thousands of tests before have left."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

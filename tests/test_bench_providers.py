@@ -1,5 +1,4 @@
 """Users' own kernels and shapes in the suite, other packages' adapters, and the command that each row carries."""
-import gc
 import json
 import runpy
 import shlex
@@ -24,14 +23,6 @@ def own_registry(monkeypatch):
     monkeypatch.setattr(providers, "REGISTERED", {})
     for module in suite.OPS.values():
         monkeypatch.setattr(module, "SIZES", dict(module.SIZES))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def objects_of_other_tests_rest():
-    """Every row's peak of memory begins with a collection of garbage: not among what thousands of tests before have left."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def tiny(op, mode="fwd"):
