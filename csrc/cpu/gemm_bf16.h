@@ -2,7 +2,7 @@
 // and nothing is converted. It takes subnormal numbers for zero. Operands are pairs of elements k, k + 1; an odd K ends with a zero.
 //
 // Here is what gemm.h's ways need of pairs: packing either operand from any strides (float32 is rounded where its MatrixA or
-// MatrixB says so), and the two register tiles.
+// MatrixB says so), reading panels, and adding products.
 #pragma once
 #include "gemm_tile.h"
 #include "tile.h"

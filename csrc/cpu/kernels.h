@@ -4,6 +4,18 @@
 #pragma once
 #include "../common/params.h"
 
+// Those whose files are compiled for AVX512-BF16 too (setup.py).
+#define TZ_BF16_KERNELS(X)                       \
+  X(grouped_gemm, GroupedGemmParams)             \
+  X(grouped_gemm_bwd, GroupedGemmBwdParams)      \
+  X(grouped_wgrad, GroupedWgradParams)           \
+  X(grouped_wgrad_bwd, GroupedWgradBwdParams)    \
+  X(experts_wgrad, GroupedWgradParams)           \
+  X(linear_fwd, GroupedGemmParams)               \
+  X(linear_bwd, GroupedGemmBwdParams)            \
+  X(fused_experts_fwd, FusedExpertsParams)       \
+  X(fused_experts_bwd, FusedExpertsParams)
+
 #define TZ_CPU_KERNELS(X)                              \
   X(causal_conv1d_fwd, CausalConv1dParams)             \
   X(causal_conv1d_bwd, CausalConv1dParams)             \
@@ -13,15 +25,7 @@
   X(state_update, StateUpdateParams)                   \
   X(rmsnorm_gated_fwd, RmsnormGatedParams)             \
   X(rmsnorm_gated_bwd, RmsnormGatedParams)             \
-  X(grouped_gemm, GroupedGemmParams)                   \
-  X(grouped_gemm_bwd, GroupedGemmBwdParams)            \
-  X(grouped_wgrad, GroupedWgradParams)                 \
-  X(grouped_wgrad_bwd, GroupedWgradBwdParams)          \
-  X(experts_wgrad, GroupedWgradParams)                 \
-  X(linear_fwd, GroupedGemmParams)                     \
-  X(linear_bwd, GroupedGemmBwdParams)                  \
-  X(fused_experts_fwd, FusedExpertsParams)             \
-  X(fused_experts_bwd, FusedExpertsParams)             \
+  TZ_BF16_KERNELS(X)                                   \
   X(moe_route_fwd, MoeRouteParams)                     \
   X(moe_route_bwd, MoeRouteParams)                     \
   X(moe_permute, MoePermuteParams)                     \
@@ -56,17 +60,7 @@ namespace terrazzo { namespace cpu {
 TZ_CPU_KERNELS(TZ_DECLARE)
 #undef TZ_DECLARE
 
-// Of the kernels whose files are compiled for AVX512-BF16 too (setup.py); the others are avx512's.
-#define TZ_BF16_KERNELS(X)                       \
-  X(grouped_gemm, GroupedGemmParams)             \
-  X(grouped_gemm_bwd, GroupedGemmBwdParams)      \
-  X(grouped_wgrad, GroupedWgradParams)           \
-  X(grouped_wgrad_bwd, GroupedWgradBwdParams)    \
-  X(experts_wgrad, GroupedWgradParams)           \
-  X(linear_fwd, GroupedGemmParams)               \
-  X(linear_bwd, GroupedGemmBwdParams)            \
-  X(fused_experts_fwd, FusedExpertsParams)       \
-  X(fused_experts_bwd, FusedExpertsParams)
+// What TZ_BF16_KERNELS doesn't name is avx512's.
 namespace avx512_bf16 {
 using namespace avx512;
 #define TZ_DECLARE(name, Params) void name(const Params&);
