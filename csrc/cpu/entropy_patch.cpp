@@ -8,7 +8,7 @@
 //             or where the tokens do: every byte, every patch_size bytes, behind the first of a run of space-like bytes.
 //             A patch that would grow past max_length ends there and another starts.
 // Logits pass through the cache once, a block at a time, with the sums rescaled where a block has a higher maximum.
-// Cutting is one pass without branches on the data: the end of patch `id` is written at every position, the last stays.
+// Cutting looks at 64 positions at a time: a bit for each, and a loop over the bits that are set.
 // Patching: Pagnoni et al. 2024, "Byte Latent Transformer"; positions 2 and 3 as in facebookresearch/blt's patcher.
 #include "../common/parallel.h"
 #include "../common/params.h"
@@ -196,22 +196,58 @@ template <class T> TZ_INLINE acc_t<T> in_dtype(double value) {
   return load1<acc_t<T>>(&rounded);
 }
 
-// One text: positions [0, n), always starting the first `first` of them. `base` is where it stands in its row, `id` the
-// last patch before it. Returns the last patch. ends[id] is the end of each patch.
-template <bool kLimited, class Rule>
-TZ_INLINE int32_t cut(int64_t n, int64_t first, int32_t max_length, int32_t base, int32_t id, uint8_t* __restrict__ starts, int32_t* __restrict__ ids,
+// ids[k] = id + how many of the first k + 1 of eight bytes, each 0 or 1, are set; returns the last.
+TZ_INLINE int32_t count_on(uint64_t eight, int32_t id, int32_t* ids) {
+  const uint64_t sums = eight * 0x0101010101010101u;  // byte k: the sum of the first k + 1
+#if defined(__AVX2__)
+  _mm256_storeu_si256((__m256i*)ids, _mm256_add_epi32(_mm256_set1_epi32(id), _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(sums)))));
+#else
+  for (int k = 0; k < 8; k++) ids[k] = id + static_cast<int32_t>(sums >> (8 * k) & 255);
+#endif
+  return id + static_cast<int32_t>(sums >> 56);
+}
+
+// One text: positions [0, n), always starting the first `first` >= 1 of them. `base` is where it stands in its row, `id` the
+// last patch before it. Returns the last patch. ends[id] is the end of each patch: where the next one starts.
+template <class Rule>
+TZ_INLINE int32_t cut(int64_t n, int64_t first, int32_t base, int32_t id, uint8_t* __restrict__ starts, int32_t* __restrict__ ids,
                       int32_t* __restrict__ ends, const Rule& rule) {
-  int32_t length = 0;
-  const auto place = [&](int64_t i, bool start) TZ_LAMBDA {
-    if (kLimited) {
-      start |= length == max_length;
-      length = start ? 1 : length + 1;
+  for (int64_t i = 0; i < min_of(first, n); i++) starts[i] = 1;
+  for (int64_t i = first; i < n; i++) starts[i] = rule(i);
+  int32_t* end = ends + id + 1;
+  for (int64_t at = 0; at < n; at += 64) {  // a loop over the starts of 64 positions, of which there are few, is left once
+    const int64_t here = min_of(64, n - at);
+    uint64_t set = 0;
+    int64_t i = 0;
+    for (; i + 8 <= here; i += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, starts + at + i, 8);
+      set |= (eight * 0x0102040810204080u >> 56) << i;
+      id = count_on(eight, id, ids + at + i);
     }
+    for (; i < here; i++) {
+      const uint64_t start = starts[at + i];
+      set |= start << i;
+      id += static_cast<int32_t>(start), ids[at + i] = id;
+    }
+    if (at == 0) set &= ~uint64_t(1);  // the first patch ends none
+    for (; set; set &= set - 1) *end++ = base + static_cast<int32_t>(at) + __builtin_ctzll(set);
+  }
+  if (n > 0) *end = base + static_cast<int32_t>(n);
+  return id;
+}
+
+// The same where no patch may be longer than max_length: whether a position starts one depends on those before it.
+template <class Rule>
+TZ_INLINE int32_t cut_limited(int64_t n, int64_t first, int32_t max_length, int32_t base, int32_t id, uint8_t* __restrict__ starts,
+                              int32_t* __restrict__ ids, int32_t* __restrict__ ends, const Rule& rule) {
+  int32_t length = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const bool start = i < first || length == max_length || rule(i);
+    length = start ? 1 : length + 1;
     id += start;
     starts[i] = start, ids[i] = id, ends[id] = base + static_cast<int32_t>(i) + 1;
-  };
-  for (int64_t i = 0; i < min_of(first, n); i++) place(i, true);
-  for (int64_t i = first; i < n; i++) place(i, rule(i));
+  }
   return id;
 }
 
@@ -261,8 +297,8 @@ template <class T> int32_t cut_segment(const PatchParams& p, const Segment& s, i
   int32_t* ends = p.lengths + s.batch * N;
   const auto with_rule = [&](int64_t first, const auto& rule) TZ_LAMBDA {
     const int32_t base = static_cast<int32_t>(s.begin), limit = static_cast<int32_t>(p.max_length);
-    return limit ? cut<true>(n, first, limit, base, id, p.starts + at, p.ids + at, ends, rule)
-                 : cut<false>(n, first, 0, base, id, p.starts + at, p.ids + at, ends, rule);
+    return limit ? cut_limited(n, first, limit, base, id, p.starts + at, p.ids + at, ends, rule)
+                 : cut(n, first, base, id, p.starts + at, p.ids + at, ends, rule);
   };
   if (p.rule == PatchRule::bytes) return with_rule(n, [](int64_t) TZ_LAMBDA { return true; });
   if (p.rule == PatchRule::fixed) {
