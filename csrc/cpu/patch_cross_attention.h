@@ -2,8 +2,8 @@
 //
 // A patch's queries and the keys they see are two ranges of rows, whichever side the bytes stand on. Heads are lanes: the
 // scores of one query and one key are a vector, a lane for each head, so that the softmax over the few keys of a patch has no
-// horizontal step. Work is shared out by batch, patch and chunk of heads; a chunk holds whole groups of query heads, so each
-// row of dk and dv is one thread's.
+// horizontal step. Work is shared out by batch and patch, and where those are few by chunk of heads; a chunk holds whole groups
+// of query heads, so each row of dk and dv is one thread's.
 #pragma once
 #include "../common/parallel.h"
 #include "../common/params.h"
@@ -11,7 +11,7 @@
 
 namespace terrazzo { namespace cpu { inline namespace TZ_ISA {
 
-enum CrossScratch { kScoreSlot, kSecondSlot, kListSlot, kQueryListSlot, kSumSlot };
+enum CrossScratch { kScoreSlot, kSecondSlot, kListSlot, kQueryListSlot, kSumSlot, kBlockSlot };
 
 struct Rows { int64_t begin, end; };
 
@@ -47,31 +47,47 @@ template <class F> TZ_INLINE int64_t list_rows(Rows rows, int32_t* list, const F
   return n;
 }
 
-// The patch and the heads of one piece of work.
-struct CrossItem {
-  int64_t b, s, kv_begin, kv_end;  // key heads
-};
-template <class A> TZ_INLINE int64_t kv_heads_in_chunk(const PatchCrossAttentionParams& p) { return max_of(1, Vec<A>::size / (p.H / p.Hk)); }
-template <class A> TZ_INLINE int64_t head_chunks(const PatchCrossAttentionParams& p) { return ceil_div(p.Hk, kv_heads_in_chunk<A>(p)); }
-template <class A> TZ_INLINE CrossItem cross_item(const PatchCrossAttentionParams& p, int64_t index) {
-  const int64_t chunks = head_chunks<A>(p), size = kv_heads_in_chunk<A>(p), patch = index / chunks, first = index % chunks * size;
-  return {patch / p.S, patch % p.S, first, min_of(p.Hk, first + size)};
-}
-constexpr int64_t kSerialProducts = 65536;
-template <class A> TZ_INLINE int64_t cross_grain(const PatchCrossAttentionParams& p) {
-  const int64_t rows = ceil_div(p.L, max_of(p.S, 1)) + 1;
-  return max_of(1, kSerialProducts / (rows * p.K * min_of(p.window, p.S + 1) * p.H * p.P / head_chunks<A>(p) + 1));
-}
-
 // Up to Vec::size query heads from `begin`, and where each finds its key head.
 template <class A> struct HeadBlock {
   int64_t begin, n, k_offset[Vec<A>::size], v_offset[Vec<A>::size];
+};
 
-  TZ_INLINE HeadBlock(const PatchCrossAttentionParams& p, int64_t h, int64_t end) : begin(h), n(min_of(Vec<A>::size, end - h)) {
-    for (int64_t i = 0; i < n; i++) {
-      k_offset[i] = (h + i) / (p.H / p.Hk) * p.k_stride_h;
-      v_offset[i] = (h + i) / (p.H / p.Hk) * p.v_stride_h;
+// The patch and the heads of one piece of work.
+template <class A> struct CrossItem {
+  int64_t b, s, kv_begin, kv_end;  // key heads
+  const HeadBlock<A>*begin_blocks, *end_blocks;
+};
+
+// How the work is cut into items: chunks of key heads, each with its blocks.
+template <class A> struct CrossPlan {
+  static constexpr int64_t kSerialProducts = 65536;
+  const PatchCrossAttentionParams& p;
+  int64_t group = p.H / p.Hk;
+  int64_t kv_heads = p.B * p.S >= 8 * max_threads() ? p.Hk : min_of(p.Hk, max_of(1, Vec<A>::size / group));  // of a chunk
+  int64_t chunks = ceil_div(p.Hk, kv_heads), blocks = ceil_div(kv_heads * group, Vec<A>::size);              // blocks of a chunk
+  HeadBlock<A>* list = scratch<HeadBlock<A>>(kBlockSlot, chunks * blocks);
+
+  explicit CrossPlan(const PatchCrossAttentionParams& params) : p(params) {
+    for (int64_t at = 0; at < chunks * blocks; at++) {
+      const int64_t chunk = at / blocks, begin = chunk * kv_heads * group + at % blocks * Vec<A>::size;
+      HeadBlock<A>& block = list[at];
+      block.begin = begin, block.n = min_of(Vec<A>::size, min_of(p.H, (chunk + 1) * kv_heads * group) - begin);
+      for (int64_t i = 0; i < block.n; i++)
+        block.k_offset[i] = (begin + i) / group * p.k_stride_h, block.v_offset[i] = (begin + i) / group * p.v_stride_h;
     }
+  }
+  CrossItem<A> item(int64_t index) const {
+    const int64_t patch = index / chunks, chunk = index % chunks, first = chunk * kv_heads, last = min_of(p.Hk, first + kv_heads);
+    const HeadBlock<A>* own = list + chunk * blocks;
+    return {patch / p.S, patch % p.S, first, last, own, own + ceil_div((last - first) * group, Vec<A>::size)};
+  }
+  template <class F> void for_items(const F& fn) const {
+    const int64_t rows = ceil_div(p.L, max_of(p.S, 1)) + 1;
+    const int64_t grain = max_of(1, kSerialProducts / (rows * p.K * min_of(p.window, p.S + 1) * p.H * p.P / chunks + 1));
+    parallel_for(0, p.B * p.S * chunks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; index++) fn(item(index));
+      stream_fence();
+    });
   }
 };
 
@@ -110,49 +126,60 @@ template <class A, class T> TZ_INLINE Vec<A> head_dots(const T* a, int64_t strid
   return m[0];
 }
 
-// The sum over i < n of w[i * Vec::size] rows[list[i] * stride .. + P], given to put(c, vector) in pieces of a vector.
-template <class A, class T, class F>
-TZ_INLINE void weighted_sum(const A* w, const T* rows, const int32_t* list, int64_t stride, int64_t n, int64_t P, const F& put) {
+// The sum over i < n of w[i * Vec::size] rows[list[i] * stride .. + P], given to put(c, vector) in pieces of a vector; `wide` of
+// them at a time while so many are left.
+template <int wide, class A, class T, class F>
+TZ_INLINE void weighted_sum(const A* w, const T* rows, const int32_t* list, int64_t stride, int64_t n, int64_t begin, int64_t P, const F& put) {
   constexpr int64_t V = Vec<A>::size;
-  int64_t c = 0;
-  for (; c + 4 * V <= P; c += 4 * V) {
-    Vec<A> s0 = Vec<A>::zero(), s1 = s0, s2 = s0, s3 = s0;
+  int64_t c = begin;
+  for (; c + wide * V <= P; c += wide * V) {
+    Vec<A> sum[wide];
+#pragma GCC unroll 8
+    for (int j = 0; j < wide; j++) sum[j] = Vec<A>::zero();
     for (int64_t i = 0; i < n; i++) {
       const T* row = rows + list[i] * stride + c;
       const Vec<A> f(w[i * V]);
-      s0 = fma(f, Vec<A>::load(row), s0);
-      s1 = fma(f, Vec<A>::load(row + V), s1);
-      s2 = fma(f, Vec<A>::load(row + 2 * V), s2);
-      s3 = fma(f, Vec<A>::load(row + 3 * V), s3);
+#pragma GCC unroll 8
+      for (int j = 0; j < wide; j++) sum[j] = fma(f, Vec<A>::load(row + j * V), sum[j]);
     }
-    put(c, s0), put(c + V, s1), put(c + 2 * V, s2), put(c + 3 * V, s3);
+#pragma GCC unroll 8
+    for (int j = 0; j < wide; j++) put(c + j * V, sum[j]);
   }
-  for (; c < P; c += V) {
+  if constexpr (wide > 1) {
+    if (c < P) weighted_sum<wide / 2>(w, rows, list, stride, n, c, P, put);
+  } else if (c < P) {
     Vec<A> sum = Vec<A>::zero();
     for (int64_t i = 0; i < n; i++) sum = fma(Vec<A>(w[i * V]), load_n<A>(rows + list[i] * stride + c, P - c), sum);
     put(c, sum);
   }
 }
+template <class A, class T, class F>
+TZ_INLINE void weighted_sum(const A* w, const T* rows, const int32_t* list, int64_t stride, int64_t n, int64_t P, const F& put) {
+  weighted_sum<8>(w, rows, list, stride, n, 0, P, put);
+}
 
-// Scores of one query and n listed keys become exponentials; returns their sum, and the largest score in *top.
+// Queries are taken a few at a time, in steps: all scores, then all exponentials, then all sums over the keys. The latency of an
+// exponential, which the sums wait for, is then hidden behind the others.
+TZ_INLINE int64_t queries_at_a_time(int64_t keys) { return max_of(1, min_of(16, 64 / max_of(keys, 1))); }
+
+// The score of one query and one key, a lane for each head.
 template <class A, class T>
-TZ_INLINE Vec<A> exponentials(const PatchCrossAttentionParams& p, const T* q, const T* k, const int32_t* list, int64_t n, const HeadBlock<A>& heads,
-                              A* scores, Vec<A>* top) {
+TZ_INLINE void score(const PatchCrossAttentionParams& p, const T* q, const T* k, const HeadBlock<A>& heads, A* out) {
+  (Vec<A>(static_cast<A>(p.scale)) * head_dots<A>(q, p.q_stride_h, k, heads.k_offset, heads.n, p.P)).store(out);
+}
+
+// Scores of one query become the softmax over its keys; also the largest score and the inverse of the sum of exponentials.
+template <class A> TZ_INLINE void softmax(A* scores, int64_t n, Vec<A>* top, Vec<A>* inverse) {
   using V = Vec<A>;
-  const V scale(static_cast<A>(p.scale));
   V highest(static_cast<A>(-INFINITY)), sum = V::zero();
-  for (int64_t i = 0; i < n; i++) {
-    const V s = scale * head_dots<A>(q, p.q_stride_h, k + list[i] * p.k_stride_l, heads.k_offset, heads.n, p.P);
-    s.store(scores + i * V::size);
-    highest = max(s, highest);
-  }
+  for (int64_t i = 0; i < n; i++) highest = max(V::load(scores + i * V::size), highest);
   for (int64_t i = 0; i < n; i++) {
     const V e = exp(V::load(scores + i * V::size) - highest);
     e.store(scores + i * V::size);
     sum = sum + e;
   }
-  *top = highest;
-  return sum;
+  *top = highest, *inverse = V(A(1)) / sum;
+  for (int64_t i = 0; i < n; i++) (V::load(scores + i * V::size) * *inverse).store(scores + i * V::size);
 }
 
 // Rows [begin, end) of a contiguous [B, rows, heads, P] tensor, heads [first, last): zeros.

@@ -15,6 +15,7 @@ template <class T> struct Backward {
   using A = acc_t<T>;
   using V = Vec<A>;
   const PatchCrossAttentionParams& p;
+  CrossPlan<A> plan{p};
 
   TZ_INLINE const T* q_row(int64_t b, int64_t row, int64_t h) const {
     return static_cast<const T*>(p.q) + b * p.q_stride_b + row * p.q_stride_l + h * p.q_stride_h;
@@ -22,8 +23,8 @@ template <class T> struct Backward {
   TZ_INLINE const T* dy_row(int64_t b, int64_t row, int64_t h) const { return static_cast<const T*>(p.dy) + ((b * p.Lq + row) * p.H + h) * p.P; }
   TZ_INLINE A* stats(int64_t b, int64_t row, int64_t h) const { return static_cast<A*>(p.stats) + (b * p.Lq + row) * 3 * p.H + h; }
 
-  void queries(const CrossItem& item) const {
-    const int64_t b = item.b, group = p.H / p.Hk, h_begin = item.kv_begin * group, h_end = item.kv_end * group;
+  void queries(const CrossItem<A>& item) const {
+    const int64_t b = item.b, h_begin = item.kv_begin * plan.group, h_end = item.kv_end * plan.group;
     const Rows queries = query_rows(p, b, item.s, item.s + 1), keys = keys_seen_by(p, b, item.s);
     T* dq = static_cast<T*>(p.dq) + b * p.Lq * p.H * p.P;
     if (p.bytes_ask) for_bytes_outside(p, b, item.s, [&](int64_t from, int64_t to) { clear_heads(dq, from, to, p.H, p.P, h_begin, h_end); });
@@ -33,35 +34,37 @@ template <class T> struct Backward {
     A* ds = scratch<A>(kSecondSlot, (n + 1) * V::size);
     const T* k = static_cast<const T*>(p.k) + b * p.k_stride_b;
     const T* v = static_cast<const T*>(p.v) + b * p.v_stride_b;
-    for (int64_t h = h_begin; h < h_end; h += V::size) {
-      const HeadBlock<A> heads(p, h, h_end);
-      for (int64_t row = queries.begin; row < queries.end; row++) {
-        if (n == 0 || !query_is_live(p, b, row)) {
-          clear_heads(dq, row, row + 1, p.H, p.P, h, h + heads.n);
-          continue;
-        }
+    for (int64_t row = queries.begin; row < queries.end; row++) {
+      if (n == 0 || !query_is_live(p, b, row)) {
+        clear_heads(dq, row, row + 1, p.H, p.P, h_begin, h_end);
+        continue;
+      }
+      for (const HeadBlock<A>* heads = item.begin_blocks; heads != item.end_blocks; heads++) {
+        const int64_t h = heads->begin;
         V top, D = V::zero();
-        const V inverse = V(A(1)) / exponentials<A>(p, q_row(b, row, h), k, list, n, heads, w, &top);
+        V inverse;
+        for (int64_t i = 0; i < n; i++) score(p, q_row(b, row, h), k + list[i] * p.k_stride_l, *heads, w + i * V::size);
+        softmax(w, n, &top, &inverse);
         for (int64_t i = 0; i < n; i++) {
-          const V dw = head_dots<A>(dy_row(b, row, h), p.P, v + list[i] * p.v_stride_l, heads.v_offset, heads.n, p.P);
+          const V dw = head_dots<A>(dy_row(b, row, h), p.P, v + list[i] * p.v_stride_l, heads->v_offset, heads->n, p.P);
           dw.store(ds + i * V::size);
-          D = fma(V::load(w + i * V::size) * inverse, dw, D);
+          D = fma(V::load(w + i * V::size), dw, D);
         }
-        const V factor = inverse * V(static_cast<A>(p.scale));
+        const V factor(static_cast<A>(p.scale));
         for (int64_t i = 0; i < n; i++) (V::load(w + i * V::size) * factor * (V::load(ds + i * V::size) - D)).store(ds + i * V::size);
         A* kept = stats(b, row, h);
-        store_n(top, kept, heads.n), store_n(inverse, kept + p.H, heads.n), store_n(D, kept + 2 * p.H, heads.n);
-        for (int64_t i = 0; i < heads.n; i++) {
+        store_n(top, kept, heads->n), store_n(inverse, kept + p.H, heads->n), store_n(D, kept + 2 * p.H, heads->n);
+        for (int64_t i = 0; i < heads->n; i++) {
           T* out = dq + (row * p.H + h + i) * p.P;
-          weighted_sum(ds + i, k + heads.k_offset[i], list, p.k_stride_l, n, p.P,
+          weighted_sum(ds + i, k + heads->k_offset[i], list, p.k_stride_l, n, p.P,
                        [&](int64_t c, V value) TZ_LAMBDA { store_n(value, out + c, p.P - c); });
         }
       }
     }
   }
 
-  void keys(const CrossItem& item) const {
-    const int64_t b = item.b, group = p.H / p.Hk, h_begin = item.kv_begin * group, h_end = item.kv_end * group;
+  void keys(const CrossItem<A>& item) const {
+    const int64_t b = item.b;
     const Rows keys = key_rows(p, b, item.s, item.s + 1), queries = queries_that_see(p, b, item.s);
     T *dk = static_cast<T*>(p.dk) + b * p.Lk * p.Hk * p.P, *dv = static_cast<T*>(p.dv) + b * p.Lk * p.Hk * p.P;
     const auto clear = [&](int64_t from, int64_t to) {
@@ -85,19 +88,19 @@ template <class T> struct Backward {
       std::memset(sum_k, 0, static_cast<size_t>(2 * size) * sizeof(A));
       const T* k = static_cast<const T*>(p.k) + b * p.k_stride_b + row * p.k_stride_l;
       const T* v = static_cast<const T*>(p.v) + b * p.v_stride_b + row * p.v_stride_l;
-      for (int64_t h = h_begin; h < h_end; h += V::size) {
-        const HeadBlock<A> heads(p, h, h_end);
+      for (const HeadBlock<A>* heads = item.begin_blocks; heads != item.end_blocks; heads++) {
+        const int64_t h = heads->begin;
         for (int64_t i = 0; i < n; i++) {
           const A* kept = stats(b, list[i], h);
-          const V top = load_n<A>(kept, heads.n), inverse = load_n<A>(kept + p.H, heads.n), D = load_n<A>(kept + 2 * p.H, heads.n);
-          const V s = scale * head_dots<A>(q_row(b, list[i], h), p.q_stride_h, k, heads.k_offset, heads.n, p.P);
-          const V dw = head_dots<A>(dy_row(b, list[i], h), p.P, v, heads.v_offset, heads.n, p.P);
+          const V top = load_n<A>(kept, heads->n), inverse = load_n<A>(kept + p.H, heads->n), D = load_n<A>(kept + 2 * p.H, heads->n);
+          const V s = scale * head_dots<A>(q_row(b, list[i], h), p.q_stride_h, k, heads->k_offset, heads->n, p.P);
+          const V dw = head_dots<A>(dy_row(b, list[i], h), p.P, v, heads->v_offset, heads->n, p.P);
           const V weight = exp(s - top) * inverse;
           weight.store(w + i * V::size);
           (weight * scale * (dw - D)).store(ds + i * V::size);
         }
-        for (int64_t i = 0; i < heads.n; i++) {
-          const int64_t at = ((h + i) / group - item.kv_begin) * width;
+        for (int64_t i = 0; i < heads->n; i++) {
+          const int64_t at = ((h + i) / plan.group - item.kv_begin) * width;
           weighted_sum(ds + i, q + (h + i) * p.q_stride_h, list, p.q_stride_l, n, p.P,
                        [&](int64_t c, V value) TZ_LAMBDA { (V::load(sum_k + at + c) + value).store(sum_k + at + c); });
           weighted_sum(w + i, dy + (h + i) * p.P, list, p.H * p.P, n, p.P,
@@ -115,15 +118,9 @@ template <class T> struct Backward {
   }
 
   void run() const {
-    const int64_t items = p.B * p.S * head_chunks<A>(p), grain = cross_grain<A>(p);
-    const auto for_items = [&](const auto& fn) {
-      parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t index = begin; index < end; index++) fn(cross_item<A>(p, index));
-      });
-    };
-    if (p.window == 1) return for_items([&](const CrossItem& item) { queries(item), keys(item); });
-    for_items([&](const CrossItem& item) { queries(item); });
-    for_items([&](const CrossItem& item) { keys(item); });
+    if (p.window == 1) return plan.for_items([&](const CrossItem<A>& item) { queries(item), keys(item); });
+    plan.for_items([&](const CrossItem<A>& item) { queries(item); });
+    plan.for_items([&](const CrossItem<A>& item) { keys(item); });
   }
 };
 
