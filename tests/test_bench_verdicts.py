@@ -108,3 +108,22 @@ def test_a_kept_output_is_caught_in_a_training_step():
 
     (row,) = suite.measure(replace(case, providers=(Provider("terrazzo", build, ours=True),)), suite.Options(providers=("terrazzo",), budget_s=0.01), CALIBRATION)
     assert row["status"] == "wrong" and "second call" in row["reason"]
+
+
+def test_weights_of_four_bits_are_not_taken_for_int8():
+    """The int8 row has an error limit of its own, as wide as its rounding: what rounds sixteen times as coarsely is beyond it."""
+    case = next(c for c in suite.all_cases("tiny") if (c.op, c.mode, c.dtype) == ("fused_experts", "fwd", "fp32"))
+    int8 = next(p for p in case.providers if p.name == "terrazzo-int8")
+
+    def build():
+        fn = int8.build()
+
+        def coarse(w):
+            step = w.abs().amax() / 7
+            return (w / step).round() * step
+
+        return lambda w1, v1, w2, **others: fn(w1=coarse(w1), v1=coarse(v1), w2=coarse(w2), **others)
+
+    case = replace(case, providers=(int8, replace(int8, name="four-bits", build=build)))
+    found = suite.measure(case, suite.Options(providers=("terrazzo-int8", "four-bits"), budget_s=0.01, min_rounds=3), CALIBRATION)
+    assert [row["status"] for row in found] == ["ok", "wrong"] and "NMSE" in found[1]["reason"]
