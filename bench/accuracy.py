@@ -81,7 +81,6 @@ class Oracle:
         return self.case.prepare(inputs) if self.case.prepare else inputs
 
 
-
 def overwrite(inputs, values):
     """Puts other values into the very same tensors."""
     for name, tensor in inputs.items():
@@ -94,8 +93,11 @@ class TooSlow(Exception):
     """A first call that took longer than a run can wait for."""
 
 
-def gate(case, fn, oracle, ours, cuda=None, patience_ns=None, clock=time.perf_counter_ns):
-    """Accuracy of `fn`, and the time of its first call. cuda: torch.cuda where the inputs lie there. A first call beyond patience_ns raises TooSlow."""
+def gate(case, fn, oracle, ours, nmse_limit=None, cuda=None, patience_ns=None, clock=time.perf_counter_ns):
+    """Accuracy of `fn`, and the time of its first call.
+
+    nmse_limit: the provider's own, or None. cuda: torch.cuda where the inputs lie there. A first call beyond patience_ns raises TooSlow.
+    """
     inputs = clone_inputs(oracle.gate_inputs(SEEDS[0]))
     run = runner(case, fn, inputs)
     found, result = Accuracy(), []
@@ -123,7 +125,7 @@ def gate(case, fn, oracle, ours, cuda=None, patience_ns=None, clock=time.perf_co
                 raise TooSlow(f"one call takes {found.first_call_ns / 1e9:.1f} s")
         why = _misuse(case, inputs, expected_inputs, result)
         outputs = tuple(result) if case.narrow is None else case.narrow(None, tuple(result))
-        _compare(case, found, outputs, *oracle.expected[seed], ours)
+        _compare(found, outputs, *oracle.expected[seed], nmse_limit or case.nmse_limit or (None if ours else PEER_NMSE[case.dtype]))
         if why and found.ok:
             found.ok, found.why = False, why
         if not found.ok:
@@ -146,7 +148,8 @@ def _misuse(case, inputs, before, result):
     return None
 
 
-def _compare(case, found, outputs, expected64, expected_same, ours):
+def _compare(found, outputs, expected64, expected_same, limit):
+    """limit: of the NMSE; None: the tests' own tolerance."""
     if len(outputs) != len(expected64):
         found.ok, found.why = False, f"{len(outputs)} outputs, expected {len(expected64)}"
         return
@@ -155,7 +158,6 @@ def _compare(case, found, outputs, expected64, expected_same, ours):
         found.max_abs = max(found.max_abs, verdict.max_abs)
         found.rel = max(found.rel, verdict.rel)
         found.nmse = max(found.nmse, verdict.nmse)
-        limit = case.nmse_limit or (None if ours else PEER_NMSE[case.dtype])
         # "not <=" rather than ">": NaN must fail
         failed = not verdict.ok if limit is None else not verdict.nmse <= limit
         if failed and found.ok:

@@ -231,8 +231,7 @@ def measure(case, options, calibration, *, machine_is_free=None, on_progress=Non
         try:
             fn = _built(job, provider)
             oracle = oracle or accuracy.Oracle(case, job.inputs, options.device)
-            judged = replace(case, nmse_limit=provider.nmse_limit) if provider.nmse_limit else case
-            checked = accuracy.gate(judged, fn, oracle, provider.ours, job.cuda, _patience_ns(options), clock)
+            checked = accuracy.gate(case, fn, oracle, provider.ours, provider.nmse_limit, job.cuda, _patience_ns(options), clock)
         except Unavailable as why:
             rows.append(row("unavailable", str(why)))
             continue

@@ -32,7 +32,7 @@ def test_case(benchmark, oracles, case, provider):
         if case.key not in oracles:
             oracles.clear()  # tests of one case follow each other: keep one oracle at a time
             oracles[case.key] = accuracy.Oracle(case)
-        checked = accuracy.gate(case, fn, oracles[case.key], provider.ours)
+        checked = accuracy.gate(case, fn, oracles[case.key], provider.ours, provider.nmse_limit)
     except (Unavailable, BackendError) as why:
         pytest.skip(str(why))
     assert checked.ok, checked.why
