@@ -84,22 +84,35 @@ template <class A> struct Softmax {
   TZ_INLINE A entropy() const { return top == A(-INFINITY) ? A(NAN) : std::log(sum) - dot / sum; }
 };
 
-constexpr int kLanes = 4;         // independent sums
+// The higher of two, `b` where `a` is NaN.
+template <class A> TZ_INLINE Vec<A> higher(Vec<A> a, Vec<A> b) { return Vec<A>(a.v > b.v ? a.v : b.v); }
+
+constexpr int kLanes = 2;         // independent sums
 constexpr int64_t kBlock = 2048;  // elements that stay in the first-level cache between the two passes over them
 
-template <class T> TZ_INLINE Softmax<acc_t<T>> block_softmax(const T* x, int64_t n) {
+// The highest of n logits; a row is looked at in blocks of at most kBlock.
+template <class T> TZ_INLINE acc_t<T> highest_of(const T* x, int64_t n) {
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr int64_t size = V::size, step = kLanes * size;
   const int64_t whole = n / size * size;
-  V top(A(-INFINITY)), tail(A(-INFINITY));
-  for (int64_t c = 0; c < whole; c += size) {
-    const V v = V::load(x + c);
-    top = V(v.v > top.v ? v.v : top.v);
+  V tops[kLanes];
+  for (int i = 0; i < kLanes; i++) tops[i] = V(A(-INFINITY));
+  int64_t c = 0;
+  for (; c + step <= whole; c += step) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes; i++) tops[i] = higher(V::load(x + c + i * size), tops[i]);
   }
-  if (whole < n) tail = load_tail<A>(x, n, n - whole);
-  top = V(tail.v > top.v ? tail.v : top.v);
-  const A highest = reduce_max(top);
+  for (; c < whole; c += size) tops[0] = higher(V::load(x + c), tops[0]);
+  if (whole < n) tops[1] = higher(load_tail<A>(x, n, n - whole), tops[1]);
+  return reduce_max(higher(tops[0], tops[1]));
+}
+
+template <class T> TZ_INLINE Softmax<acc_t<T>> sums_below(const T* x, int64_t n, acc_t<T> highest) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  constexpr int64_t size = V::size, step = kLanes * size;
+  const int64_t whole = n / size * size;
   const V m(highest == A(-INFINITY) ? A(0) : highest);  // nothing but -inf: nothing to add
   V sum[kLanes], dot[kLanes], a[kLanes], e[kLanes];
   for (int i = 0; i < kLanes; i++) sum[i] = dot[i] = V::zero();
@@ -117,13 +130,14 @@ template <class T> TZ_INLINE Softmax<acc_t<T>> block_softmax(const T* x, int64_t
     sum[0] = sum[0] + e[0], dot[0] = fma(e[0], a[0], dot[0]);
   }
   if (whole < n) {
-    a[0] = floored(tail - m);
+    a[0] = floored(load_tail<A>(x, n, n - whole) - m);
     exp_below<1>(a, e);
     e[0] = V(a[0].v <= V(kFloor<A>).v ? V::zero().v : e[0].v);  // the lanes outside add nothing at all
     sum[1] = sum[1] + e[0], dot[1] = fma(e[0], a[0], dot[1]);
   }
-  return {highest, reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])), reduce_add((dot[0] + dot[1]) + (dot[2] + dot[3]))};
+  return {highest, reduce_add(sum[0] + sum[1]), reduce_add(dot[0] + dot[1])};
 }
+template <class T> TZ_INLINE Softmax<acc_t<T>> block_softmax(const T* x, int64_t n) { return sums_below(x, n, highest_of(x, n)); }
 
 // s seen from a higher maximum: e^a shrinks by e^-d, and every a by d.
 template <class A> TZ_INLINE Softmax<A> raised(Softmax<A> s, A top) {
@@ -144,39 +158,57 @@ template <class T> TZ_INLINE Softmax<acc_t<T>> row_softmax(const T* x, int64_t V
   return total;
 }
 
-template <class F> void for_rows(const PatchEntropyParams& p, const F& f) {
-  parallel_for(0, p.B * p.L, max_of(1, kSerialElements / p.V), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row++) {
-      const int64_t b = row / p.L, l = row % p.L;
-      f(row, b * p.logits_stride_b + l * p.logits_stride_l, p.valid_lengths && l >= p.valid_lengths[b]);
-    }
-  });
+// f(first row, last row) on each thread's rows.
+template <class F> void for_rows(const PatchEntropyParams& p, const F& f) { parallel_for(0, p.B * p.L, max_of(1, kSerialElements / p.V), f); }
+
+// nullptr for padding.
+template <class T> TZ_INLINE const T* logits_of(const PatchEntropyParams& p, int64_t row) {
+  const int64_t b = row / p.L, l = row - b * p.L;
+  if (p.valid_lengths && l >= p.valid_lengths[b]) return nullptr;
+  return static_cast<const T*>(p.logits) + b * p.logits_stride_b + l * p.logits_stride_l;
 }
 
+// Rows of one block are taken a few at a time: all maxima, all sums, all logarithms, so that what each waits for is hidden behind
+// the others'.
 template <class T> void entropy_forward(const PatchEntropyParams& p) {
   using A = acc_t<T>;
-  for_rows(p, [&](int64_t row, int64_t at, bool padding) {
-    static_cast<A*>(p.entropies)[row] = padding ? A(0) : row_softmax(static_cast<const T*>(p.logits) + at, p.V).entropy();
+  A* entropies = static_cast<A*>(p.entropies);
+  for_rows(p, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kRows = 8;
+    const T* x[kRows];
+    Softmax<A> s[kRows];
+    for (int64_t row = begin; row < end; row += kRows) {
+      const int64_t n = min_of(kRows, end - row);
+      for (int64_t r = 0; r < n; r++) {
+        x[r] = logits_of<T>(p, row + r);
+        if (x[r]) s[r].top = p.V > kBlock ? A(0) : highest_of(x[r], p.V);
+      }
+      for (int64_t r = 0; r < n; r++)
+        if (x[r]) s[r] = p.V > kBlock ? row_softmax(x[r], p.V) : sums_below(x[r], p.V, s[r].top);
+      for (int64_t r = 0; r < n; r++) entropies[row + r] = x[r] ? s[r].entropy() : A(0);
+    }
   });
 }
 
 template <class T> void entropy_backward(const PatchEntropyParams& p) {
   using A = acc_t<T>;
   using V = Vec<A>;
-  for_rows(p, [&](int64_t row, int64_t at, bool padding) {
-    const T* x = static_cast<const T*>(p.logits) + at;
-    T* dx = static_cast<T*>(p.dlogits) + row * p.V;
-    if (padding) {
-      for (int64_t c = 0; c < p.V; c += V::size) store_n(V::zero(), dx + c, p.V - c);
-      return;
-    }
-    const Softmax<A> s = row_softmax(x, p.V);
-    const V top(s.top), shift(s.entropy() - std::log(s.sum)), scale(-static_cast<const A*>(p.dentropies)[row] / s.sum);
-    for (int64_t c = 0; c < p.V; c += V::size) {
-      V a = floored(load_n<A>(x + c, p.V - c) - top), e;
-      a = min(a, V::zero());  // the lanes behind the row hold zeros, which may lie above its maximum
-      exp_below<1>(&a, &e);
-      store_n(scale * e * (a + shift), dx + c, p.V - c);
+  for_rows(p, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      const T* x = logits_of<T>(p, row);
+      T* dx = static_cast<T*>(p.dlogits) + row * p.V;
+      if (!x) {
+        for (int64_t c = 0; c < p.V; c += V::size) store_n(V::zero(), dx + c, p.V - c);
+        continue;
+      }
+      const Softmax<A> s = row_softmax(x, p.V);
+      const V top(s.top), shift(s.entropy() - std::log(s.sum)), scale(-static_cast<const A*>(p.dentropies)[row] / s.sum);
+      for (int64_t c = 0; c < p.V; c += V::size) {
+        V a = floored(load_n<A>(x + c, p.V - c) - top), e;
+        a = min(a, V::zero());  // the lanes behind the row hold zeros, which may lie above its maximum
+        exp_below<1>(&a, &e);
+        store_n(scale * e * (a + shift), dx + c, p.V - c);
+      }
     }
   });
 }
