@@ -58,7 +58,9 @@ def has_values(tensor):
 
     Otherwise the kernel itself checks them.
     """
-    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor) and not is_spread(tensor)
+    if not tensor.is_cpu or torch.compiler.is_compiling():
+        return False
+    return type(tensor) is torch.Tensor or not (isinstance(tensor, FakeTensor) or is_spread(tensor))
 
 
 def is_spread(tensor):
