@@ -110,3 +110,19 @@ def test_softplus_far_from_zero():
     for state, backend in zip(states, ("triton", "reference")):
         terrazzo.selective_state_update(state, one, dt, -torch.ones(1, 1), one, one, dt_softplus=True, backend=backend)
     torch.testing.assert_close(*states, rtol=1e-5, atol=0)
+
+
+def test_a_skip_whose_channels_lie_gigabytes_apart():
+    """Offsets of D may be beyond 32 bits; the backward reads it after a copy. (Of the memory only these pages are touched.)"""
+    H, P, apart = 2, 5, 2**29
+    D = torch.empty((P - 1) * apart + H).as_strided((H, P), (1, apart))
+    D.copy_(drawn(H, P))
+    args = [drawn(1, 7, H, P), drawn(1, 7, H), -drawn(H).abs(), drawn(1, 7, 1, 3), drawn(1, 7, 1, 3)]
+
+    def run(D, backend):
+        leaves = [t.clone().requires_grad_() for t in args]
+        y = terrazzo.mamba_chunk_scan_combined(*leaves, 8, D=D, backend=backend)
+        return y, *torch.autograd.grad(y.sum(), leaves)
+
+    for found, expected in zip(run(D, "triton"), run(D.contiguous(), "reference"), strict=True):
+        close(found, expected)
