@@ -324,6 +324,7 @@ ops' floors ([roofline.md](roofline.md)), so that real steps are longer, by 1.5 
   one back, as far as the experts compute long enough), sums over tensor ranks, keys, states and halos. Bytes are those of
   `terrazzo.distributed.volume`, which tests compare with `traffic()`; a message begins to arrive after {HOP * 1e6:.0f} µs (assumed).
 - **FSDP2** gathers weights twice and scatters gradients once for each pass, behind compute; what is longer than compute counts.
+- A rank that has a stretch of rows sums it up before it scans it: the product of the summary way, which GPUs take ([distributed.md](distributed.md)).
 - Routing is even. In a row that is spread over ranks the last rank's queries see most keys, and all wait for it.
 
 A cell: milliseconds a step, and the model's own flops (nothing computed twice) in percent of all GPUs' peak. A plan **scales** up to where the next doubling of

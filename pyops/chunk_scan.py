@@ -53,15 +53,10 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bia
     wants_states = return_final_states or return_varlen_states
     chosen, _ = dispatch.pick(OP, x, dt, A, B, C, D, z, dt_bias, initial_states, backend=backend)
     if chosen != "reference":
-        # The native backward knows no gate: in training it is torch's own product around the scan, on an output
-        # that is not rounded to x's dtype in between.
-        gate = z if z is not None and dispatch.needs_grad(x, dt, A, B, C, D, z, dt_bias, initial_states) else None
-        y, states = kernels.ops(chosen).chunk_scan_fwd(
-            x if gate is None else x.to(_acc(x.dtype)), dt, A, B, C, D, z if gate is None else None, dt_bias, initial_states, seq_idx, cu_seqlens,
-            dt_softplus, dt_min, dt_max, wants_states,
-        )
-        if gate is not None:
-            y = (y * F.silu(gate.to(y.dtype))).to(x.dtype)
+        y, states = gated(
+            lambda x, z: kernels.ops(chosen).chunk_scan_fwd(
+                x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, wants_states
+            ), x, z, dt, A, B, C, D, dt_bias, initial_states)  # fmt: skip
     else:
         dispatch.count(OP, chosen)
         y, states = reference.mamba_chunk_scan_combined(
@@ -73,6 +68,15 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bia
     if return_varlen_states:
         results.append(states)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def gated(run, x, z, *others):
+    """(y, states) of run(x, z), a native scan. Its backward knows no gate: in training that is torch's own product around the scan, on an output that is
+    not rounded to x's dtype in between."""
+    if z is None or not dispatch.needs_grad(x, z, *others):
+        return run(x, z)
+    y, states = run(x.to(_acc(x.dtype)), None)
+    return (y * F.silu(z.to(y.dtype))).to(x.dtype), states
 
 
 def check_arguments(fn, x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_limit):

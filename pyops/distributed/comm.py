@@ -1,6 +1,8 @@
 """What ranks tell each other: row exchanges and neighbours' messages that can be differentiated, the bytes they take, and errors that say who failed."""
 import math
 from collections import Counter
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import checks
 
 _sent = Counter()
+_threads = WeakKeyDictionary()  # group -> see Line.threads
 
 
 def traffic():
@@ -40,6 +43,15 @@ def failed(what, group, error):
     )
 
 
+@contextmanager
+def explained(what, group):
+    """Errors of torch.distributed inside say what failed, and between whom."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise failed(what, group, error) from error
+
+
 def _count(purpose, tensor, rows=None):
     """Counts a message: the tensor, or `rows` of its rows."""
     _sent[purpose] += tensor.element_size() * (tensor.numel() if rows is None else rows * math.prod(tensor.shape[1:]))
@@ -48,10 +60,8 @@ def _count(purpose, tensor, rows=None):
 def agree(fn, group, mine, what="layers"):
     """Raises on every rank unless all of them pass the same `mine`, a list of texts."""
     found = [None] * dist.get_world_size(group)
-    try:
+    with explained("comparing the ranks' models", group):
         dist.all_gather_object(found, mine, group=group)
-    except RuntimeError as error:
-        raise failed("comparing the ranks' models", group, error) from error
     ranks = dist.get_process_group_ranks(group)
     for rank, theirs in zip(ranks, found):
         if theirs != found[0]:
@@ -76,19 +86,15 @@ class Exchange:
         rows = rows.contiguous()
         received = rows.new_empty(sum(incoming), *rows.shape[1:])
         _count(self.purpose, rows, sum(outgoing) - outgoing[self.place])
-        try:
+        with explained(self.purpose, self.group):
             work = dist.all_to_all_single(received, rows, incoming, outgoing, group=self.group, async_op=True)
-        except RuntimeError as error:
-            raise failed(self.purpose, self.group, error) from error
         self.open = work, received, rows
         return received
 
     def end(self):
         (work, received, _), self.open = self.open, None
-        try:
+        with explained(self.purpose, self.group):
             work.wait()
-        except RuntimeError as error:
-            raise failed(self.purpose, self.group, error) from error
         return received
 
     def start(self, rows):
@@ -149,21 +155,24 @@ class Line:
             _count(self.purpose, tensor)
             ops.append(dist.P2POp(dist.isend, tensor.contiguous(), group=self.group, group_peer=place))
         ops += [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=place) for place, tensor in incoming.items()]
-        try:
+        with explained(self.purpose, self.group):
             for work in dist.batch_isend_irecv(ops) if ops else ():
                 work.wait()
-        except RuntimeError as error:
-            raise failed(self.purpose, self.group, error) from error
+
+    def threads(self):
+        """The most threads of a CPU that a rank has, asked once for each group: what ranks decide by it they decide alike."""
+        if self.group not in _threads:
+            counts = Line(self.group, self.place, self.size, "numbers of threads").numbers([torch.get_num_threads()], "cpu")
+            _threads[self.group] = max(count for (count,) in counts)
+        return _threads[self.group]
 
     def numbers(self, mine, device):
         """Every rank's list of as many integers."""
         mine = torch.tensor(mine, device=device)
         found = [torch.empty_like(mine) for _ in range(self.size)]
         _count(self.purpose, mine, (self.size - 1) * len(mine))
-        try:
+        with explained(self.purpose, self.group):
             dist.all_gather(found, mine, group=self.group)
-        except RuntimeError as error:
-            raise failed(self.purpose, self.group, error) from error
         return torch.stack(found).tolist()
 
     def everyones(self, tensor, lengths):
@@ -171,18 +180,48 @@ class Line:
         piece = torch.nn.functional.pad(tensor, (0, max(lengths) - tensor.shape[1]))
         found = [torch.empty_like(piece) for _ in range(self.size)]
         _count(self.purpose, piece, self.size - 1)
-        try:
+        with explained(self.purpose, self.group):
             dist.all_gather(found, piece.contiguous(), group=self.group)
-        except RuntimeError as error:
-            raise failed(self.purpose, self.group, error) from error
         return torch.cat([part[:, :n] for part, n in zip(found, lengths)], 1)
 
     def total(self, value):
         """The sum of every rank's scalar, without gradient."""
         value = value.detach().clone()
         _count(self.purpose, value, self.size - 1)
-        try:
+        with explained(self.purpose, self.group):
             dist.all_reduce(value, group=self.group)
-        except RuntimeError as error:
-            raise failed(self.purpose, self.group, error) from error
         return value
+
+
+class Relay:
+    """Parts of a message that go along a Line by `step` places one after another, while the ranks compute others. parts: buffers of what comes, as many and
+    as large on every rank; they are open from the start, so that no part waits to be asked for."""
+
+    def __init__(self, line, step, parts):
+        self.line, self.to, self.sent, self.coming = line, line.place + step, [], []
+        self.tag = len(parts)  # ranks that cut a message differently wait for each other in vain rather than mix it up
+        source = line.place - step
+        if 0 <= source < line.size:
+            with explained(line.purpose, line.group):
+                self.coming = [(part, dist.irecv(part, group=line.group, group_src=source, tag=self.tag)) for part in parts]
+
+    def take(self):
+        """The next part of the neighbour `step` places before, None without one."""
+        if not self.coming:
+            return None
+        part, work = self.coming.pop(0)
+        with explained(self.line.purpose, self.line.group):
+            work.wait()
+        return part
+
+    def give(self, part):
+        """Sends the next part on, if there is a neighbour; `end` waits until all have left."""
+        if 0 <= self.to < self.line.size:
+            _count(self.line.purpose, part)
+            with explained(self.line.purpose, self.line.group):
+                self.sent.append((part, dist.isend(part, group=self.line.group, group_dst=self.to, tag=self.tag)))
+
+    def end(self):
+        with explained(self.line.purpose, self.line.group):
+            for _, work in self.sent:
+                work.wait()

@@ -1,12 +1,19 @@
 """Context parallelism: each rank holds a stretch of every sequence, the ranks of a mesh in order.
 
-Convolution: the W - 1 inputs before a stretch come from the left neighbour. Scan: a stretch turns the state S that comes in into a S + R, where a is
-its total decay and R its final state from zero. Each rank computes a and R by one matrix product; states then go from rank to rank, one hop each, and
-with the state that came in the scan itself runs, all ranks at once:
+Convolution: the W - 1 inputs before a stretch come from the left neighbour. Scan: a stretch begins with the state S in which the one on its left ends. Of two ways
 
-    R = sum over t of exp(dt A summed behind t) dt x B,   a = exp(dt A summed),   S of rank r + 1 = a S of rank r + R
+- relay: heads are independent, and a CPU works on them block by block. A rank sends the states of a block on as soon as it has scanned it, and scans the
+  next while its neighbour begins with this one. Nothing is computed twice; the last of R ranks begins R - 1 blocks late, so that n blocks take the time of
+  n + R - 1. The backward pass runs the other way.
+- summary: a stretch turns the state that comes in into a S + R, where a is its total decay and R its final state from zero. Each rank computes both
+  by one matrix product; states then go from rank to rank, one hop each, and with the state that came in the scan runs, all ranks at once:
 
-Gradients of states and halos go the same way back. What travels does not grow with the stretch. Source: Dao & Gu (2024), section 8.2.
+      R = sum over t of exp(dt A summed behind t) dt x B,   a = exp(dt A summed),   S of rank r + 1 = a S of rank r + R
+
+  The product has half of the scan's operations, but its cost does not grow with the ranks.
+
+the relay is taken where it costs less, n > 2 (R - 1), by the CPU's kernels; a GPU scans all heads at once, n = 1. Gradients of states and halos go the same way
+back. What travels does not grow with the stretch, and is as much either way. Source of the summary: Dao & Gu (2024), section 8.2.
 """
 import math
 
@@ -16,8 +23,10 @@ from torch.autograd.function import once_differentiable
 
 from .. import causal_conv1d as conv
 from .. import chunk_scan as scan
-from .. import checks
+from .. import checks, dispatch, kernels
 from . import comm
+
+BLOCK = 8  # heads that a thread takes at once: as the CPU's kernel in its backward pass
 
 
 @torch.compiler.disable
@@ -51,7 +60,8 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bia
     """`terrazzo.mamba_chunk_scan_combined` of sequences whose stretches lie on the ranks of a mesh. Every rank calls it, and backward, together.
 
     Args:
-        x, dt, B, C, z: this rank's stretch, (B, L, ...); L >= 1 may differ between ranks. A, D, dt_bias and options: the same on every rank.
+        x, dt, B, C, z: this rank's stretch, (B, L, ...); L >= 1 may differ between ranks. A, D, dt_bias, dtypes and options, and so the backend, are the
+            same on every rank.
         seq_idx: (B, L) int32, this rank's stretch of it, or None on every rank. A sequence goes on across ranks where the value does.
         return_final_states: also return the states after this stretch (B, H, P, N); the last rank's are the whole row's.
         mesh: a DeviceMesh of one dimension, its ranks in the order of the stretches.
@@ -65,6 +75,12 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bia
     line = comm.Line(*comm.check_mesh(fn, mesh), "scan states")
     limits = scan.check_arguments(fn, x, dt, A, B, C, chunk_size, D, z, dt_bias, None, seq_idx, None, dt_limit)
     runs = None if seq_idx is None else _Runs(seq_idx, line)
+    chosen, _ = dispatch.pick(scan.OP, x, dt, A, B, C, D, z, dt_bias, backend=backend)
+    blocks = _blocks(x.shape[2], B.shape[2], BLOCK * math.ceil(line.threads() / max(1, x.shape[0]))) if chosen == "cpu" else []
+    if len(blocks) > 2 * (line.size - 1):
+        rest = line, blocks, (dt_softplus, *limits), return_final_states, seq_idx, None if runs is None else runs.enters
+        y, states = scan.gated(lambda x, z: _Relayed.apply(x, dt, A, B, C, D, dt_bias, z, *rest), x, z, dt, A, B, C, D, dt_bias)
+        return (y, states) if return_final_states else y
     final, decay = _summary(x, dt, A, B, dt_bias, dt_softplus, limits, runs)
     states = _Carry.apply(final, decay, line)
     if runs is not None:
@@ -88,6 +104,75 @@ class _Runs:
         empty = ~real.any(1)
         goes_on = (left == seq_idx[:, 0]) & (left >= 0)
         self.enters, self.leaves = goes_on | empty, goes_on & self.last[:, 0] | empty
+
+
+def _blocks(H, G, size):
+    """[(heads, groups)] slices of about `size` heads: some of one group, or whole groups."""
+    each = H // G
+    if each >= size:
+        return [(slice(g * each + h, min(g * each + h + size, (g + 1) * each)), slice(g, g + 1)) for g in range(G) for h in range(0, each, size)]
+    whole = size // each
+    return [(slice(g * each, min(g + whole, G) * each), slice(g, min(g + whole, G))) for g in range(0, G, whole)]
+
+
+class _Relayed(torch.autograd.Function):
+    """The CPU's scan of this stretch, block after block, each from the states that come from the left: y, and the states at its end."""
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, dt_bias, z, line, blocks, options, wants_states, seq_idx, enters):
+        relay, wanted = _relay(line, 1, blocks, x, B), wants_states or line.place < line.size - 1
+        y, came, ends = torch.empty(x.shape, dtype=x.dtype), [], []
+        for block in blocks:
+            came.append(_masked(relay.take(), enters))
+            *operands, bias = _part(block, x, dt, A, B, C, D, dt_bias)
+            gate = None if z is None else z[:, :, block[0]]
+            y[:, :, block[0]], end = kernels.ops("cpu").chunk_scan_fwd(*operands, gate, bias, came[-1], seq_idx, None, *options, wanted)
+            relay.give(end)
+            ends.append(end)
+        relay.end()
+        ctx.line, ctx.blocks, ctx.options = line, blocks, options
+        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, seq_idx, enters, *came)
+        return y, torch.cat(ends, 1) if wants_states else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dstates):
+        x, dt, A, B, C, D, dt_bias, seq_idx, enters, *came = ctx.saved_tensors
+        relay, acc = _relay(ctx.line, -1, ctx.blocks, x, B), scan._acc(x.dtype)
+        B, C = B.to(acc), C.to(acc)  # so that blocks' shares in their gradients aren't rounded before they are summed
+        dx, ddt, dA, dD, dbias = (None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (x, dt, A, D, dt_bias))
+        grads = dx, ddt, dA, torch.zeros(B.shape, dtype=acc), torch.zeros(C.shape, dtype=acc), dD, dbias
+        for block, states in zip(ctx.blocks, came):
+            dends = relay.take()
+            if dstates is not None:
+                dends = dstates[:, block[0]] if dends is None else dends + dstates[:, block[0]]
+            *found, dcame = kernels.ops("cpu").chunk_scan_bwd(
+                dy[:, :, block[0]], dends, *_part(block, x, dt, A, B, C, D, dt_bias), states, seq_idx, None, *ctx.options
+            )
+            for i, (grad, own) in enumerate(zip(_part(block, *grads), found)):
+                if grad is not None:
+                    grad.add_(own) if i in (3, 4) else grad.copy_(own)  # blocks share B and C
+            if states is not None:
+                relay.give(_masked(dcame, enters))
+        relay.end()
+        return *grads, *[None] * 7
+
+
+def _relay(line, step, blocks, x, B):
+    """For the states of blocks, or their gradients."""
+    batch, P, N = x.shape[0], x.shape[3], B.shape[3]
+    return comm.Relay(line, step, [torch.empty((batch, heads.stop - heads.start, P, N), dtype=scan._acc(x.dtype)) for heads, _ in blocks])
+
+
+def _part(block, x, dt, A, B, C, D, dt_bias):
+    """A block's part of each."""
+    heads, groups = block
+    D, dt_bias = (None if t is None else t[heads] for t in (D, dt_bias))
+    return x[:, :, heads], dt[:, :, heads], A[heads], B[:, :, groups], C[:, :, groups], D, dt_bias
+
+
+def _masked(states, enters):
+    return states if states is None or enters is None else torch.where(enters[:, None, None, None], states, 0)
 
 
 def _summary(x, dt, A, B, dt_bias, dt_softplus, limits, runs):

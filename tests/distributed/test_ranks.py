@@ -4,7 +4,8 @@ import torch.multiprocessing as mp
 from ranks import dying, spawn
 
 EXPERTS = ["uneven", "a_rank_without_tokens", "sentinels", "chunked", "dbrx_of_ours", "bytes_are_the_formula"]
-SEQUENCE = ["conv", "conv_of_short_stretches", "scan", "scan_of_short_stretches", "bytes_do_not_depend_on_the_length"]
+SEQUENCE = ["conv", "conv_of_short_stretches", "scan", "scan_of_short_stretches", "relay", "relay_of_short_stretches", "relay_for_inference",
+            "blocks_follow_each_other", "threads_make_blocks_larger", "bytes_do_not_depend_on_the_length"]  # fmt: skip
 
 ROWS = ["bamba", "bamba_of_packed_texts", "data_beside_context", "keys_travel_once", "blt", "bytes_of_blt", "ranks_read_their_own_parts"]
 
@@ -17,7 +18,7 @@ def test_four_ranks():
     spawn.run("ranks.everything", EXPERTS + SEQUENCE + ROWS + TENSORS, 4)
 
 
-@pytest.mark.parametrize("kind", ["experts", "sequence", "rows", "tensors"])
+@pytest.mark.parametrize("kind", ["experts", "sequence", "relay", "rows", "tensors"])
 def test_a_rank_dies(tmp_path, kind):
     processes = mp.start_processes(dying.rank, (3, str(tmp_path), kind), 3, join=False, start_method="spawn").processes
     for process in processes:

@@ -40,7 +40,8 @@ def rank(rank, ranks, folder, kind):
         def call():
             model(ids, labels=ids).loss.backward()
     else:
-        args = (torch.randn(1, 9, 2, 4, requires_grad=True), torch.rand(1, 9, 2), -torch.rand(2), torch.randn(1, 9, 1, 3), torch.randn(1, 9, 1, 3), 8)
+        H = 48 if kind == "relay" else 2
+        args = (torch.randn(1, 9, H, 4, requires_grad=True), torch.rand(1, 9, H), -torch.rand(H), torch.randn(1, 9, 1, 3), torch.randn(1, 9, 1, 3), 8)
 
         def call():
             distributed.mamba_chunk_scan_combined(*args, mesh=mesh).sum().backward()

@@ -1,10 +1,15 @@
 """Checks of context parallelism, run on every rank: each computes the whole sequence alone and compares its stretch, gradients included."""
+import importlib
+from functools import partial
+
 import pytest
 import terrazzo
 import torch
 import torch.distributed as dist
-from ranks.spawn import close
+from ranks.spawn import close, replaced
 from terrazzo import distributed
+
+context_parallel = importlib.import_module("terrazzo.distributed.context_parallel")  # a function of the package has the name too
 
 H, P, G, N, D = 4, 5, 2, 7, 6
 LENGTHS = [11, 5, 8, 17]  # of the stretches
@@ -85,7 +90,7 @@ def conv_exact(mesh, lengths, kind=None, width=4, dtype=torch.float32, channel_l
             lambda **t: distributed.causal_conv1d_fn(**t, seq_idx=mine, mesh=mesh, **options), axis=2)
 
 
-def scan_exact(mesh, lengths, kind=None, dtype=torch.float32, steep=1.0):
+def scan_exact(mesh, lengths, kind=None, dtype=torch.float32, steep=1.0, H=H, G=G, wide_D=False):
     lengths = lengths[: mesh.size()]
     L, borders = sum(lengths), torch.tensor(lengths).cumsum(0)[:-1].tolist()
     draw = torch.Generator().manual_seed(4)
@@ -94,7 +99,7 @@ def scan_exact(mesh, lengths, kind=None, dtype=torch.float32, steep=1.0):
         return torch.randn(*shape, generator=draw).to(dtype)
 
     sharded = {"x": random(2, L, H, P), "dt": random(2, L, H), "B": random(2, L, G, N), "C": random(2, L, G, N), "z": random(2, L, H, P)}
-    shared = {"A": -steep * torch.rand(H, generator=draw), "D": torch.randn(H, generator=draw), "dt_bias": torch.randn(H, generator=draw)}
+    shared = {"A": -steep * torch.rand(H, generator=draw), "D": torch.randn(*(H, P) if wide_D else (H,), generator=draw), "dt_bias": torch.randn(H, generator=draw)}
     shared = {name: t.double() if dtype == torch.float64 else t for name, t in shared.items()}  # models keep them in float32
     ids = rows_of_ids(L, kind, borders)
     mine = None if ids is None else ids[:, stretch(mesh, lengths)]
@@ -142,27 +147,130 @@ def scan_with_huge_steps(mesh):
     scan_exact(mesh, LENGTHS, steep=300.0)
 
 
+# heads and groups of scans that are relayed in blocks of 2 heads, on two ranks and on four: inside groups (an odd number too), or of whole ones
+RELAYED = [dict(H=24, G=2), dict(H=15, G=1), dict(H=14, G=14), dict(H=21, G=7)]
+
+
+def relay_of_small_blocks():
+    return replaced(context_parallel, "BLOCK", 2)
+
+
+def relay(mesh):
+    with relay_of_small_blocks():
+        for sizes in RELAYED:
+            for kind in KINDS:
+                scan_exact(mesh, LENGTHS, kind, **sizes)
+        scan_exact(mesh, [70, 130, 65, 64], wide_D=True, **RELAYED[0])
+
+
+def relay_of_short_stretches(mesh):
+    with relay_of_small_blocks():
+        for kind in KINDS:
+            scan_exact(mesh, SHORT, kind, **RELAYED[0])
+
+
+def relay_dtypes(mesh):
+    with relay_of_small_blocks():
+        for sizes in RELAYED:
+            scan_exact(mesh, LENGTHS, "inside", dtype=torch.float64, **sizes)
+            scan_exact(mesh, LENGTHS, "inside", dtype=torch.bfloat16, **sizes)
+        scan_exact(mesh, LENGTHS, steep=300.0, **RELAYED[0])
+
+
+def scan_arguments(L, H, G):
+    draw = torch.Generator().manual_seed(2)
+    parts = [torch.randn(1, L, *shape, generator=draw) for shape in ((H, P), (H,), (G, N), (G, N))]
+    return parts[0], parts[1], -torch.rand(H, generator=draw), parts[2], parts[3], 8
+
+
+def relay_for_inference(mesh):
+    """Without gradients the gate is the kernel's: the same y and states."""
+    args, found = scan_arguments(9, 56, 1), []
+    for x in (args[0], args[0].clone().requires_grad_()):
+        y, states = distributed.mamba_chunk_scan_combined(x, *args[1:], z=args[0], dt_softplus=True, return_final_states=True, mesh=mesh)
+        assert y.requires_grad == x.requires_grad
+        found.append((y.detach(), states.detach()))
+    for inference, training in zip(*found, strict=True):
+        torch.testing.assert_close(inference, training)
+
+
+def blocks_follow_each_other(mesh):
+    """A block's states leave before the next block is scanned, forward and backward; few blocks on many ranks, and other backends, aren't relayed."""
+    events, here = [], (mesh.get_local_rank() < mesh.size() - 1, mesh.get_local_rank() > 0)
+    give = distributed.comm.Relay.give
+
+    def kernels_run():
+        counts = terrazzo.counters()
+        return tuple(counts.get(name, {}).get("cpu", 0) for name in ("mamba_chunk_scan_combined", "mamba_chunk_scan_combined_bwd"))
+
+    def watched(self, part):
+        events.append(kernels_run())
+        give(self, part)
+
+    def run(heads, backend=None):
+        terrazzo.reset_counters()
+        events.clear()
+        x, *args = scan_arguments(9, heads, 1)
+        distributed.mamba_chunk_scan_combined(x.requires_grad_(), *args, mesh=mesh, backend=backend).sum().backward()
+
+    with replaced(distributed.comm.Relay, "give", watched):
+        run(56)
+        forward, backward = [(n, 0) for n in range(1, 8)], [(7, n) for n in range(1, 8)]
+        assert events == forward + backward * here[1] and kernels_run() == (7, 7)
+        run(8 * 2 * (mesh.size() - 1))
+        assert not events and kernels_run() == (1, 1)
+        run(56, "reference")
+        assert not events
+
+
+def threads_make_blocks_larger(mesh):
+    """All ranks cut alike, by the most threads that one has when a group is first used."""
+    group = dist.new_group()
+    line = distributed.comm.Line(group, mesh.get_local_rank(), mesh.size(), "")
+    torch.set_num_threads(3 if mesh.get_local_rank() == 1 else 1)
+    try:
+        assert line.threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert line.threads() == 3
+    cut = context_parallel._blocks
+    assert [heads.stop - heads.start for heads, _ in cut(56, 1, 24)] == [24, 24, 8]
+    assert cut(6, 3, 4) == [(slice(0, 4), slice(0, 2)), (slice(4, 6), slice(2, 3))]
+    assert cut(6, 2, 2) == [(slice(0, 2), slice(0, 1)), (slice(2, 3), slice(0, 1)), (slice(3, 5), slice(1, 2)), (slice(5, 6), slice(1, 2))]
+
+
+class Deaf:
+    """A relay on which nothing comes or goes."""
+
+    def __init__(self, line, step, parts):
+        pass
+
+    def take(self):
+        return None
+
+    def give(self, part):
+        pass
+
+    end = take
+
+
 def a_lost_state_shows(mesh):
     """The comparison fails on every rank but the first when ranks scan from zero, and when a convolution has no halo."""
     lengths = LENGTHS[: mesh.size()]
-    original = distributed.comm.Line.shift
-    distributed.comm.Line.shift = lambda self, tensor, step, received=None: received
-    try:
-        for check in (conv_exact, scan_exact):
+    with replaced(distributed.comm.Line, "shift", lambda self, tensor, step, received=None: received), replaced(distributed.comm, "Relay", Deaf):
+        for check in (conv_exact, scan_exact, partial(scan_exact, H=56, G=1)):
             if mesh.get_local_rank() == 0:
                 with pytest.raises(AssertionError, match="^d"):  # its outputs are right: what flows back is missing
                     check(mesh, lengths)
             else:
                 with pytest.raises(AssertionError, match="^y"):
                     check(mesh, lengths)
-    finally:
-        distributed.comm.Line.shift = original
 
 
 def bytes_do_not_depend_on_the_length(mesh):
     rank, last = mesh.get_local_rank(), mesh.size() - 1
     assert (distributed.volume.halo(2, D, 4, 4), distributed.volume.states(2, H, P, N)) == (4 * 2 * D * 3, 4 * 2 * H * P * N)
-    for L in (16, 256):
+    for L, heads in ((16, H), (256, H), (16, 56), (256, 56)):
         x, weight = torch.randn(2, D, L, requires_grad=True), torch.randn(D, 4)
         ids = torch.zeros(2, L, dtype=torch.int32)
         distributed.reset_traffic()
@@ -171,8 +279,8 @@ def bytes_do_not_depend_on_the_length(mesh):
         assert distributed.traffic().get("convolution halo", 0) == halo * (rank < last)
         y.sum().backward()
         assert distributed.traffic()["convolution halo"] == halo * ((rank < last) + (rank > 0))
-        args = (torch.randn(2, L, H, P, requires_grad=True), torch.rand(2, L, H), -torch.rand(H), torch.randn(2, L, G, N), torch.randn(2, L, G, N), 8)
-        states = distributed.volume.states(2, H, P, N)
+        args = (torch.randn(2, L, heads, P, requires_grad=True), torch.rand(2, L, heads), -torch.rand(heads), torch.randn(2, L, G, N), torch.randn(2, L, G, N), 8)
+        states = distributed.volume.states(2, heads, P, N)
         distributed.reset_traffic()
         y = distributed.mamba_chunk_scan_combined(*args, mesh=mesh)
         assert distributed.traffic().get("scan states", 0) == states * (rank < last)
@@ -199,5 +307,6 @@ def bad_input(mesh):
     assert distributed.traffic() == {}
 
 
-CHECKS = ["conv", "conv_of_short_stretches", "conv_dtypes", "scan", "scan_of_short_stretches", "scan_dtypes", "scan_with_huge_steps", "a_lost_state_shows",
+CHECKS = ["conv", "conv_of_short_stretches", "conv_dtypes", "scan", "scan_of_short_stretches", "scan_dtypes", "scan_with_huge_steps", "relay", "relay_of_short_stretches",
+          "relay_dtypes", "relay_for_inference", "blocks_follow_each_other", "threads_make_blocks_larger", "a_lost_state_shows",
           "bytes_do_not_depend_on_the_length", "bad_input"]  # fmt: skip
