@@ -13,6 +13,9 @@ STABLE_TORCH_LIBRARY(terrazzo, m) {
   // Mamba-2
   m.def("chunk_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max, bool return_final_states) -> (Tensor, Tensor)");
   m.def("chunk_scan_bwd(Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // into y and dx, which may be some heads of a larger tensor: for scans whose blocks of heads go from rank to rank, on CPUs alone
+  m.def("chunk_scan_fwd_into(Tensor(a!) y, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max, bool return_final_states) -> Tensor");
+  m.def("chunk_scan_bwd_into(Tensor(a!) dx, Tensor dy, Tensor? dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices) -> Tensor");
   m.def("rmsnorm_gated_fwd(Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> Tensor");
   m.def("rmsnorm_gated_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate) -> (Tensor, Tensor, Tensor)");
@@ -61,6 +64,8 @@ STABLE_TORCH_LIBRARY_IMPL(terrazzo, CPU, m) {
   TZ_IMPL(causal_conv1d_varlen_states);
   TZ_IMPL(chunk_scan_fwd);
   TZ_IMPL(chunk_scan_bwd);
+  TZ_IMPL(chunk_scan_fwd_into);
+  TZ_IMPL(chunk_scan_bwd_into);
   TZ_IMPL(selective_state_update);
   TZ_IMPL(rmsnorm_gated_fwd);
   TZ_IMPL(rmsnorm_gated_bwd);

@@ -172,18 +172,28 @@ def _acc(dtype):
 
 
 @kernels.register_fake("chunk_scan_fwd")
-def _(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, return_final_states):
+def _fwd_fake(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, return_final_states):
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (sequences, x.shape[2], x.shape[3], B.shape[3]) if return_final_states else (0,)
     return x.new_empty(x.shape), x.new_empty(shape, dtype=_acc(x.dtype))
 
 
+@kernels.register_fake("chunk_scan_fwd_into")
+def _(y, *args):
+    return _fwd_fake(*args)[1]
+
+
 @kernels.register_fake("chunk_scan_bwd")
-def _(dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max):
+def _bwd_fake(dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max):
     def like(t):
         return x.new_empty(0) if t is None else t.new_empty(t.shape)
 
     return tuple(like(t) for t in (x, dt, A, B, C, D, dt_bias, initial_states))
+
+
+@kernels.register_fake("chunk_scan_bwd_into")
+def _(dx, *args):
+    return _bwd_fake(*args)[1:]
 
 
 def _setup_context(ctx, inputs, output):

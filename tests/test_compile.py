@@ -66,6 +66,9 @@ def op_arguments(name):
     def leaf(*shape):
         return torch.randn(*shape).requires_grad_()
 
+    def plain(values):
+        return tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in values)
+
     cu = torch.tensor([0, 3, 9], dtype=torch.int32)
     x, w, b, s = leaf(2, 6, 9), leaf(6, 4), leaf(6), leaf(2, 6, 3)
     scan = [leaf(2, 9, 4, 3), torch.rand(2, 9, 4).requires_grad_(), (-torch.rand(4)).requires_grad_(), leaf(2, 9, 2, 5), leaf(2, 9, 2, 5), leaf(4)]
@@ -87,11 +90,13 @@ def op_arguments(name):
         "byte_hash_embedding_fwd": [(tokens, table, byte, [2, 3], 2, 7, None, False)],
         "byte_hash_embedding_bwd": [(torch.randn(2, 6, 4), tokens, torch.empty(0), 28, torch.empty(0), 9, [2, 3], 2, 7, None, False, True, True)],
         "causal_conv1d_fwd": [(x, w, b, seq_idx, None, s, True, True), (x.transpose(1, 2).contiguous().transpose(1, 2), w, None, None, None, None, False, False)],
-        "causal_conv1d_bwd": [tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in (x, x, w, b, seq_idx, None, s, s, True))],
+        "causal_conv1d_bwd": [plain((x, x, w, b, seq_idx, None, s, s, True))],
         "causal_conv1d_update": [(torch.randn(2, 6, 1), torch.randn(2, 6, 4), w.detach(), None, True, None, None)],
         "causal_conv1d_varlen_states": [(torch.randn(9, 6), cu, 3)],
         "chunk_scan_fwd": [(*scan, None, leaf(4), states, seq_idx, None, True, 0.0, float("inf"), True)],
-        "chunk_scan_bwd": [tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in (scan[0], states, *scan, leaf(4), states, None, None, True, 0.0, 9.0))],
+        "chunk_scan_bwd": [plain((scan[0], states, *scan, leaf(4), states, None, None, True, 0.0, 9.0))],
+        "chunk_scan_fwd_into": [(torch.randn(2, 9, 6, 3)[:, :, 1:5], *plain(scan), None, None, states.detach(), seq_idx, None, True, 0.0, 9.0, True)],
+        "chunk_scan_bwd_into": [(torch.randn(2, 9, 6, 3)[:, :, 1:5], *plain((scan[0], states, *scan, leaf(4), states)), None, None, True, 0.0, 9.0)],
         "selective_state_update": [(torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3), torch.rand(2, 4, 3), -torch.rand(4, 3, 5), torch.randn(2, 2, 5),
                                     torch.randn(2, 2, 5), None, None, None, True, None)],
         "rmsnorm_gated_fwd": [(leaf(3, 8), leaf(8), leaf(3, 8), 1e-5, 4, False), (leaf(3, 8), leaf(8), None, 1e-5, 8, True)],
@@ -125,8 +130,9 @@ def op_arguments(name):
 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("name", ["causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update", "causal_conv1d_varlen_states", "chunk_scan_fwd",
-                                  "chunk_scan_bwd", "selective_state_update", "rmsnorm_gated_fwd", "rmsnorm_gated_bwd", "moe_route_fwd", "moe_route_bwd",
-                                  "moe_permute", "moe_unpermute_fwd", "moe_unpermute_bwd", "grouped_gemm_fwd", "grouped_gemm_bwd",
+                                  "chunk_scan_bwd", "chunk_scan_fwd_into", "chunk_scan_bwd_into", "selective_state_update", "rmsnorm_gated_fwd",
+                                  "rmsnorm_gated_bwd", "moe_route_fwd", "moe_route_bwd", "moe_permute",
+                                  "moe_unpermute_fwd", "moe_unpermute_bwd", "grouped_gemm_fwd", "grouped_gemm_bwd",
                                   "grouped_wgrad_fwd", "grouped_wgrad_bwd", "linear_fwd", "linear_bwd", "fused_experts_fwd", "fused_experts_bwd",
                                   "patch_reduce_fwd", "patch_reduce_bwd", "patch_cross_attention_fwd", "patch_cross_attention_bwd",
                                   "local_attention_fwd", "local_attention_bwd",

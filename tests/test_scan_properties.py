@@ -107,3 +107,36 @@ def test_packed_rows_equal_separate_rows():
         y = terrazzo.mamba_chunk_scan_combined(x, **kwargs, **packing)
         torch.testing.assert_close(y, alone)
         torch.testing.assert_close(torch.autograd.grad(y, x, weight)[0], expected)
+
+
+@pytest.mark.parametrize("width, offset", [(4, 1), (5, 1), (1200, 3)], ids=["beside others", "at odd strides", "streamed past the caches"])
+@pytest.mark.parametrize("P", [16, 6])
+def test_into_some_heads_of_a_larger_tensor(width, offset, P):
+    """The bits of a scan of these heads alone land there, forward and backward; the other heads stay as they are."""
+    ops, k = torch.ops.terrazzo, inputs(torch.float32, L=130, H=2, G=1, P=P)
+    ids = torch.zeros(2, 130, dtype=torch.int32)
+    ids[0, 70:], ids[1, 100:] = 1, -1
+    operands, states = (k["x"], k["dt"], k["A"], k["B"], k["C"], None), torch.randn(2, 2, P, 5)
+    options = None, states, ids, None, True, 0.0, 9.0
+    large = torch.full((2, 131, width, P), 7.0)[:, 1:]
+    y, ends = ops.chunk_scan_fwd(*operands, None, *options, True)
+    torch.testing.assert_close(ops.chunk_scan_fwd_into(large[:, :, offset : offset + 2], *operands, None, *options, True), ends, rtol=0, atol=0)
+    torch.testing.assert_close(large[:, :, offset : offset + 2], y, rtol=0, atol=0)
+    dx, *others = ops.chunk_scan_bwd(y, ends, *operands, *options)
+    for found, expected in zip(ops.chunk_scan_bwd_into(large[:, :, offset - 1 : offset + 1], y, ends, *operands, *options), others, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(large[:, :, offset - 1 : offset + 1], dx, rtol=0, atol=0)
+    torch.testing.assert_close(large[:, :, offset + 1], y[:, :, 1], rtol=0, atol=0)
+    assert (large[:, :, : offset - 1] == 7).all() and (large[:, :, offset + 2 :] == 7).all()
+
+
+@pytest.mark.parametrize("y, why", [
+    (torch.empty(2, 90, 3, 6), "y must have shape"),
+    (torch.empty(2, 90, 4, 6, dtype=torch.float64), "y must have the dtype of x"),
+    (torch.empty(2, 90, 6, 4).mT, "the heads of y must be contiguous"),
+    (torch.empty(2, 90, 4, 7)[..., :6], "the heads of y must be contiguous"),
+])  # fmt: skip
+def test_what_a_scan_is_not_written_into(y, why):
+    k = inputs(torch.float32)
+    with pytest.raises(RuntimeError, match=f"terrazzo.mamba_chunk_scan_combined: {why}"):
+        torch.ops.terrazzo.chunk_scan_fwd_into(y, k["x"], k["dt"], k["A"], k["B"], k["C"], *[None] * 6, True, 0.0, 9.0, False)

@@ -71,6 +71,14 @@ struct ScanCall {
     return mutable_data(scratch.back());
   }
 
+  // Kernels write y or dx, which may be some heads of a larger tensor.
+  void place_output(const Tensor& out, const char* name) {
+    check_shape(out, {p.B, p.L, p.H, p.P}, kOp, name);
+    TZ_CHECK(out.scalar_type() == x.scalar_type(), kOp, name, " must have the dtype of x");
+    TZ_CHECK((p.P == 1 || out.stride(3) == 1) && (p.H == 1 || out.stride(2) == p.P), kOp, "the heads of ", name, " must be contiguous");
+    p.out_stride_b = out.stride(0), p.out_stride_l = out.stride(1);
+  }
+
   // Where the sequences begin stands on the device: kernels read it there.
   void place_sequences() {
     if (seq_idx) {
@@ -87,9 +95,15 @@ struct ScanCall {
   }
 };
 
+// A new tensor for y or dx.
+Tensor output_like(const Tensor& x) {
+  check_shape(x, {-1, -1, -1, -1}, kOp, "x");
+  return empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor> chunk_scan_fwd(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+Tensor chunk_scan_fwd_into(const Tensor& y, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
     const OptTensor& D, const OptTensor& z_in, const OptTensor& dt_bias, const OptTensor& initial_states, const OptTensor& seq_idx,
     const OptTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max, bool return_final_states) {
   ScanCall call(x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max);
@@ -100,16 +114,24 @@ std::tuple<Tensor, Tensor> chunk_scan_fwd(const Tensor& x, const Tensor& dt, con
     z = unit_stride_last(cast(*z_in, x.scalar_type()));
     p.z = data(z), p.z_stride_b = z->stride(0), p.z_stride_l = z->stride(1), p.z_stride_h = z->stride(2);
   }
-  Tensor y = empty(x, {p.B, p.L, p.H, p.P}, x.scalar_type());
+  call.place_output(y, "y");
   p.y = mutable_data(y);
   Tensor states = empty(x, return_final_states ? std::vector<int64_t>{p.sequences, p.H, p.P, p.N} : std::vector<int64_t>{0}, call.acc);
   if (return_final_states) p.final_states = mutable_data(states);
   if (!runs_on_cpu(x)) call.keep_states(p.x_dtype == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Float);
   TZ_RUN_WHERE(x, chunk_scan_fwd, p);
+  return states;
+}
+
+std::tuple<Tensor, Tensor> chunk_scan_fwd(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+    const OptTensor& D, const OptTensor& z, const OptTensor& dt_bias, const OptTensor& initial_states, const OptTensor& seq_idx,
+    const OptTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max, bool return_final_states) {
+  Tensor y = output_like(x);
+  Tensor states = chunk_scan_fwd_into(y, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, return_final_states);
   return {y, states};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_bwd(const Tensor& dy_in,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_bwd_into(const Tensor& dx, const Tensor& dy_in,
     const OptTensor& dfinal_in, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
     const OptTensor& D, const OptTensor& dt_bias, const OptTensor& initial_states, const OptTensor& seq_idx,
     const OptTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max) {
@@ -125,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
   const OptTensor dfinal = cast_contiguous(dfinal_in, call.acc);
   p.dfinal_states = data(dfinal);
   const ScalarType acc = call.acc;
-  Tensor dx = empty(x, {p.B, p.L, p.H, p.P}, x.scalar_type());
+  call.place_output(dx, "dx");
   Tensor ddt = empty(x, {p.B, p.L, p.H}, acc), dA = empty(x, {p.H}, acc);
   Tensor dB = empty(x, {p.B, p.L, p.G, p.N}, acc), dC = empty(x, {p.B, p.L, p.G, p.N}, acc);
   p.dx = mutable_data(dx), p.ddt = mutable_data(ddt), p.dA = mutable_data(dA), p.dB = mutable_data(dB), p.dC = mutable_data(dC);
@@ -158,7 +180,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
   if (D) dD = cast(dD, D->scalar_type());
   if (dt_bias) ddt_bias = cast(ddt_bias, dt_bias->scalar_type());
   if (initial_states) dinitial = cast(dinitial, initial_states->scalar_type());
-  return {dx, cast(ddt, dt.scalar_type()), cast(dA, A.scalar_type()), cast(dB, B.scalar_type()), cast(dC, C.scalar_type()), dD, ddt_bias, dinitial};
+  return {cast(ddt, dt.scalar_type()), cast(dA, A.scalar_type()), cast(dB, B.scalar_type()), cast(dC, C.scalar_type()), dD, ddt_bias, dinitial};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_bwd(const Tensor& dy,
+    const OptTensor& dfinal_states, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+    const OptTensor& D, const OptTensor& dt_bias, const OptTensor& initial_states, const OptTensor& seq_idx,
+    const OptTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max) {
+  Tensor dx = output_like(x);
+  return std::tuple_cat(std::tuple(dx), chunk_scan_bwd_into(dx, dy, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, seq_idx, cu_seqlens,
+                                                            dt_softplus, dt_min, dt_max));
 }
 
 }  // namespace terrazzo

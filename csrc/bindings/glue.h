@@ -211,6 +211,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk
     const OptTensor& dfinal_states, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
     const OptTensor& D, const OptTensor& dt_bias, const OptTensor& initial_states, const OptTensor& seq_idx,
     const OptTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max);
+// The same into y and dx, which may be some heads of a larger tensor; on the CPU alone.
+Tensor chunk_scan_fwd_into(const Tensor& y, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+    const OptTensor& D, const OptTensor& z, const OptTensor& dt_bias, const OptTensor& initial_states, const OptTensor& seq_idx,
+    const OptTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max, bool return_final_states);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_bwd_into(const Tensor& dx, const Tensor& dy,
+    const OptTensor& dfinal_states, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+    const OptTensor& D, const OptTensor& dt_bias, const OptTensor& initial_states, const OptTensor& seq_idx,
+    const OptTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max);
 Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
     const Tensor& C, const OptTensor& D, const OptTensor& z, const OptTensor& dt_bias, bool dt_softplus,
     const OptTensor& state_batch_indices);

@@ -60,11 +60,12 @@ struct ChunkScanParams {
   const void* D;                                                     // [H] or [H, P], or null
   const void* z;  int64_t z_stride_b, z_stride_l, z_stride_h;        // like x, or null (null in the backward)
   const void* dt_bias;                                               // [H] or null
-  void* y;                                                           // [B, L, H, P] contiguous
+  void* y;                                                           // [B, L, H, P]; P and H contiguous, all of it on a GPU
+  int64_t out_stride_b, out_stride_l;                                // of y, and of dx
   const Segment* segments;  int64_t num_segments;                    // cover every position of every row once
   const void* initial_states;                                        // [*, H, P, N] contiguous, or null
   void* final_states;                                                // [*, H, P, N] contiguous, or null
-  // backward only; every gradient is contiguous
+  // backward only; every gradient is contiguous, dx like y
   const void* dy;  int64_t dy_stride_b, dy_stride_l, dy_stride_h, dy_stride_p;  // [B, L, H, P], P stride 0 or 1
   const void* dfinal_states;                                         // [*, H, P, N] or null
   void* dx;                                                          // [B, L, H, P] x_dtype

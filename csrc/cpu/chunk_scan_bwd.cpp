@@ -138,7 +138,7 @@ template <class T> struct BackwardUnit {
   void zero_outputs() const {
     for (int64_t l = seg.begin; l < seg.end; l++) {
       const int64_t row = seg.batch * p.L + l, bc = (row * p.G + group) * p.N;
-      std::memset(static_cast<T*>(p.dx) + (row * p.H + h0) * p.P, 0, static_cast<size_t>(heads * p.P) * sizeof(T));
+      std::memset(static_cast<T*>(p.dx) + seg.batch * p.out_stride_b + l * p.out_stride_l + h0 * p.P, 0, static_cast<size_t>(heads * p.P) * sizeof(T));
       std::memset(static_cast<A*>(p.ddt) + row * p.H + h0, 0, static_cast<size_t>(heads) * sizeof(A));
       std::memset(partial(plan.dB) + bc, 0, static_cast<size_t>(p.N) * sizeof(A));
       std::memset(partial(plan.dC) + bc, 0, static_cast<size_t>(p.N) * sizeof(A));
@@ -311,8 +311,7 @@ template <class T> struct BackwardUnit {
   // the state that leaves the chunk (without dt), and `direct`, the gradient of dt as a factor.
   void grad_x(int64_t l0, int64_t q, int64_t i, const A* dH_i) {
     const ChunkDecay<A>& d = decays[i];
-    const int64_t out_stride = p.H * p.P;
-    T* dx = static_cast<T*>(p.dx) + (seg.batch * p.L + l0) * out_stride + (h0 + i) * p.P;
+    T* dx = static_cast<T*>(p.dx) + seg.batch * p.out_stride_b + l0 * p.out_stride_l + (h0 + i) * p.P;
     const bool more = i + 1 < heads;
     std::memset(enter, 0, sizeof(A) * kChunk * V);
     std::memset(direct, 0, sizeof(A) * kChunk * V);
@@ -344,7 +343,7 @@ template <class T> struct BackwardUnit {
             acc.c[r][0] = fma(D0, Vec<A>::load(dy + r * NR), acc.c[r][0]);
             acc.c[r][1] = fma(D1, Vec<A>::load(dy + r * NR + V), acc.c[r][1]);
           }
-          store_columns(acc.c[r], dx + (s + r) * out_stride + c, p.P - c, stream);
+          store_columns(acc.c[r], dx + (s + r) * p.out_stride_l + c, p.P - c, stream);
         }
       });
     }

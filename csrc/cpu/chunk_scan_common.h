@@ -139,11 +139,12 @@ template <class A, class T> TZ_INLINE void store_columns(const Vec<A> (&c)[2], T
   if (columns > V) store_n(c[1], out + V, columns - V);
 }
 
-// Non-temporal stores pay for outputs beyond 8 MB (the L2 of a core and its share of L3); rows must be whole vectors.
+// Non-temporal stores pay for outputs beyond 8 MB (the L2 of a core and its share of L3), with the heads that other calls write; rows must be whole vectors.
 template <class T> inline bool stream_output(const ChunkScanParams& p, const void* out) {
   const int64_t vector = Vec<acc_t<T>>::size * static_cast<int64_t>(sizeof(T));
-  return p.B * p.L * p.H * p.P * static_cast<int64_t>(sizeof(T)) > (int64_t(8) << 20) &&
-         reinterpret_cast<uintptr_t>(out) % vector == 0 && p.P * static_cast<int64_t>(sizeof(T)) % vector == 0;
+  const auto whole = [&](int64_t stride) { return stride * static_cast<int64_t>(sizeof(T)) % vector == 0; };
+  return p.B * p.L * p.out_stride_l * static_cast<int64_t>(sizeof(T)) > (int64_t(8) << 20) && reinterpret_cast<uintptr_t>(out) % vector == 0 &&
+         whole(p.P) && whole(p.out_stride_l) && whole(p.out_stride_b);
 }
 
 // Hands out consecutive pieces of one scratch buffer, each a multiple of 64 bytes.

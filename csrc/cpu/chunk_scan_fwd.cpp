@@ -75,7 +75,7 @@ template <class T> struct ForwardUnit {
 
   void zero_output() const {
     for (int64_t l = seg.begin; l < seg.end; l++)
-      std::memset(static_cast<T*>(p.y) + ((seg.batch * p.L + l) * p.H + h0) * p.P, 0, static_cast<size_t>(heads * p.P) * sizeof(T));
+      std::memset(static_cast<T*>(p.y) + seg.batch * p.out_stride_b + l * p.out_stride_l + h0 * p.P, 0, static_cast<size_t>(heads * p.P) * sizeof(T));
   }
 
   // What the heads of the block share: dt, B [q, N], C [q, N], S [q, q].
@@ -120,8 +120,8 @@ template <class T> struct ForwardUnit {
   }
 
   void output(int64_t l0, int64_t q, int64_t i, const A* in_state) const {
-    const int64_t h = h0 + i, out_stride = p.H * p.P;
-    T* y = static_cast<T*>(p.y) + (seg.batch * p.L + l0) * out_stride + h * p.P;
+    const int64_t h = h0 + i;
+    T* y = static_cast<T*>(p.y) + seg.batch * p.out_stride_b + l0 * p.out_stride_l + h * p.P;
     const T* z = p.z ? static_cast<const T*>(p.z) + seg.batch * p.z_stride_b + l0 * p.z_stride_l + h * p.z_stride_h : nullptr;
     const bool more = i + 1 < heads;
     for (int64_t c = 0; c < p.P; c += NR) {
@@ -137,7 +137,7 @@ template <class T> struct ForwardUnit {
         }
         acc.multiply(M + l * kChunk, kChunk, 1, X + c * kChunk, l);
         acc.template multiply_triangle<true>(M + l * kChunk + l, kChunk, X + c * kChunk + l * NR);
-        finish(acc, c, l, y + l * out_stride + c, z ? z + l * p.z_stride_l + c : nullptr);
+        finish(acc, c, l, y + l * p.out_stride_l + c, z ? z + l * p.z_stride_l + c : nullptr);
       });
     }
   }
@@ -154,7 +154,7 @@ template <class T> struct ForwardUnit {
         if (p.D) v = fma(Vec<A>::load(D + c + j * V), Vec<A>::load(X + c * kChunk + (l + r) * NR + j * V), v);
         if (z && columns > j * V) v = v * silu(load_n<A>(z + r * p.z_stride_l + j * V, columns - j * V));
       }
-      store_columns(acc.c[r], y + r * p.H * p.P, columns, stream);
+      store_columns(acc.c[r], y + r * p.out_stride_l, columns, stream);
     }
   }
 };

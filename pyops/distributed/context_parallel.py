@@ -1,10 +1,10 @@
 """Context parallelism: each rank holds a stretch of every sequence, the ranks of a mesh in order.
 
-Convolution: the W - 1 inputs before a stretch come from the left neighbour. Scan: a stretch begins with the state S in which the one on its left ends. Of two ways
+Convolution: the W - 1 inputs before a stretch come from the left neighbour. Scan: a stretch begins with the state in which the one on its left ends. Two ways:
 
-- relay: heads are independent, and a CPU works on them block by block. A rank sends the states of a block on as soon as it has scanned it, and scans the
-  next while its neighbour begins with this one. Nothing is computed twice; the last of R ranks begins R - 1 blocks late, so that n blocks take the time of
-  n + R - 1. The backward pass runs the other way.
+- relay: heads are independent, and a CPU works on them block by block. A rank sends the states of a block on as soon as it has scanned it, and scans
+  the next while its neighbour begins with this one. Nothing is computed twice; the last of R ranks begins R - 1 blocks late, so that n blocks take
+  the time of n + R - 1. The backward pass runs the other way.
 - summary: a stretch turns the state that comes in into a S + R, where a is its total decay and R its final state from zero. Each rank computes both
   by one matrix product; states then go from rank to rank, one hop each, and with the state that came in the scan runs, all ranks at once:
 
@@ -12,8 +12,8 @@ Convolution: the W - 1 inputs before a stretch come from the left neighbour. Sca
 
   The product has half of the scan's operations, but its cost does not grow with the ranks.
 
-the relay is taken where it costs less, n > 2 (R - 1), by the CPU's kernels; a GPU scans all heads at once, n = 1. Gradients of states and halos go the same way
-back. What travels does not grow with the stretch, and is as much either way. Source of the summary: Dao & Gu (2024), section 8.2.
+The relay is taken where it costs less, n > 2 (R - 1), by the CPU's kernels; a GPU scans all heads at once, n = 1. Gradients of states and halos go the
+same way back. What travels does not grow with the stretch, and is as much either way. Source of the summary: Dao & Gu (2024), section 8.2.
 """
 import math
 
@@ -126,7 +126,7 @@ class _Relayed(torch.autograd.Function):
             came.append(_masked(relay.take(), enters))
             *operands, bias = _part(block, x, dt, A, B, C, D, dt_bias)
             gate = None if z is None else z[:, :, block[0]]
-            y[:, :, block[0]], end = kernels.ops("cpu").chunk_scan_fwd(*operands, gate, bias, came[-1], seq_idx, None, *options, wanted)
+            end = kernels.ops("cpu").chunk_scan_fwd_into(y[:, :, block[0]], *operands, gate, bias, came[-1], seq_idx, None, *options, wanted)
             relay.give(end)
             ends.append(end)
         relay.end()
@@ -146,12 +146,13 @@ class _Relayed(torch.autograd.Function):
             dends = relay.take()
             if dstates is not None:
                 dends = dstates[:, block[0]] if dends is None else dends + dstates[:, block[0]]
-            *found, dcame = kernels.ops("cpu").chunk_scan_bwd(
-                dy[:, :, block[0]], dends, *_part(block, x, dt, A, B, C, D, dt_bias), states, seq_idx, None, *ctx.options
+            dx, *others = _part(block, *grads)
+            *found, dcame = kernels.ops("cpu").chunk_scan_bwd_into(
+                dx, dy[:, :, block[0]], dends, *_part(block, x, dt, A, B, C, D, dt_bias), states, seq_idx, None, *ctx.options
             )
-            for i, (grad, own) in enumerate(zip(_part(block, *grads), found)):
+            for i, (grad, own) in enumerate(zip(others, found)):
                 if grad is not None:
-                    grad.add_(own) if i in (3, 4) else grad.copy_(own)  # blocks share B and C
+                    grad.add_(own) if i in (2, 3) else grad.copy_(own)  # blocks share B and C
             if states is not None:
                 relay.give(_masked(dcame, enters))
         relay.end()
