@@ -2,7 +2,8 @@
 
 With R the float64 reference and E the reference in the op's own dtype, an output passes when
 max|out - R| <= 2 max|E - R| + a rounding floor, and its normalised mean squared error is small for the dtype,
-and it is finite where R is, with E's shape and dtype.
+and it is finite where R is, with E's shape and dtype. That second limit is an op's, which rounds its result once. A whole model in 16 bits rounds in every
+layer, so that E itself breaks it: there it is four times E's own, which is twice the error, as in the first.
 """
 from dataclasses import dataclass
 
@@ -25,8 +26,8 @@ class Verdict:
     why: str
 
 
-def check(out, ref64, ref_same_dtype):
-    """Judges `out` against the float64 reference and the reference in out's dtype."""
+def check(out, ref64, ref_same_dtype, whole_model=False):
+    """Judges `out`, of an op or of a whole model, against the float64 reference and the reference in out's dtype."""
     nan = float("nan")
     if out.shape != ref_same_dtype.shape or out.dtype != ref_same_dtype.dtype:
         why = f"got {tuple(out.shape)} {out.dtype}, not {tuple(ref_same_dtype.shape)} {ref_same_dtype.dtype}"
@@ -45,11 +46,14 @@ def check(out, ref64, ref_same_dtype):
     error = (O - R).abs().max().item()
     power = R.square().mean().item()
     nmse = (O - R).square().mean().item() / power if power else 0.0 if error == 0 else float("inf")
+    nmse_limit = NMSE[out.dtype]
+    if whole_model and power:
+        nmse_limit = max(nmse_limit, 4 * (E - R).square().mean().item() / power)
     floor = ROUNDINGS[out.dtype] * torch.finfo(out.dtype).eps * scale + torch.finfo(out.dtype).tiny
     limit = 2 * (E - R).abs().max().item() + floor
     why = ""
     if error > limit:
         why = f"max error {error:.3g} is over the limit {limit:.3g}"
-    elif nmse > NMSE[out.dtype]:
-        why = f"nmse {nmse:.3g} is over the limit {NMSE[out.dtype]:.3g}"
+    elif nmse > nmse_limit:
+        why = f"nmse {nmse:.3g} is over the limit {nmse_limit:.3g}"
     return Verdict(not why, error, error / scale if scale else 0.0, nmse, why)

@@ -101,6 +101,18 @@ def test_negative_controls_fail(op, break_it):
                     assert_matches(case, dtype, kwargs, found | {name: break_it(value)}, gradients=bool(case.grads))
 
 
+def test_a_whole_model_may_be_twice_as_far_off_as_its_reference():
+    draw = torch.Generator().manual_seed(0)
+    exact = torch.randn(4096, generator=draw, dtype=torch.float64)
+    reference, out = (exact + 0.01 * torch.randn(4096, generator=draw) for _ in range(2))
+
+    def ok(times, **options):
+        return check((exact + times * (out - exact)).bfloat16(), exact, reference.bfloat16(), **options).ok
+
+    assert not ok(1)  # an op rounds once
+    assert ok(1, whole_model=True) and not ok(2.2, whole_model=True) and not ok(4, whole_model=True)
+
+
 GRADCHECK = [c for c in cases.CASES if c.grads and c.name in (
     "states", "packed_states", "packed_states_channel_first", "width_3_channel_first", "mixed", "odd_sizes", "gated_states", "varlen",
     "dt_limit", "D_per_channel", "gate_first", "groups_norm_first", "no_gate", "padding_first", "bias_transposed_rows_behind", "trans_a", "trans_b",
