@@ -23,6 +23,11 @@ class Ranks:
     def __deepcopy__(self, memo):
         return self
 
+    def own(self, number):
+        """(begin, end) of this rank's share of so many rows: as DTensors have it, fewer on the last ranks where the ranks don't divide them."""
+        width = -(-number // self.size)
+        return min(number, self.place * width), min(number, (self.place + 1) * width)
+
     def _call(self, purpose, sent, collective, *tensors, **options):
         comm._sent[purpose] += sent
         try:
@@ -132,16 +137,15 @@ def collect(x, ranks, purpose, differ):
 
 
 class _Judge(torch.autograd.Function):
-    """logits (T, V / R) of this rank, labels (T,) of the whole vocabulary -> in float32 (or 64) their log-sum-exp (T,), and the label's logit, 0 where the
-    label isn't one. No rank sees another's logits."""
+    """logits (T, V / R) of this rank's words, of which the first is number `begin`, labels (T,) of the whole vocabulary -> in float32 (or 64) their
+    log-sum-exp (T,), and the label's logit, 0 where the label isn't one. No rank sees another's logits."""
 
     @staticmethod
-    def forward(ctx, logits, labels, ranks, purpose):
+    def forward(ctx, logits, labels, begin, ranks, purpose):
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         top = ranks.sum(z.amax(-1), purpose, dist.ReduceOp.MAX)
-        width = z.shape[1]
-        here = labels - ranks.place * width
-        mine = (here >= 0) & (here < width)
+        here = labels - begin
+        mine = (here >= 0) & (here < z.shape[1])
         here = torch.where(mine, here, 0)[:, None]
         chosen = torch.where(mine, z.gather(1, here)[:, 0], 0)
         sums, chosen = ranks.sum(torch.stack([(z - top[:, None]).exp().sum(-1), chosen]), purpose)
@@ -155,9 +159,9 @@ class _Judge(torch.autograd.Function):
         logits, whole, here, mine = ctx.saved_tensors
         dz = (logits.to(whole.dtype) - whole[:, None]).exp_().mul_(dwhole[:, None])
         dz.scatter_add_(1, here, torch.where(mine, dchosen, 0)[:, None])
-        return dz.to(logits.dtype), None, None, None
+        return dz.to(logits.dtype), None, None, None, None
 
 
 @torch.compiler.disable
-def judge(logits, labels, ranks, purpose):
-    return _Judge.apply(logits, labels, ranks, purpose)
+def judge(logits, labels, begin, ranks, purpose):
+    return _Judge.apply(logits, labels, begin, ranks, purpose)

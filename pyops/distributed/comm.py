@@ -1,7 +1,10 @@
 """What ranks tell each other: row exchanges and neighbours' messages that can be differentiated, the bytes they take, and errors that say who failed."""
+import hashlib
 import math
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from itertools import zip_longest
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,6 +38,18 @@ def check_mesh(fn, mesh):
     return mesh.get_group(), mesh.get_local_rank(), mesh.size()
 
 
+def claim(fn, model, mesh):
+    """Notes that the ranks of mesh share this model's work by the plan `fn`."""
+    model._ranks_of_plans = getattr(model, "_ranks_of_plans", {}) | {fn: mesh.mesh.tolist()}
+
+
+def check_claims(fn, model, mesh):
+    """Ranks that share a model's work by one plan can't share it by another too."""
+    for plan, ranks in getattr(model, "_ranks_of_plans", {}).items():
+        if len(set(ranks) & set(mesh.mesh.tolist())) > 1:
+            checks.fail(fn, f"mesh must cross that of {plan}, ranks {ranks}, got ranks {mesh.mesh.tolist()}; take another dimension of one mesh")
+
+
 def failed(what, group, error):
     ranks = dist.get_process_group_ranks(group)
     return RuntimeError(
@@ -57,17 +72,39 @@ def _count(purpose, tensor, rows=None):
     _sent[purpose] += tensor.element_size() * (tensor.numel() if rows is None else rows * math.prod(tensor.shape[1:]))
 
 
-def agree(fn, group, mine, what="layers"):
-    """Raises on every rank unless all of them pass the same `mine`, a list of texts."""
-    found = [None] * dist.get_world_size(group)
+def agree(fn, group, model, check, **arguments):
+    """check() raises what this rank sees alone. Then, on every rank alike, raises that, or that the ranks differ in it, in their models or in `arguments`:
+    a rank that raised alone, or went on with another model, would let the others wait for it."""
+    try:
+        check()
+        wrong = None
+    except (TypeError, ValueError) as error:
+        wrong = error
+    mine = [*_described(model), *(f"{name} {value}" for name, value in arguments.items()), *([] if wrong is None else [str(wrong)])]
+    everyones = [None] * dist.get_world_size(group)
     with explained("comparing the ranks' models", group):
-        dist.all_gather_object(found, mine, group=group)
+        dist.all_gather_object(everyones, mine, group=group)
     ranks = dist.get_process_group_ranks(group)
-    for rank, theirs in zip(ranks, found):
-        if theirs != found[0]:
-            pairs = [(f"{len(found[0])} {what}", f"{len(theirs)} {what}"), *zip(found[0], theirs)]
-            ours, other = next((a, b) for a, b in pairs if a != b)
-            checks.fail(fn, f"every rank must pass the same model, got {ours} on rank {ranks[0]} and {other} on rank {rank}")
+    for rank, theirs in zip(ranks, everyones):
+        for one, other in zip_longest(everyones[0], theirs, fillvalue="nothing more"):
+            if one != other:
+                checks.fail(fn, f"every rank must pass the same model and arguments, got {one} on rank {ranks[0]} and {other} on rank {rank}")
+    if wrong is not None:
+        raise wrong
+
+
+def _described(model):
+    """A line for the class, each setting, and each parameter and buffer: name, shape, dtype and, of plain tensors, a hash of some values."""
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else vars(config) if is_dataclass(config) else {}
+    lines = [f"{type(model).__module__}.{type(model).__qualname__}", *(f"{name} {value}" for name, value in settings.items() if not name.startswith("_"))]
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()) if isinstance(model, torch.nn.Module) else ():
+        tensor, values = tensor.detach(), ""
+        if type(tensor) is torch.Tensor and not tensor.is_meta:
+            some = tensor.flatten()[:: max(1, tensor.numel() // 64)].cpu().contiguous()
+            values = " " + hashlib.sha1(some.view(torch.uint8).numpy().tobytes()).hexdigest()[:12]
+        lines.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}{values}")
+    return lines
 
 
 # ---- rows to every rank and back ---------------------------------------------------------------------------------

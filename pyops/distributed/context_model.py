@@ -43,14 +43,9 @@ def context_parallel(model, mesh):
         RuntimeError, in a call: another rank failed.
     """
     group, _, _ = comm.check_mesh(FN, mesh)
-    ours = isinstance(model, bamba.Bamba)
-    if not ours and not isinstance(model, blt.Blt) and not _is_transformers(model):
-        checks.fail(FN, f"model must be a Bamba or Blt of terrazzo.models or transformers' BambaForCausalLM, got {type(model).__name__}; for other models there "
-                        "are distributed.causal_conv1d_fn and mamba_chunk_scan_combined", TypeError)
-    if hasattr(model, "_context_parallel") or ours and model.context is not bamba.Context:
-        checks.fail(FN, "the rows of model must not be sharded yet, they are; load the model anew")
-    comm.agree(FN, group, [_described(name, p.detach()) for name, p in model.named_parameters()], "parameters")
-    if ours:
+    comm.agree(FN, group, model, lambda: _check_model(model, mesh))
+    comm.claim(FN, model, mesh)
+    if isinstance(model, bamba.Bamba):
         model.context = partial(_context, mesh)
     elif isinstance(model, blt.Blt):
         from .context_blt import forward
@@ -67,13 +62,6 @@ def _swap(model, mesh, forward):
     cls = type(model)
     object.__setattr__(model, "_context_parallel", (mesh, cls.forward))
     model.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "forward": forward})
-
-
-def _described(name, weight):
-    """Name, shape, dtype and a checksum of some values, of weights that are whole."""
-    plain = type(weight) is torch.Tensor and not weight.is_meta
-    some = f" beginning with {zlib.crc32(weight.flatten()[:64].float().cpu().numpy().tobytes()):08x}" if plain else ""
-    return f"{name} {tuple(weight.shape)} {weight.dtype}{some}"
 
 
 def _context(mesh, config, input_ids, labels, state, valid, cu_seqlens, dtype):
@@ -223,6 +211,15 @@ def _forward(self, input_ids, attention_mask=None, labels=None, cu_seqlens=None,
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------
+
+
+def _check_model(model, mesh):
+    if not isinstance(model, (bamba.Bamba, blt.Blt)) and not _is_transformers(model):
+        checks.fail(FN, f"model must be a Bamba or Blt of terrazzo.models or transformers' BambaForCausalLM, got {type(model).__name__}; for other models there "
+                        "are distributed.causal_conv1d_fn and mamba_chunk_scan_combined", TypeError)
+    if FN in getattr(model, "_ranks_of_plans", {}):
+        checks.fail(FN, "the rows of model must not be sharded yet, they are; load the model anew")
+    comm.check_claims(FN, model, mesh)
 
 
 def _check(input_ids, labels, state, valid, cu_seqlens):

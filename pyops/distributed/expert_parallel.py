@@ -36,17 +36,8 @@ def expert_parallel(module_or_model, mesh, *, chunks=1):
         RuntimeError, in a call: another rank failed.
     """
     group, place, size = comm.check_mesh(FN, mesh)
-    if not isinstance(module_or_model, nn.Module):
-        checks.fail(FN, f"module_or_model must be a torch.nn.Module, got {type(module_or_model).__name__}", TypeError)
-    checks.check_count(FN, "chunks", chunks, 1)
-    layers = {path or type(module).__name__: module for path, module in module_or_model.named_modules() if _weights(module) is not None}
-    if not layers:
-        checks.fail(FN, f"{type(module_or_model).__name__} has no experts that can be sharded: terrazzo.models.Dbrx, transformers' DBRX, or experts behind "
-                        "transformers' ExpertsInterface")
-    for path, module in layers.items():
-        _check(path, module, size)
-    comm.agree(FN, group, [_describe(path, module) for path, module in layers.items()])
-    for module in layers.values():
+    comm.agree(FN, group, module_or_model, lambda: _check(module_or_model, size, chunks), chunks=chunks)
+    for module in _layers(module_or_model).values():
         _shard(module, mesh, group, place, size, chunks)
     return module_or_model
 
@@ -61,6 +52,8 @@ def reduce_gradients(model, mesh):
     fn = "distributed.reduce_gradients"
     group, _, size = comm.check_mesh(fn, mesh)
     ranks = dist.get_process_group_ranks(group)
+    if getattr(model, "_ranks_of_plans", {}).get("distributed.tensor_parallel") == ranks:
+        checks.fail(fn, "mesh must be another than that of tensor_parallel, over whose ranks gradients are one rank's already")
     for name, parameter in model.named_parameters():
         others = [set(other) & set(ranks) for other in _ranks_of(parameter) if other != ranks]
         if any(len(shared) > 1 for shared in others):
@@ -118,7 +111,24 @@ def _experts_of(module):
     return module.num_experts if _is_dbrx(module) else module.down_proj.shape[0]
 
 
-def _check(path, module, size):
+def _layers(model):
+    """{path: module} of the layers of experts."""
+    return {path or type(module).__name__: module for path, module in model.named_modules() if _weights(module) is not None}
+
+
+def _check(model, size, chunks):
+    if not isinstance(model, nn.Module):
+        checks.fail(FN, f"module_or_model must be a torch.nn.Module, got {type(model).__name__}", TypeError)
+    checks.check_count(FN, "chunks", chunks, 1)
+    layers = _layers(model)
+    if not layers:
+        checks.fail(FN, f"{type(model).__name__} has no experts that can be sharded: terrazzo.models.Dbrx, transformers' DBRX, or experts behind "
+                        "transformers' ExpertsInterface")
+    for path, module in layers.items():
+        _check_layer(path, module, size)
+
+
+def _check_layer(path, module, size):
     if hasattr(module, "_expert_parallel"):
         checks.fail(FN, f"the experts of {path} must not be sharded yet, they are; load the model anew")
     if packing._ATTRIBUTE in module.__dict__:
@@ -129,11 +139,6 @@ def _check(path, module, size):
     E = _experts_of(module)
     if E % size:
         checks.fail(FN, f"the {size} ranks of mesh must divide the {E} experts of {path}; take a mesh of fewer ranks, or a sub-mesh")
-
-
-def _describe(path, module):
-    weights = [(name, tuple(owner._parameters[name].shape), str(owner._parameters[name].dtype)) for owner, name in _weights(module)]
-    return f"{path}: {_experts_of(module)} experts {weights}"
 
 
 # ---- the sharded layer -------------------------------------------------------------------------------------------

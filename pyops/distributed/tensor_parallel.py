@@ -7,7 +7,6 @@ Weights of several parts side by side (Wqkv; in_proj with z, x, B, C, dt; a conv
 parameter holds the rows in the order of the ranks; a state dict holds them in the model's order, both when it is made and when it is loaded.
 Source: Shoeybi et al. (2019), Megatron-LM.
 """
-import hashlib
 import math
 
 import terrazzo
@@ -33,7 +32,7 @@ def tensor_parallel(model, mesh):
         model: a Bamba, Dbrx, Blt or Blenderbot of `terrazzo.models`, the same on every rank. Its parameters become DTensors over the mesh. A Dbrx may have
             been through `expert_parallel` on another dimension of one mesh before; `fully_shard` comes after, on another dimension too.
         mesh: a DeviceMesh of one dimension. Its size divides the heads of queries, keys and values, those of the scan, the channels of MLPs and
-            experts, and the vocabulary; of the scan's groups it is a divisor or a multiple.
+            experts; of the scan's groups it is a divisor or a multiple. Words needn't be as many on every rank.
 
     Returns:
         model. Its outputs, losses, gradients and generated tokens are those of one rank, on every rank. Logits are DTensors, split along the vocabulary:
@@ -44,15 +43,16 @@ def tensor_parallel(model, mesh):
         RuntimeError, in a call: another rank failed.
     """
     group, _, size = comm.check_mesh(FN, mesh)
-    if not isinstance(model, nn.Module):
-        checks.fail(FN, f"model must be a torch.nn.Module, got {type(model).__name__}", TypeError)
-    comm.agree(FN, group, [f"{type(model).__module__}.{type(model).__qualname__} {getattr(model, 'config', None)}"])
-    comm.agree(FN, group, _describe(model))
+    comm.agree(FN, group, model, lambda: _check(model, mesh, size))
+    return parallelize_module(model, mesh, plan(model))
+
+
+def _check(model, mesh, size):
     styles = plan(model)
     _check_free(model, mesh)
+    comm.check_claims(FN, model, mesh)
     for path, style in styles.items():
         style.check(path, model.get_submodule(path), size)
-    return parallelize_module(model, mesh, styles)
 
 
 def plan(model):
@@ -124,8 +124,8 @@ def _blenderbot(model):
 
 
 def _blt(model):
-    """The head and the patcher stay whole: 260 tokens, and no gradient. The table of hashes is split along its width."""
-    styles = {"model": HashEmbedding()}
+    """The patcher, which has no gradient, stays whole, and a head that is the bytes' embedding too. The table of hashes is split along its width."""
+    styles = {"model": HashEmbedding()} | ({} if model.tied() else {"lm_head": VocabularyHead()})
     for name in ("local_encoder", "global_transformer", "local_decoder"):
         stack = getattr(model.model, name)
         for i, layer in enumerate(stack.layers):
@@ -149,12 +149,12 @@ def _place(module, name, mesh, dim=None, parts=None):
         return
     known = getattr(whole, "_tensor_parallel", None)  # of a tied parameter, which another module has spread already
     if known is None:
-        place, size = mesh.get_local_rank(), mesh.size()
+        ranks = collectives.Ranks(mesh)
         dim = 0 if parts is not None else dim
         local = _local(whole.detach())
         if dim is not None:
-            pieces = local.split(parts or [local.shape[dim]], dim)
-            local = torch.cat([piece.narrow(dim, place * (piece.shape[dim] // size), piece.shape[dim] // size) for piece in pieces], dim)
+            shares = [(piece, *ranks.own(piece.shape[dim])) for piece in local.split(parts or [local.shape[dim]], dim)]
+            local = torch.cat([piece.narrow(dim, begin, end - begin) for piece, begin, end in shares], dim)
         known = _spread(whole, local, mesh, dim)
         if table is module._parameters:
             known = nn.Parameter(known, requires_grad=whole.requires_grad)
@@ -182,7 +182,7 @@ def _part(name, mesh):
 def _spread(whole, local, mesh, dim):
     placement = Replicate() if dim is None else Shard(dim)
     if not isinstance(whole, DTensor):
-        return DTensor.from_local(local, mesh, [placement], run_check=False)
+        return DTensor.from_local(local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride())
     both = DeviceMesh._concatenate([whole.device_mesh, mesh])  # experts that live on another dimension
     return DTensor.from_local(local, both, [*whole.placements, placement], run_check=False)
 
@@ -204,23 +204,28 @@ class _Order:
     def __init__(self, name, size, parts):
         self.name, self.size, self.parts = name, size, parts
 
-    def _rows(self):
+    def _pieces(self, number):
+        """[(begin, end)] of the model's rows, `number` in all, piece after piece as the parameter has them."""
+        starts, whole = [sum(self.parts[:i]) for i in range(len(self.parts))], sum(self.parts)
+        return [(begin, begin + part // self.size)
+                for other in range(0, number, whole)  # ranks of expert parallelism, each with rows like these
+                for rank in range(self.size) for start, part in zip(starts, self.parts) for begin in (other + start + part // self.size * rank,)]  # fmt: skip
+
+    def _rows(self, number):
         """The row of the model that each row of the parameter is."""
-        starts = [sum(self.parts[:i]) for i in range(len(self.parts))]
-        return torch.cat([start + part // self.size * rank + torch.arange(part // self.size) for rank in range(self.size) for start, part in zip(starts, self.parts)])
+        return torch.cat([torch.arange(begin, end) for begin, end in self._pieces(number)])
 
     def on_saving(self, module, state_dict, prefix, local_metadata):
         found, regroups = state_dict[prefix + self.name], self._regroups(state_dict[prefix + self.name])
-        if found.is_meta:  # has a shape alone, the same in any order
-            state_dict[prefix + self.name] = found if regroups else torch.empty(found.shape, dtype=found.dtype, device="meta")
+        if found.is_meta:  # has a shape alone, the same in any order; and tells what to read
+            state_dict[prefix + self.name] = shape = found if regroups else torch.empty(found.shape, dtype=found.dtype, device="meta")
+            shape.in_ranks = found, self._pieces(len(found))
         else:
             state_dict[prefix + self.name] = self._regrouped(found) if regroups else self.unshuffled(found)
 
     def unshuffled(self, found):
         whole = found.full_tensor()
-        rows = self._rows().to(whole.device)
-        others = len(whole) // len(rows)  # ranks of expert parallelism, each with rows like these
-        return torch.empty_like(whole.view(others, len(rows), -1)).index_copy_(1, rows, whole.view(others, len(rows), -1)).view_as(whole)
+        return torch.empty_like(whole).index_copy_(0, self._rows(len(whole)).to(whole.device), whole)
 
     def _regroups(self, found):
         """Parts of one size that the ranks can share out whole (experts): then nobody needs all of them."""
@@ -240,11 +245,12 @@ class _Order:
         if key not in state_dict:
             return
         whole, mine = state_dict[key], module._parameters[self.name]
+        if getattr(whole, "in_rank_order", False):
+            return
         whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
         if whole.shape != mine.shape:
             return  # load_state_dict says so
-        rows = self._rows().to(whole.device)
-        whole = whole.reshape(-1, len(rows), *whole.shape[1:])[:, rows].flatten(0, 1)
+        whole = whole[self._rows(len(whole)).to(whole.device)]
         if isinstance(mine, DTensor):
             device = whole.device if mine.is_meta else mine.device
             whole = distribute_tensor(whole.to(device), mine.device_mesh, mine.placements, src_data_rank=None)
@@ -262,6 +268,12 @@ class Style(ParallelStyle):
 def _check_divides(path, what, number, size):
     if number % size:
         checks.fail(FN, f"the {size} ranks of mesh must divide the {number} {what} of {path}; take a mesh of fewer ranks, or a sub-mesh")
+
+
+def _check_words(path, number, size):
+    if (size - 1) * -(-number // size) >= number:
+        checks.fail(FN, f"each of the {size} ranks of mesh must have some of the {number} words of the vocabulary of {path}; take a mesh of fewer ranks, or "
+                        "a sub-mesh")
 
 
 class Enter(Style):
@@ -397,17 +409,17 @@ class VocabularyEmbedding(Style):
     """Each rank has the rows of some words; the others' are zero, and all are summed."""
 
     def check(self, path, module, size):
-        _check_divides(path, "words of the vocabulary", module.weight.shape[0], size)
+        _check_words(path, module.weight.shape[0], size)
 
     def _apply(self, module, mesh):
         ranks = collectives.Ranks(mesh)
-        width = module.num_embeddings // ranks.size
-        padding = None if module.padding_idx is None or module.padding_idx // width != ranks.place else module.padding_idx % width
+        begin, end = ranks.own(module.num_embeddings)
+        padding = None if module.padding_idx is None or not begin <= module.padding_idx < end else module.padding_idx - begin
         _place(module, "weight", mesh, 0)
 
         def forward(self, ids):
-            here = ids - ranks.place * width
-            others = (here < 0) | (here >= width)
+            here = ids - begin
+            others = (here < 0) | (here >= end - begin)
             y = F.embedding(here.masked_fill(others, 0), self.weight, padding).masked_fill(others[..., None], 0)
             return collectives.leave(y, ranks, EMBEDDING)
 
@@ -419,7 +431,7 @@ class VocabularyHead(Style):
     """A linear layer to the logits of some words on each rank: a DTensor."""
 
     def check(self, path, module, size):
-        _check_divides(path, "words of the vocabulary", module.weight.shape[0], size)
+        _check_words(path, module.weight.shape[0], size)
 
     def _apply(self, module, mesh):
         from ..models.layers import linear
@@ -429,7 +441,8 @@ class VocabularyHead(Style):
 
         def forward(self, h):
             logits = linear(collectives.enter(h, ranks, HEAD), self.weight)
-            return DTensor.from_local(logits, mesh, [Shard(logits.dim() - 1)], run_check=False)
+            whole = torch.empty(*logits.shape[:-1], self.out_features, device="meta")
+            return DTensor.from_local(logits, mesh, [Shard(logits.dim() - 1)], run_check=False, shape=whole.shape, stride=whole.stride())
 
         _specialise(module, {"forward": forward})
         return module
@@ -466,11 +479,15 @@ class Whole(Style):
             for name, parameter in part._parameters.items():
                 if not isinstance(parameter, DTensor):
                     _place(part, name, mesh)
+        comm.claim(FN, module, mesh)
         ranks, cls = collectives.Ranks(mesh), type(module)
 
         def advance(self, ids, state):
             logits = cls.advance(self, ids, state)
-            return ranks.collect(logits.to_local(), HEAD) if isinstance(logits, DTensor) else logits
+            if not isinstance(logits, DTensor):
+                return logits
+            local, words = logits.to_local(), logits.shape[-1]
+            return ranks.collect(F.pad(local, (0, -(-words // ranks.size) - local.shape[-1])), HEAD)[..., :words]
 
         def get_parameter(self, target):
             owner, _, leaf = target.rpartition(".")
@@ -485,44 +502,31 @@ class Whole(Style):
 
 
 def _split(logits):
-    """(this rank's logits (..., V / R), the ranks) of a DTensor that is split along the vocabulary."""
+    """(this rank's logits (..., V / R), the first one's word, the ranks) of a DTensor that is split along the vocabulary."""
     if tuple(logits.placements) != (Shard(logits.dim() - 1),):
         checks.fail("distributed.cross_entropy", f"logits must be split along the vocabulary over one mesh dimension, got {logits.placements}; take logits.full_tensor()")
-    return logits.to_local(), collectives.Ranks(logits.device_mesh)
+    ranks = collectives.Ranks(logits.device_mesh)
+    return logits.to_local(), ranks.own(logits.shape[-1])[0], ranks
 
 
 def cross_entropy(logits, labels, ignored=-100):
     """Mean cross entropy of labels (...) given logits (..., V), a DTensor split along V; `ignored` labels don't count. No rank sees another's logits:
     the maximum, the sum of exponentials and the label's logit of each position travel."""
-    local, ranks = _split(logits)
+    local, begin, ranks = _split(logits)
     labels = labels.flatten()
-    whole, chosen = collectives.judge(local.flatten(0, -2), labels, ranks, LOSS)
+    whole, chosen = collectives.judge(local.flatten(0, -2), labels, begin, ranks, LOSS)
     counts = labels != ignored
     return (torch.where(counts, whole - chosen, 0).sum() / counts.sum()).to(logits.dtype)
 
 
 def logsumexp(logits):
     """(...) of logits (..., V), a DTensor split along V."""
-    local, ranks = _split(logits)
+    local, begin, ranks = _split(logits)
     labels = torch.full((math.prod(local.shape[:-1]),), -1, device=local.device)
-    return collectives.judge(local.flatten(0, -2), labels, ranks, LOSS)[0].view(local.shape[:-1]).to(logits.dtype)
+    return collectives.judge(local.flatten(0, -2), labels, begin, ranks, LOSS)[0].view(local.shape[:-1]).to(logits.dtype)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------
-
-
-def _describe(model):
-    """A line for each parameter and buffer: name, shape, dtype, and a hash of some of its values."""
-    lines = []
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        local = _local(tensor.detach())
-        if local.is_meta or isinstance(tensor, DTensor):
-            values = ""
-        else:
-            some = local.flatten()[:: max(1, local.numel() // 64)].cpu().contiguous()
-            values = " " + hashlib.sha1(some.view(torch.uint8).numpy().tobytes()).hexdigest()[:12]
-        lines.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}{values}")
-    return lines
 
 
 def _check_free(model, mesh):

@@ -12,6 +12,7 @@ from terrazzo import models
 from terrazzo.distributed import comm, expert_parallel, reduce_gradients, reset_traffic, traffic, volume
 from terrazzo.models.dbrx import AttentionConfig, DbrxConfig, Experts, FFNConfig
 from tiny_models import make_config
+from torch.distributed.fsdp import fully_shard
 
 D, F, E, A = 16, 12, 8, 3
 parallel = sys.modules["terrazzo.distributed.expert_parallel"]  # the function has the module's name
@@ -241,14 +242,30 @@ def an_optimiser_step(mesh):
 
 def fsdp2_beside_it(mesh):
     """FSDP2 shards what isn't experts; its gradients are means over ranks, the experts' are sums."""
-    from torch.distributed.fsdp import fully_shard
-
-    rank, ranks = mesh.get_local_rank(), mesh.size()
-    batches = [torch.randint(3, 60, (2, 9 + 4 * r), generator=torch.Generator().manual_seed(r)) for r in range(ranks)]
     model = expert_parallel(our_dbrx(), mesh)
     experts = {p for name, p in model.named_parameters() if ".experts." in name}
     for block in (*model.transformer.blocks, model):
         fully_shard(block, mesh=mesh, ignored_params=experts)
+    under_fsdp2(model, mesh, mesh)
+
+
+def experts_and_data(mesh):
+    """On a mesh of two by two: experts over one dimension, each of them under FSDP2 over the other, all else under FSDP2 over all ranks."""
+    grid = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "experts"))
+    model = expert_parallel(our_dbrx(), grid["experts"])
+    for block in model.transformer.blocks:
+        fully_shard(block.ffn.experts, mesh=grid["data"])
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    w1 = model.transformer.blocks[0].ffn.experts.mlp.w1
+    assert w1.to_local().numel() * 4 == w1.numel()
+    under_fsdp2(model, mesh, grid["experts"])
+
+
+def under_fsdp2(model, mesh, along):
+    """Loss and gradients of every rank's own batch; an expert's are sums over `along`."""
+    rank, ranks = mesh.get_local_rank(), mesh.size()
+    batches = [torch.randint(3, 60, (2, 9 + 4 * r), generator=torch.Generator().manual_seed(r)) for r in range(ranks)]
     loss, _ = our_loss(model, batches[rank])
     loss.backward()
     expected = []
@@ -257,7 +274,7 @@ def fsdp2_beside_it(mesh):
         results = [our_loss(whole, ids)[0] for ids in batches]
         (sum(results) / ranks).backward()
         expected.append([results[rank], *(p.grad for p in whole.parameters())])
-    found = [loss, *(gathered(p) / (ranks if p in experts else 1) for p in model.parameters())]
+    found = [loss, *(gathered(p) / (along.size() if ".experts." in name else 1) for name, p in model.named_parameters())]
     for name, *values in zip(["loss", *(name for name, _ in model.named_parameters())], found, *expected, strict=True):
         close(name, *values)
 
@@ -338,21 +355,25 @@ def the_next_chunk_travels_meanwhile(mesh):
 
 
 def experts_that_do_not_divide(mesh):
-    """Raised on every rank before any message: `dist` itself is made to refuse them."""
-    sent = []
-    original = dist.all_gather_object
-    dist.all_gather_object = lambda *args, **kwargs: sent.append(args)
-    try:
-        with pytest.raises(ValueError, match=rf"distributed.expert_parallel: the {mesh.size()} ranks of mesh must divide the 7 experts of Experts"):
-            expert_parallel(our_layer(experts=7), mesh)
-    finally:
-        dist.all_gather_object = original
-    assert not sent
+    """Raised on every rank, before anything but descriptions of the models travels."""
+    reset_traffic()
+    with pytest.raises(ValueError, match=rf"distributed.expert_parallel: the {mesh.size()} ranks of mesh must divide the 7 experts of Experts"):
+        expert_parallel(our_layer(experts=7), mesh)
+    assert not traffic()
 
 
 def models_that_differ(mesh):
-    with pytest.raises(ValueError, match="every rank must pass the same model, got Experts: 8 experts .* on rank 0 and Experts: 16 experts .* on rank 1"):
-        expert_parallel(our_layer(experts=8 if mesh.get_local_rank() == 0 else 16), mesh)
+    """Raised on every rank, where one alone would have found something too."""
+    first = mesh.get_local_rank() == 0
+    for other in (16, 7):
+        with pytest.raises(ValueError, match=rf"every rank must pass the same model and arguments, got mlp.w1 \({8 * F}, .* on rank 0 and mlp.w1 \({other * F}, .* on rank 1"):
+            expert_parallel(our_layer(experts=8 if first else other), mesh)
+    with pytest.raises(ValueError, match="every rank must pass the same model and arguments, got chunks 2 on rank 0 and chunks 3 on rank 1"):
+        expert_parallel(our_layer(), mesh, chunks=2 if first else 3)
+    layer = our_layer()
+    layer.mlp.w2.data *= 1 if first else 1.01
+    with pytest.raises(ValueError, match="got mlp.w2 .* on rank 0 and mlp.w2 .* on rank 1"):
+        expert_parallel(layer, mesh)
 
 
 def other_bad_input(mesh):

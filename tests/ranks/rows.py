@@ -1,5 +1,6 @@
 """Checks of Bamba on rows cut into stretches, run on every rank: each computes the whole rows alone and compares loss, its logits and all gradients."""
 import dataclasses
+from functools import partial
 
 import pytest
 import terrazzo
@@ -11,7 +12,7 @@ from ranks.experts import gathered, livened, our_dbrx
 from ranks.sequence import LENGTHS, SHORT, stretch
 from ranks.spawn import close, replaced
 from terrazzo import distributed, models
-from terrazzo.distributed import context_blt, context_model, context_parallel, reduce_gradients, volume
+from terrazzo.distributed import context_blt, context_model, context_parallel, full_tensor, reduce_gradients, tensor_parallel, volume
 from tiny_models import make_config
 from torch.distributed.fsdp import fully_shard
 
@@ -27,11 +28,6 @@ def our_bamba(**changes):
 
 
 BACKENDS = ["reference", "cpu", "reference"]  # of one rank: in float64, and twice in the model's own dtype
-
-
-def close_to_one(name, out, expected64, *expected):
-    """The tolerance rule, by the larger error of one rank's two backends: gradients of few numbers would be judged by chance else."""
-    close(name, out, expected64, max(expected, key=lambda each: (each.double() - expected64).abs().max().item()))
 
 
 def rows(total, batch=2, seed=0, unjudged=None):
@@ -53,13 +49,14 @@ def hf_bamba():
     return livened(cls(config).train())
 
 
-def exact(mesh, lengths=LENGTHS, make=our_bamba, bounds=None, wrap=reduce_gradients, unjudged=None, batch=2):
-    """Loss, logits and gradients against one rank's. bounds: of packed texts. unjudged: a slice of labels that don't count."""
+def exact(mesh, lengths=LENGTHS, make=our_bamba, bounds=None, wrap=reduce_gradients, unjudged=None, batch=2, shard=context_parallel):
+    """Loss, logits and gradients against one rank's. bounds: of packed texts. unjudged: a slice of labels that don't count. shard: context_parallel, and
+    what goes before or after it."""
     lengths = lengths[: mesh.size()]
     ids, labels = rows(sum(lengths), 1 if bounds else batch, unjudged=unjudged)
     options = {} if bounds is None else dict(cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
     here = (slice(None), stretch(mesh, lengths))
-    model = context_parallel(make(), mesh)
+    model = shard(make(), mesh)
     if wrap is not reduce_gradients:
         wrap(model)
     out = model(ids[here], labels=labels[here], **options)
@@ -74,9 +71,10 @@ def exact(mesh, lengths=LENGTHS, make=our_bamba, bounds=None, wrap=reduce_gradie
             want.loss.backward()
         expected.append([want.loss, want.logits[here], *(p.grad if p.grad is not None else torch.zeros_like(p) for p in whole.parameters() if p.requires_grad)])
     names = ["loss", "logits", *(name for name, p in whole.named_parameters() if p.requires_grad)]
-    found = [out.loss, out.logits, *(gathered(p) for p in model.parameters() if p.requires_grad)]
+    logits = out.logits.full_tensor() if hasattr(out.logits, "full_tensor") else out.logits
+    found = [out.loss, logits, *(full_tensor(model, name, p.grad) for name, p in model.named_parameters() if p.requires_grad)]
     for name, *values in zip(names, found, *expected, strict=True):
-        close_to_one(name, *values)
+        close(name, *values)
 
 
 def bamba(mesh):
@@ -147,7 +145,48 @@ def data_beside_context(mesh):
         expected.append([results[group].loss, results[group].logits[here], *(p.grad for p in whole.parameters())])
     names = ["loss", "logits", *(name for name, _ in whole.named_parameters())]
     for name, *values in zip(names, [loss, logits, *(gathered(p) for p in model.parameters())], *expected, strict=True):
-        close_to_one(name, *values)
+        close(name, *values)
+
+
+# ---- tensor parallelism on the other dimension -------------------------------------------------------------------
+
+
+def crossed():
+    """{how: shard(model, the dimension of stretches)}, in both orders, and that dimension."""
+    grid = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "tensor"))
+    return grid["context"], {"first": lambda model, along: context_parallel(tensor_parallel(model, grid["tensor"]), along),
+                             "then": lambda model, along: tensor_parallel(context_parallel(model, along), grid["tensor"])}  # fmt: skip
+
+
+def tensor_and_context(mesh):
+    """Heads, channels and words on one dimension, stretches of rows on the other: whole groups, a group over two ranks, packed texts, FSDP2 over the stretches."""
+    along, orders = crossed()
+    one_group = partial(our_bamba, vocab_size=96, mamba_n_groups=1, tie_word_embeddings=True)
+    for make, bounds in ((partial(our_bamba, vocab_size=96), None), (one_group, [0, LENGTHS[0] - 4, LENGTHS[0] + 2, sum(LENGTHS[:2])])):
+        for shard in orders.values():
+            exact(along, make=make, bounds=bounds, shard=shard)
+    exact(along, SHORT, make=one_group, shard=orders["first"])
+
+    def wrap(model):
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=along)
+
+    exact(along, make=one_group, shard=orders["first"], wrap=wrap)
+
+
+def tensor_and_context_of_blt(mesh):
+    along, orders = crossed()
+    config = our_blt().config
+    make = partial(our_blt, global_=dataclasses.replace(config.global_, num_key_value_heads=4), local_attention_window_len=70)
+    for shard in orders.values():
+        exact(along, BYTES, make=make, batch=1, shard=shard)
+
+
+def plans_over_the_same_ranks(mesh):
+    with pytest.raises(ValueError, match=r"context_parallel: mesh must cross that of distributed.tensor_parallel, ranks \[0, .*\], got ranks \[0, .*; take another"):
+        context_parallel(tensor_parallel(our_bamba(vocab_size=96), mesh), mesh)
+    with pytest.raises(ValueError, match=r"tensor_parallel: mesh must cross that of distributed.context_parallel, ranks \[0, .*\], got ranks \[0, .*; take another"):
+        tensor_parallel(context_parallel(our_bamba(vocab_size=96), mesh), mesh)
 
 
 # ---- BLT ---------------------------------------------------------------------------------------------------------
@@ -305,13 +344,15 @@ def bad_rows(mesh):
         context_parallel(our_dbrx(), mesh)
     with pytest.raises(TypeError, match="mesh must be a DeviceMesh of one dimension, got NoneType"):
         context_parallel(our_bamba(), None)
-    with pytest.raises(ValueError, match=r"every rank must pass the same model, got model.\S+ \(.* on rank 0 and model.\S+ \(.* rank 1"):
+    with pytest.raises(ValueError, match="every rank must pass the same model and arguments, got intermediate_size 48 on rank 0 and intermediate_size 64 on rank 1"):
         context_parallel(our_bamba(intermediate_size=48 if rank == 0 else 64), mesh)
     other = our_bamba()
     with torch.no_grad():
-        other.lm_head.weight[0, 3] += rank
-    with pytest.raises(ValueError, match=r"the same model, got lm_head.weight \(97, 32\) torch.float32 beginning with \w+ on rank 0 and lm_head"):
+        other.lm_head.weight[:3] += rank
+    with pytest.raises(ValueError, match=r"the same model and arguments, got lm_head.weight \(97, 32\) torch.float32 \w+ on rank 0 and lm_head"):
         context_parallel(other, mesh)
+    with pytest.raises(ValueError, match="the same model and arguments, got terrazzo.models.bamba.Bamba on rank 0 and terrazzo.models.dbrx.Dbrx on rank 1"):
+        context_parallel(our_bamba() if rank == 0 else our_dbrx(), mesh)  # of which one rank alone sees that it isn't served
     model = context_parallel(our_bamba(), mesh)
     with pytest.raises(ValueError, match="the rows of model must not be sharded yet"):
         context_parallel(model, mesh)
@@ -347,4 +388,4 @@ def bad_rows(mesh):
 
 BLT_CHECKS = ["blt", "blt_computed_again", "what_blt_loses_shows", "bytes_of_blt", "bad_bytes"]
 CHECKS = [*BLT_CHECKS, "bamba", "bamba_of_packed_texts", "bamba_computed_again", "bamba_of_transformers", "bamba_under_fsdp2", "what_is_lost_shows",
-          "keys_travel_once", "bad_rows"]  # fmt: skip
+          "keys_travel_once", "plans_over_the_same_ranks", "bad_rows"]  # fmt: skip
