@@ -102,15 +102,29 @@ def _converted(tensor, device, dtype):
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
-def _own_part(whole, like, device, dtype):
-    """The DTensor of which this rank holds what `like` says, of `whole`, something that slices are read from."""
+def _own_part(whole, like, device, dtype, order=None):
+    """The DTensor of which this rank holds what `like` says, of `whole`, something that slices are read from. order: [(begin, end)] of the rows of `whole`,
+    where the DTensor has them in another order (see terrazzo.distributed.tensor_parallel)."""
     (chunk,) = like.__create_chunk_list__()
+    first, *others = [slice(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes)]
     if 0 in chunk.sizes:  # nothing is here; one number tells the dtype
         local = whole[(slice(1),) * like.dim()].new_empty(chunk.sizes)
     else:
-        local = whole[tuple(slice(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes))].contiguous()
+        local = torch.cat([whole[(rows, *others)] for rows in ([first] if order is None else _cut(order, first))]).contiguous()
     local = _converted(local, device or like.device_mesh.device_type, dtype)
-    return type(like).from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    found = type(like).from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    found.in_rank_order = order is not None
+    return found
+
+
+def _cut(order, rows):
+    """Slices of rows.start to rows.stop of the rows that the pieces of `order`, [(begin, end)], make one after another."""
+    at = 0
+    for begin, end in order:
+        low, high = max(begin, begin + rows.start - at), min(end, begin + rows.stop - at)
+        at += end - begin
+        if low < high:
+            yield slice(low, high)
 
 
 def listed(names):
@@ -178,8 +192,9 @@ class Pretrained(nn.Module):
         tensors = {}
         for name in wanted:
             stored = name in checkpoint.names
-            if is_sharded(state[name]):
-                tensors[name] = _own_part(checkpoint.slices(name) if stored else self.optional[name](self.config), state[name], device, dtype)
+            like, order = getattr(state[name], "in_ranks", (state[name], None))
+            if is_sharded(like):
+                tensors[name] = _own_part(checkpoint.slices(name) if stored else self.optional[name](self.config), like, device, dtype, order)
             else:
                 tensors[name] = _converted(checkpoint[name] if stored else self.optional[name](self.config), device, dtype)
         for tied, source in self.tied().items():

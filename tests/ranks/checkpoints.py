@@ -11,10 +11,11 @@ import safetensors
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import tensors
 from ranks.experts import our_dbrx, our_loss
 from ranks.rows import our_bamba
 from terrazzo import models
-from terrazzo.distributed import expert_parallel, reduce_gradients
+from terrazzo.distributed import expert_parallel, full_tensor, reduce_gradients, tensor_parallel
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 
@@ -96,7 +97,7 @@ def loaded(cls, folder, shard, whole, share):
     """The sharded model in the folder, after a look at what was read: share(name, shape) numbers of each parameter of `whole`."""
     with counted([]) as read:
         model = cls.from_pretrained(folder, shard=shard)
-    assert sum(read) == 4 * sum(share(name, tuple(p.shape)) for name, p in whole.named_parameters())
+    assert sum(read) == 4 * sum(share(name, tuple(t.shape)) for name, t in whole.state_dict().items() if name not in whole.tied())
     for name, value in get_model_state_dict(model).items():
         found = value.full_tensor() if hasattr(value, "full_tensor") else value
         assert torch.equal(found, whole.state_dict()[name]), name
@@ -123,6 +124,58 @@ def ranks_read_their_own_parts(mesh):
         torch.testing.assert_close(model(ids).logits, whole(ids).logits)
         model = models.Dbrx.from_pretrained(folder / "one", torch.bfloat16, shard=lambda m: experts_and_fsdp2(m, mesh))
         assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+SPLIT = [(tensors.blenderbot, ("shared", "logits_bias", "q_proj", "k_proj", "v_proj", "fc1", "out_proj.weight", "fc2.weight")),
+         (tensors.dbrx, ("wte", "lm_head", "Wqkv", "out_proj", ".experts.")),
+         (tensors.bamba, ("embed_tokens", "lm_head", "_proj", "conv1d", "dt_bias", "A_log", ".D", "mamba.norm")),
+         (tensors.blt, ("lm_head", "hash_tok_embedding", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))]  # fmt: skip
+
+
+def ranks_read_their_own_heads(mesh):
+    """Tensor parallelism: Wqkv, in_proj, convolutions and experts, of which a rank has pieces here and there, too. And the same files again."""
+    for make, split in SPLIT:
+        whole = make()
+
+        def share(name, shape, split=split):
+            return prod(shape) // (mesh.size() if any(part in name for part in split) and "patcher" not in name else 1)
+
+        with shared_folder() as folder:
+            written(whole, folder / "model")
+            model = loaded(type(whole), folder / "model", lambda m: tensor_parallel(m, mesh), whole, share)
+            model.save_pretrained(folder / "again")
+            same_files(folder / "model", folder / "again")
+            state = get_model_state_dict(model)
+            dcp.save({"model": state}, checkpoint_id=folder / "step")
+            other = tensor_parallel(type(whole)(whole.config), mesh)  # other weights
+            state = {"model": get_model_state_dict(other)}
+            dcp.load(state, checkpoint_id=folder / "step")
+            set_model_state_dict(other, state["model"])
+            other.save_pretrained(folder / "other")
+            same_files(folder / "model", folder / "other")
+
+
+def loaded_on_two_dimensions(mesh):
+    """Tensor parallelism beside experts, and beside FSDP2."""
+    grid = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "tensor"))
+
+    def with_experts(model):
+        return tensor_parallel(expert_parallel(model, grid["other"]), grid["tensor"])
+
+    def with_fsdp2(model):
+        fsdp2(tensor_parallel(model, grid["tensor"]), grid["other"], model.model.layers)
+
+    for make, shard in ((tensors.dbrx, with_experts), (tensors.bamba, with_fsdp2), (lambda: tensors.bamba(mamba_n_groups=1, tie_word_embeddings=True), with_fsdp2)):
+        whole = make()
+        with shared_folder() as folder:
+            written(whole, folder / "model")
+            with counted([]) as read:
+                model = type(whole).from_pretrained(folder / "model", shard=shard)
+            assert sum(read) == sum(p.to_local().nbytes for p in {id(p): p for p in model.parameters()}.values())
+            for name, _ in model.named_parameters():
+                assert torch.equal(full_tensor(model, name), whole.state_dict()[name]), name
+            model.save_pretrained(folder / "again")
+            same_files(folder / "model", folder / "again")
 
 
 def tied_weights_stay_tied(mesh):
@@ -199,4 +252,4 @@ def bad_shards(mesh):
             models.Dbrx.from_pretrained(folder / "model", shard=mesh)
 
 
-CHECKS = ["ranks_read_their_own_parts", "tied_weights_stay_tied", "back_to_safetensors", "through_torchs_checkpoints", "bad_shards"]
+CHECKS = ["ranks_read_their_own_parts", "ranks_read_their_own_heads", "tied_weights_stay_tied", "back_to_safetensors", "through_torchs_checkpoints", "bad_shards"]  # fmt: skip
