@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from terrazzo.models import Dbrx
 
@@ -42,3 +43,12 @@ def test_stretches_of_rows_learn_what_whole_rows_do():
     found = losses("context_parallel.py", "--steps", 8)
     assert len(found) == 8 and found[-1] < found[0] - 0.5
     assert all(abs(a - b) < 2e-3 for a, b in zip(found[:4], losses("context_parallel.py", "--steps", 4, ranks=1), strict=True))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_split_heads_learn(ranks):
+    """One row of two ranks, which generate; and two rows, with FSDP2."""
+    told = run("tensor_parallel.py", "--steps", 8, "--length", 64, ranks=ranks)
+    found = [float(value) for value in re.findall(r"loss ([\d.]+)", told)]
+    assert len(found) == 8 and found[-1] < found[0] - 0.5
+    assert told.splitlines()[-1].startswith(("'", '"')) == (ranks == 2)
