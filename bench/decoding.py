@@ -69,23 +69,31 @@ def _attention_inputs(B, H, Hk, P, kept, dtype):
     def make(seed):
         g = generator(seed)
         angle = torch.rand(1, P // 2, generator=g) + 0.1
-        return {"qkv": torch.randn(B, (H + 2 * Hk) * P, generator=g).to(dtype), "k_cache": torch.randn(B, Hk, kept + 1, P, generator=g).to(dtype),
-                "v_cache": torch.randn(B, Hk, kept + 1, P, generator=g).to(dtype), "rotary_cos": angle.cos().to(dtype), "rotary_sin": angle.sin().to(dtype)}
+        shapes = {"qkv": (B, (H + 2 * Hk) * P), "k_cache": (B, Hk, kept + 1, P), "v_cache": (B, Hk, kept + 1, P)}
+        drawn = {name: torch.randn(*shape, generator=g).to(dtype) for name, shape in shapes.items()}
+        return drawn | {"rotary_cos": angle.cos().to(dtype), "rotary_sin": angle.sin().to(dtype)}
 
     return make
+
+
+JOBS = (("qkv", {"eps": 1e-5, "gated": False}), ("gate and up", {"eps": 1e-5, "gated": True, "activation": "silu"}))
+
+
+def _layer_case(T, job, options, K, rows, name, dtype):
+    providers = (*own_providers(lambda backend: _layers(backend, options)), *peers("torch", lambda: _torch_layers(options)))
+    return Case("norm_linear", f"{T} {job} {K} to {'+'.join(map(str, rows))}", "decode", name, layers_work(T, K, sum(rows), dtype.itemsize),
+                _layer_inputs(T, K, rows, dtype), providers, lambda: _layers("reference", options), arguments=options)
 
 
 def cases(preset):
     found, (layers, attentions) = [], SIZES[preset]
     for name, dtype in DTYPES.items():
         for K, kv, ffn, all_rows in layers:
-            for job, rows, options in (("qkv", (K, kv, kv), {"eps": 1e-5, "gated": False}), ("gate and up", (ffn, ffn), {"eps": 1e-5, "gated": True, "activation": "silu"})):
-                for T in all_rows:
-                    found.append(Case("norm_linear", f"{T} {job} {K} to {'+'.join(map(str, rows))}", "decode", name, layers_work(T, K, sum(rows), dtype.itemsize),
-                                      _layer_inputs(T, K, rows, dtype), (*own_providers(lambda backend, o=options: _layers(backend, o)), *peers("torch", lambda o=options: _torch_layers(o))),
-                                      lambda o=options: _layers("reference", o), arguments=options))
+            for job, options in JOBS:
+                found += [_layer_case(T, job, options, K, (ffn, ffn) if options["gated"] else (K, kv, kv), name, dtype) for T in all_rows]
         for H, Hk, P, kept, B in attentions:
-            found.append(Case("attention_update", f"{B}x{H}/{Hk}x{P} behind {kept}", "decode", name, attention_work(B, H, Hk, P, kept, dtype.itemsize),
-                              _attention_inputs(B, H, Hk, P, kept, dtype), (*own_providers(_attend), *peers("torch", lambda: _torch_attend)),
-                              lambda: _attend("reference"), mutated=("k_cache", "v_cache")))
+            providers = (*own_providers(_attend), *peers("torch", lambda: _torch_attend))
+            work = attention_work(B, H, Hk, P, kept, dtype.itemsize)
+            found.append(Case("attention_update", f"{B}x{H}/{Hk}x{P} behind {kept}", "decode", name, work, _attention_inputs(B, H, Hk, P, kept, dtype),
+                              providers, lambda: _attend("reference"), mutated=("k_cache", "v_cache")))
     return found

@@ -12,7 +12,7 @@ from torch import nn
 
 import terrazzo
 
-from . import layers, loading
+from . import layers, loading, steps
 from .generation import CausalGeneration
 
 FN = "terrazzo.Bamba"
@@ -139,14 +139,14 @@ class Mamba(nn.Module):
     def forward(self, h, norm, context, past):
         """h + what the mixer makes of norm(h)."""
         valid, inner = context.valid, self.parts[0]
-        projected = layers.normed(h, norm, self.in_proj)[0] if valid is None else self.in_proj(norm(h) * valid)
+        projected = steps.normed(h, norm, self.in_proj)[0] if valid is None else self.in_proj(norm(h) * valid)
         gate, xBC, dt = projected.split([inner, self.channels, inner // self.config.mamba_d_head], -1)
         step = past is not None and past.conv is not None and h.shape[1] == 1
         xBC = self._convolve(xBC.transpose(1, 2), context, past, step).transpose(1, 2)
         x, B, C = (xBC if valid is None else xBC * valid).split(self.parts, -1)
         x, (B, C) = x.unflatten(-1, (-1, self.config.mamba_d_head)), self._groups(B, C)
         y = self._step(x, dt, B, C, past) if step else self._scan(x, dt, B, C, context, past)
-        return layers.added(h, self._norm(y.flatten(-2), gate), self.out_proj)
+        return steps.added(h, self._norm(y.flatten(-2), gate), self.out_proj)
 
     def _groups(self, B, C):
         """(B, L, G, N) each."""
@@ -222,7 +222,7 @@ class Layer(nn.Module):
         self.feed_forward = layers.GatedMLP(config.hidden_size, config.intermediate_size, layers.activation(FN, config.hidden_act), config.mlp_bias)
 
     def forward(self, h, context, past):
-        step = past is not None and past.steps and context.turns_of_step and not self.training and layers.in_steps(h)
+        step = past is not None and past.steps and context.turns_of_step and not self.training and steps.in_steps(h)
         if self.kind == "mamba":
             h = self.mamba(h, self.input_layernorm, context, past)
         elif step:
@@ -235,8 +235,9 @@ class Layer(nn.Module):
         """What the layer keeps of a text, and what it does with one position of it by the fused ops: steps, or ()."""
         past, attends, mlp = layers.KVCache() if self.kind == "self_attn" else MambaState(), self.kind == "self_attn", self.feed_forward
         attention = [getattr(self.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")] + [self.input_layernorm] if attends else []
-        if layers.is_plain(*attention, self.pre_ff_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-            past.steps = (*([layers.AttentionStep(self.input_layernorm, self.self_attn)] if attends else []), layers.MLPStep(self.pre_ff_layernorm, mlp))
+        if steps.is_plain(*attention, self.pre_ff_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            first = [steps.AttentionStep(self.input_layernorm, self.self_attn)] if attends else []
+            past.steps = (*first, steps.MLPStep(self.pre_ff_layernorm, mlp))
         return past
 
 
@@ -290,5 +291,5 @@ class Bamba(loading.Pretrained, CausalGeneration):
             h = layers.run(layer, h, context, past, again=self.gradient_checkpointing and self.training and past is None)
         if state is not None:
             state.length += input_ids.shape[1]
-        (logits,) = layers.normed(h[:, -logits_to_keep:] if logits_to_keep else h, self.model.final_layernorm, self.lm_head)
+        (logits,) = steps.normed(h[:, -logits_to_keep:] if logits_to_keep else h, self.model.final_layernorm, self.lm_head)
         return layers.Output(logits, None if labels is None else context.loss(logits, self.config.z_loss_coefficient))

@@ -10,7 +10,7 @@ from torch import nn
 import terrazzo
 
 from ..entropy_patch import PatcherState, patch_ids_from_lengths, patches_from_entropies
-from . import layers, loading
+from . import layers, loading, steps
 from .blt_config import FN, BltConfig
 from .byte_layers import Projections, Stack, dense_attention
 from .entropy_model import EntropyModel
@@ -25,17 +25,17 @@ class CrossAttention(Projections):
         self.q_norm, self.k_norm = (layers.RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2))
 
     def keys_values(self, states):
-        return tuple(map(self.heads, layers.normed(states, self.k_norm, self.k_proj, self.v_proj)))
+        return tuple(map(self.heads, steps.normed(states, self.k_norm, self.k_proj, self.v_proj)))
 
     def forward(self, x, keys_values, patch_ids, num_patches, k, queries):
-        q = self.heads(*layers.normed(x, self.q_norm, self.q_proj))
+        q = self.heads(*steps.normed(x, self.q_norm, self.q_proj))
         if self.training and self.dropout:
             patches = torch.arange(num_patches, device=x.device).repeat_interleave(k)
             mask = patches[:, None] == patch_ids[:, None] if queries == "patches" else patch_ids[:, :, None] == patches
             heard = dense_attention(q, *keys_values, mask[:, None], self.dropout).nan_to_num(0.0)  # of an empty patch
         else:
             heard = terrazzo.patch_cross_attention(q, *keys_values, patch_ids, queries=queries, k_per_patch=k, num_patches=num_patches)
-        return layers.added(2 * x, heard.flatten(2), self.o_proj)
+        return steps.added(2 * x, heard.flatten(2), self.o_proj)
 
 
 class Local(Stack):

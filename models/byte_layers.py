@@ -8,7 +8,7 @@ from torch import nn
 
 import terrazzo
 
-from . import layers
+from . import layers, steps
 
 
 TURNS_AHEAD = 256  # positions whose turns are computed together
@@ -222,9 +222,10 @@ class Stack(nn.Module):
 
     def steps(self):
         """What the fused ops of decoding do for each layer, [(AttentionStep, MLPStep)]; None where they can't."""
-        if not all(type(layer) is Layer and layers.is_plain(*layer.linears_and_norms()) for layer in self.layers):
+        if not all(type(layer) is Layer and steps.is_plain(*layer.linears_and_norms()) for layer in self.layers):
             return None
-        return [(layers.AttentionStep(layer.input_layernorm, layer.self_attn), layers.MLPStep(layer.post_attention_layernorm, layer.mlp)) for layer in self.layers]
+        return [(steps.AttentionStep(layer.input_layernorm, layer.self_attn), steps.MLPStep(layer.post_attention_layernorm, layer.mlp))
+                for layer in self.layers]  # fmt: skip
 
     def step(self, x, past, before=None):
         """run() for the one next position of every row, x (B, 1, D), by the fused ops."""
@@ -241,7 +242,8 @@ class Stack(nn.Module):
         """x (B, L, D) through all layers; before(i, x) -> x is called in front of layer i. past: None, a Past, or what makes a span of its own
         (terrazzo.distributed: the positions before lie on other ranks)."""
         keeps = isinstance(past, Past)
-        if keeps and x.shape[1] == 1 and past.steps and lengths is None and past.longest and isinstance(past.length, int) and not self.training and layers.in_steps(x):
+        together = keeps and lengths is None and past.longest and isinstance(past.length, int)  # rows of one length, behind others
+        if together and x.shape[1] == 1 and past.steps and not self.training and steps.in_steps(x):
             return self.step(x, past, before)
         span = Span(self, x.shape[1], x.device, past, lengths) if past is None or keeps else past.span(self, x.device)
         for i, layer in enumerate(self.layers):

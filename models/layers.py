@@ -8,8 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import terrazzo
 
-from .. import native
-from ..adapters import linear_serving, plain_tensors
+from ..adapters import linear_serving
 from ..checks import is_spread
 from ..linear import linear_by
 
@@ -64,73 +63,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x):
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-
-
-# ---- decoding one position by the fused ops ------------------------------------------------------------------------
-# A step of a few rows takes as long as weights are read, if nothing else takes longer: norm, projections, gate and sum are then one call of
-# norm_linear each, rotary embedding, cache and attention one of attention_update. The classes below hold a layer's parameters and what a
-# step does with them; they are made once for a text (a state), by modules that are still what this package made them.
-FEW_ROWS = 16
-
-
-def is_plain(*modules):
-    """Whether nobody has put another module, a hook, a quantised or a sharded weight in the place of these."""
-    def plain(module):
-        kept = module.__dict__
-        hooked = kept["_forward_hooks"] or kept["_forward_pre_hooks"]
-        return type(module) in (Linear, RMSNorm) and not hooked and kept["_parameters"].get("bias") is None and plain_tensors(module.weight)
-
-    return all(map(plain, modules))
-
-
-def in_steps(x):
-    """Whether the fused ops serve a call for x (..., K): a few rows on the CPU, and no gradient."""
-    return (type(x) is torch.Tensor and x.is_cpu and native.available and x.numel() <= FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"))  # fmt: skip
-
-
-def normed(x, norm, *linears):
-    """[linear(norm(x)), ...], x (..., K)."""
-    if not in_steps(x) or not is_plain(norm, *linears):
-        n = norm(x)
-        return [linear(n) for linear in linears]
-    y = terrazzo.norm_linear(x.flatten(0, -2), *(linear.weight for linear in linears), norm_weight=norm.weight, eps=norm.eps).unflatten(0, x.shape[:-1])
-    return [y] if len(linears) == 1 else y.split([linear.out_features for linear in linears], -1)
-
-
-def added(residual, x, linear):
-    """residual + linear(x), x (..., K)."""
-    if not in_steps(x) or not is_plain(linear):
-        return residual + linear(x)
-    return terrazzo.norm_linear(x.flatten(0, -2), linear.weight, residual=residual.flatten(0, -2)).view(residual.shape)
-
-
-class AttentionStep:
-    """x + attention of norm(x) for one position of each row, x (B, D)."""
-
-    def __init__(self, norm, attention):
-        self.norm, self.eps = norm.weight, norm.eps
-        self.qkv = tuple(proj.weight for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
-        self.out = attention.o_proj.weight
-
-    def __call__(self, x, keys, values, length, turns, interleaved=False, window=None):
-        """keys, values: the caches (B, Hk, slots, P), which take in what is new; turns: cos and sin, (1 or B, pairs)."""
-        qkv = terrazzo.norm_linear(x, *self.qkv, norm_weight=self.norm, eps=self.eps)
-        y = terrazzo.attention_update(qkv, keys, values, length, rotary_cos=turns[0], rotary_sin=turns[1], rotary_interleaved=interleaved, window=window)
-        return terrazzo.norm_linear(y, self.out, residual=x)
-
-
-class MLPStep:
-    """x + mlp(norm(x)) for one position of each row, x (B, D)."""
-
-    def __init__(self, norm, mlp):
-        self.norm, self.eps = norm.weight, norm.eps
-        self.gate, self.up, self.down = (proj.weight for proj in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self.act = next(name for name, act in ACTIVATIONS.items() if act is mlp.act)
-
-    def __call__(self, x):
-        h = terrazzo.norm_linear(x, self.gate, self.up, norm_weight=self.norm, eps=self.eps, activation=self.act, gated=True)
-        return terrazzo.norm_linear(h, self.down, residual=x)
 
 
 # ---- positions ---------------------------------------------------------------------------------------------------
@@ -236,11 +168,6 @@ def attend(q, k, v, mask, scale=None, dropout=0.0):
     causal = mask.sees is None and mask.is_causal and q.shape[2] > 1
     y = F.scaled_dot_product_attention(q, k, v, mask.sees, dropout, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2).flatten(2)
-
-
-def is_step(x, mask, past):
-    """Whether attention_update serves x (B, L, qkv) and a KVCache: one position behind others, and no padding."""
-    return past is not None and past.length > 0 and x.shape[1] == 1 and mask.sees is None and in_steps(x)
 
 
 def positions_of(valid, length, past, cu_seqlens=None, device=None):

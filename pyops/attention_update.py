@@ -44,7 +44,8 @@ def attention_update(qkv, k_cache, v_cache, cache_seqlens, *, rotary_cos=None, r
 
         q, k, v = qkv.unflatten(1, (-1, P)).split([H, Hk, Hk], 1)
         k_cache[:, :, cache_seqlens], v_cache[:, :, cache_seqlens] = rotary(k), v
-        F.scaled_dot_product_attention(rotary(q)[:, :, None], k_cache[:, :, : cache_seqlens + 1], v_cache[:, :, : cache_seqlens + 1], enable_gqa=True)
+        seen = slice(0, cache_seqlens + 1)
+        F.scaled_dot_product_attention(rotary(q)[:, :, None], k_cache[:, :, seen], v_cache[:, :, seen], enable_gqa=True)
     """
     if not torch.compiler.is_compiling():
         y = _fast(qkv, k_cache, v_cache, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved, window, scale, backend)
@@ -53,7 +54,8 @@ def attention_update(qkv, k_cache, v_cache, cache_seqlens, *, rotary_cos=None, r
     length, lengths, scale = _check(qkv, k_cache, v_cache, cache_seqlens, rotary_cos, rotary_sin, window, scale)
     chosen, _ = dispatch.pick(OP, qkv, k_cache, v_cache, rotary_cos, rotary_sin, backend=backend)
     if chosen != "reference":
-        return kernels.ops(chosen).attention_update(qkv, k_cache, v_cache, length, lengths, rotary_cos, rotary_sin, rotary_interleaved, window or 0, scale)
+        return kernels.ops(chosen).attention_update(qkv, k_cache, v_cache, length, lengths, rotary_cos, rotary_sin, rotary_interleaved,
+                                                    window or 0, scale)
     dispatch.count(OP, chosen)
     return reference.attention_update(qkv, k_cache, v_cache, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved, window, scale)
 
@@ -103,8 +105,9 @@ def _fast(qkv, k_cache, v_cache, cache_seqlens, rotary_cos, rotary_sin, rotary_i
         if window is not None and window < 1:
             return None
         length, lengths = (cache_seqlens, None) if isinstance(cache_seqlens, int) else (0, cache_seqlens)
-        return torch.ops.terrazzo.attention_update.default(qkv, k_cache, v_cache, length, lengths, rotary_cos, rotary_sin, rotary_interleaved, window or 0,
-                                                           k_cache.shape[3] ** -0.5 if scale is None else scale)
+        scale = k_cache.shape[3] ** -0.5 if scale is None else scale
+        return torch.ops.terrazzo.attention_update.default(qkv, k_cache, v_cache, length, lengths, rotary_cos, rotary_sin, rotary_interleaved,
+                                                           window or 0, scale)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         return None
 

@@ -4,7 +4,8 @@ import torch
 from .cases_moe import sliced, wide
 
 
-def norm_linear(T=3, K=24, N=20, others=(), norm=True, residual=False, activation=None, gated=False, strided=False, transposed=False, weight_dtype=None):
+def norm_linear(T=3, K=24, N=20, others=(), norm=True, residual=False, activation=None, gated=False, strided=False, transposed=False,
+                weight_dtype=None):
     """others: rows of weight2 and weight3."""
 
     def build(r, dtype):
@@ -40,8 +41,8 @@ NORM_LINEAR = {
 }
 
 
-def attention_update(B=2, H=4, P=16, Hk=2, slots=24, length=20, lengths=None, R=None, rotary_rows=1, interleaved=False, window=None, sliced_cache=False,
-                     strided=False, rotary_dtype=None):
+def attention_update(B=2, H=4, P=16, Hk=2, slots=24, length=20, lengths=None, R=None, rotary_rows=1, interleaved=False, window=None,
+                     sliced_cache=False, strided=False, rotary_dtype=None):
     """R: pairs of channels that turn, None: no rotary embedding; lengths: of each row, instead of `length`."""
 
     def build(r, dtype):

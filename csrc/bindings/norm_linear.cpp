@@ -7,8 +7,8 @@ constexpr const char* kOp = "norm_linear";
 
 }  // namespace
 
-Tensor norm_linear(const Tensor& x_in, const Tensor& weight, const OptTensor& weight2, const OptTensor& weight3, const OptTensor& norm_weight_in, double eps,
-    int64_t activation, bool gated, const OptTensor& residual_in) {
+Tensor norm_linear(const Tensor& x_in, const Tensor& weight, const OptTensor& weight2, const OptTensor& weight3, const OptTensor& norm_weight_in,
+    double eps, int64_t activation, bool gated, const OptTensor& residual_in) {
   check_cpu(x_in, kOp, "x");
   check_shape(x_in, {-1, -1}, kOp, "x");
   const Tensor x = unit_stride_last(x_in);

@@ -46,7 +46,8 @@ template <class A, class T> TZ_INLINE Vec<A> score_keys(const A* q, const T* key
 }
 
 // sum[P] += weights[s] * values[s] over n rows, `lanes` vectors of them at a time.
-template <int lanes, class A, class T> TZ_INLINE void add_values(const A* weights, const T* values, int64_t stride, int64_t n, int64_t c, int64_t P, A* sum) {
+template <int lanes, class A, class T>
+TZ_INLINE void add_values(const A* weights, const T* values, int64_t stride, int64_t n, int64_t c, int64_t P, A* sum) {
   using V = Vec<A>;
   V total[lanes];
 #pragma GCC unroll 4

@@ -47,7 +47,8 @@ TZ_INLINE void finish_row(const A* c, const A* u, const S* residual, int64_t nb,
 }
 
 // Rows x columns [n, n + nb) of y from a block of products: c, and u behind it when gated.
-template <class A> void finish_block(const NormLinearParams& p, int64_t row, int64_t rows, int64_t n, int64_t nb, const A* c, const A* u, int64_t ldc) {
+template <class A>
+void finish_block(const NormLinearParams& p, int64_t row, int64_t rows, int64_t n, int64_t nb, const A* c, const A* u, int64_t ldc) {
   with_type(p.dtype, [&](auto t) {
     using S = decltype(t);
     if constexpr (std::is_same_v<acc_t<S>, A>)

@@ -4,7 +4,7 @@ import copy
 import pytest
 import terrazzo
 import torch
-from terrazzo.models import layers
+from terrazzo.models import steps
 
 from model_pairs import ids, pair
 
@@ -55,7 +55,7 @@ def test_gradients_hooks_and_many_rows_go_module_by_module(models, kind):
     assert found.requires_grad and (kind == "blt" or not fused())  # its patcher has no gradients
     torch.testing.assert_close(found.detach(), expected, rtol=2e-5, atol=2e-5 * expected.abs().max().item())
     with torch.no_grad():
-        found = stepped(model, tokens[:1].expand(layers.FEW_ROWS + 1, -1))
+        found = stepped(model, tokens[:1].expand(steps.FEW_ROWS + 1, -1))
         assert not fused()
         torch.testing.assert_close(found[:1], expected[:1], rtol=2e-5, atol=2e-5 * expected.abs().max().item())
 
