@@ -20,8 +20,8 @@ def _of_one_patch(builder, *args):
 
 
 def _of_query_heads(builder):
-    """The builder by (B, width of qkv): one head of queries, of keys and of values."""
-    return lambda B=2, width=48, **sizes: builder(B=B, H=1, Hk=1, P=width // 3, **sizes)
+    """The builder by (B, width of qkv): two heads of queries, one of keys and one of values."""
+    return lambda B=2, D=64, **sizes: builder(B=B, H=2, Hk=1, P=D // 4, **sizes)
 
 
 # op -> (builder of its arguments, what the sizes of --shape are called there)
@@ -45,7 +45,7 @@ CALLS = {
     "patch_reduce": (_of_one_patch(cases_patches.reduce), ("B", "L", "D")),
     "patch_cross_attention": (_of_one_patch(cases_patches.cross, "bytes"), ("B", "L", "H", "P")),
     "local_attention": (cases_patches.local, ("B", "L", "H", "P")),
-    "attention_update": (_of_query_heads(cases_decoding.attention_update), ("B", "width")),
+    "attention_update": (_of_query_heads(cases_decoding.attention_update), ("B", "D")),
 }
 
 
