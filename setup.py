@@ -44,7 +44,7 @@ ISA_FLAGS = {
 }
 # What multiplies bfloat16 is compiled once more; every other kernel of this build is avx512's (csrc/cpu/kernels.h).
 ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
-BF16_SOURCES = ("grouped_gemm", "fused_experts_fwd", "fused_experts_bwd")
+BF16_SOURCES = ("grouped_gemm", "norm_linear", "fused_experts_fwd", "fused_experts_bwd")
 SANITIZE = os.environ.get("TERRAZZO_SANITIZE") == "1"
 SANITIZE_CHECKS = "address,signed-integer-overflow,bounds,shift,integer-divide-by-zero"
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE_CHECKS}", "-fno-sanitize-recover=all", "-g1"] if SANITIZE else []

@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY(terrazzo, m) {
   m.def("grouped_wgrad_bwd(Tensor dy, Tensor a, Tensor b, Tensor offs) -> (Tensor, Tensor)");
   m.def("grouped_gemm_bwd(Tensor dy, Tensor a, Tensor b, Tensor offs, bool need_a, bool need_b, bool need_bias) -> (Tensor, Tensor, Tensor)");
   m.def("linear_bwd(Tensor dy, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("norm_linear(Tensor x, Tensor weight, Tensor? weight2, Tensor? weight3, Tensor? norm_weight, float eps, int activation, bool gated, Tensor? residual) -> Tensor");
   m.def("linear_fwd(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor");
   m.def("fused_experts_fwd(Tensor x, Tensor w1, Tensor? w_up, Tensor w2, Tensor topk_weights, Tensor topk_indices, Tensor? bias1, Tensor? bias_up, Tensor? bias2, int activation, bool interleaved, float alpha, float limit, bool save) -> (Tensor, Tensor)");
   m.def("fused_experts_bwd(Tensor dy, Tensor x, Tensor w1, Tensor? w_up, Tensor w2, Tensor topk_weights, Tensor topk_indices, Tensor? bias1, Tensor? bias_up, Tensor? bias2, int activation, bool interleaved, float alpha, float limit, Tensor saved, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -43,6 +44,8 @@ STABLE_TORCH_LIBRARY(terrazzo, m) {
   m.def("patch_cross_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor patch_ids, int num_patches, bool bytes_ask, int k_per_patch, float scale, int window, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)");
   m.def("local_attention_fwd(Tensor q, Tensor k, Tensor v, int window, bool causal, float scale, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor)");
   m.def("local_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, int window, bool causal, float scale, Tensor? key_mask, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)");
+  // decoding: qkv is (B, (H + 2 Hk) P), the caches (B, Hk, slots, P), cos and sin (B or 1, pairs of channels)
+  m.def("attention_update(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, int length, Tensor? lengths, Tensor? cos, Tensor? sin, bool interleaved, int window, float scale) -> Tensor");
   // byte-latent: patches (rule is PatchRule; lengths come zero-padded to the width of ids) and hash embeddings
   m.def("entropy_patch_fwd(Tensor logits, float threshold, int rule, float threshold_add, float patch_size, int max_length, Tensor? cu_seqlens, Tensor? valid_lengths, bool next) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("entropy_patch_bwd(Tensor dentropies, Tensor logits, Tensor? valid_lengths) -> Tensor");
@@ -73,6 +76,7 @@ STABLE_TORCH_LIBRARY_IMPL(terrazzo, CPU, m) {
   TZ_IMPL(grouped_wgrad_fwd);
   TZ_IMPL(grouped_wgrad_bwd);
   TZ_IMPL(grouped_gemm_bwd);
+  TZ_IMPL(norm_linear);
   TZ_IMPL(linear_bwd);
   TZ_IMPL(linear_fwd);
   TZ_IMPL(fused_experts_fwd);
@@ -90,6 +94,7 @@ STABLE_TORCH_LIBRARY_IMPL(terrazzo, CPU, m) {
   TZ_IMPL(patch_cross_attention_bwd);
   TZ_IMPL(local_attention_fwd);
   TZ_IMPL(local_attention_bwd);
+  TZ_IMPL(attention_update);
   TZ_IMPL(entropy_patch_fwd);
   TZ_IMPL(entropy_patch_bwd);
   TZ_IMPL(patch_cut);

@@ -12,7 +12,7 @@ from torch import nn
 
 import terrazzo
 
-from . import layers, loading
+from . import layers, loading, steps
 from .generation import CausalGeneration
 
 FN = "terrazzo.Bamba"
@@ -94,6 +94,7 @@ class MambaState:
     """conv: (B, channels, W - 1), the last inputs of the convolution; ssm: (B, H, P, N) float32."""
 
     conv = ssm = None
+    steps = ()  # what the layer does with one position by the fused ops
 
     def reorder(self, rows):
         if self.conv is not None:
@@ -135,15 +136,17 @@ class Mamba(nn.Module):
         self.norm = layers.RMSNorm(inner, config.rms_norm_eps)
         self.out_proj = layers.Linear(inner, config.hidden_size, config.mamba_proj_bias)
 
-    def forward(self, h, context, past):
+    def forward(self, h, norm, context, past):
+        """h + what the mixer makes of norm(h)."""
         valid, inner = context.valid, self.parts[0]
-        gate, xBC, dt = self.in_proj(h if valid is None else h * valid).split([inner, self.channels, inner // self.config.mamba_d_head], -1)
+        projected = steps.normed(h, norm, self.in_proj)[0] if valid is None else self.in_proj(norm(h) * valid)
+        gate, xBC, dt = projected.split([inner, self.channels, inner // self.config.mamba_d_head], -1)
         step = past is not None and past.conv is not None and h.shape[1] == 1
         xBC = self._convolve(xBC.transpose(1, 2), context, past, step).transpose(1, 2)
         x, B, C = (xBC if valid is None else xBC * valid).split(self.parts, -1)
         x, (B, C) = x.unflatten(-1, (-1, self.config.mamba_d_head)), self._groups(B, C)
         y = self._step(x, dt, B, C, past) if step else self._scan(x, dt, B, C, context, past)
-        return self.out_proj(self._norm(y.flatten(-2), gate))
+        return steps.added(h, self._norm(y.flatten(-2), gate), self.out_proj)
 
     def _groups(self, B, C):
         """(B, L, G, N) each."""
@@ -192,6 +195,7 @@ class Context:
         self.turns = layers.rotations(positions, config.hidden_size // config.num_attention_heads // 2, config.rope_theta, dtype)
         self.valid = None if valid is None or L == 1 else valid[:, before:, None].to(dtype)
         self.seq_idx = None if cu_seqlens is None else layers.text_of(cu_seqlens, before, L)[None].int()
+        self.turns_of_step = None if L > 1 or not before or self.mask.sees is not None else tuple(t[:, 0, 0] for t in self.turns)
 
     def attend(self, q, k, v, dropout):
         return layers.attend(q, k, v, self.mask, dropout=dropout)
@@ -218,8 +222,23 @@ class Layer(nn.Module):
         self.feed_forward = layers.GatedMLP(config.hidden_size, config.intermediate_size, layers.activation(FN, config.hidden_act), config.mlp_bias)
 
     def forward(self, h, context, past):
-        h = h + getattr(self, self.kind)(self.input_layernorm(h), context, past)
-        return h + self.feed_forward(self.pre_ff_layernorm(h))
+        step = past is not None and past.steps and context.turns_of_step and not self.training and steps.in_steps(h)
+        if self.kind == "mamba":
+            h = self.mamba(h, self.input_layernorm, context, past)
+        elif step:
+            h = past.steps[0](h[:, 0], *past.step(), context.turns_of_step)[:, None]
+        else:
+            h = h + self.self_attn(self.input_layernorm(h), context, past)
+        return past.steps[-1](h[:, 0])[:, None] if step else h + self.feed_forward(self.pre_ff_layernorm(h))
+
+    def new_past(self):
+        """What the layer keeps of a text, and what it does with one position of it by the fused ops: steps, or ()."""
+        past, attends, mlp = layers.KVCache() if self.kind == "self_attn" else MambaState(), self.kind == "self_attn", self.feed_forward
+        attention = [getattr(self.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")] + [self.input_layernorm] if attends else []
+        if steps.is_plain(*attention, self.pre_ff_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            first = [steps.AttentionStep(self.input_layernorm, self.self_attn)] if attends else []
+            past.steps = (*first, steps.MLPStep(self.pre_ff_layernorm, mlp))
+        return past
 
 
 class Backbone(nn.Module):
@@ -247,7 +266,7 @@ class Bamba(loading.Pretrained, CausalGeneration):
 
     def new_state(self):
         """The begin of a text: the state that forward and generate carry."""
-        return layers.State(layers.KVCache() if layer.kind == "self_attn" else MambaState() for layer in self.model.layers)
+        return layers.State(layer.new_past() for layer in self.model.layers)
 
     def tied(self):
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
@@ -272,5 +291,5 @@ class Bamba(loading.Pretrained, CausalGeneration):
             h = layers.run(layer, h, context, past, again=self.gradient_checkpointing and self.training and past is None)
         if state is not None:
             state.length += input_ids.shape[1]
-        logits = self.lm_head(self.model.final_layernorm(h[:, -logits_to_keep:] if logits_to_keep else h))
+        (logits,) = steps.normed(h[:, -logits_to_keep:] if logits_to_keep else h, self.model.final_layernorm, self.lm_head)
         return layers.Output(logits, None if labels is None else context.loss(logits, self.config.z_loss_coefficient))

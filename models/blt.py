@@ -10,7 +10,7 @@ from torch import nn
 import terrazzo
 
 from ..entropy_patch import PatcherState, patch_ids_from_lengths, patches_from_entropies
-from . import layers, loading
+from . import layers, loading, steps
 from .blt_config import FN, BltConfig
 from .byte_layers import Projections, Stack, dense_attention
 from .entropy_model import EntropyModel
@@ -25,18 +25,17 @@ class CrossAttention(Projections):
         self.q_norm, self.k_norm = (layers.RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2))
 
     def keys_values(self, states):
-        states = self.k_norm(states)
-        return self.heads(self.k_proj(states)), self.heads(self.v_proj(states))
+        return tuple(map(self.heads, steps.normed(states, self.k_norm, self.k_proj, self.v_proj)))
 
     def forward(self, x, keys_values, patch_ids, num_patches, k, queries):
-        q = self.heads(self.q_proj(self.q_norm(x)))
+        q = self.heads(*steps.normed(x, self.q_norm, self.q_proj))
         if self.training and self.dropout:
             patches = torch.arange(num_patches, device=x.device).repeat_interleave(k)
             mask = patches[:, None] == patch_ids[:, None] if queries == "patches" else patch_ids[:, :, None] == patches
             heard = dense_attention(q, *keys_values, mask[:, None], self.dropout).nan_to_num(0.0)  # of an empty patch
         else:
             heard = terrazzo.patch_cross_attention(q, *keys_values, patch_ids, queries=queries, k_per_patch=k, num_patches=num_patches)
-        return 2 * x + self.o_proj(heard.flatten(2))
+        return steps.added(2 * x, heard.flatten(2), self.o_proj)
 
 
 class Local(Stack):
@@ -104,11 +103,12 @@ class BltState:
         self.config, self.tail, self.patcher, self.closed = config, None, None, None
         self.open = []  # [(encoder's output (B, n, D), patch (B, n): 0 for the open one, -1 for padding)]
 
-    def begin(self, batch, like):
+    def begin(self, batch, like, dtype):
         c = self.config
         self.tail = like.new_zeros(batch, max((1, *c.encoder_hash_byte_group_size)) - 1)  # the bytes that hashes look back on; zeros before the text
         if c.cuts_by_entropy:
-            self.patcher = PatcherState(batch, c.patching_threshold, max_patch_length=c.max_patch_length, device=like.device)
+            dtype = torch.float64 if dtype == torch.float64 else torch.float32  # entropies'
+            self.patcher = PatcherState(batch, c.patching_threshold, max_patch_length=c.max_patch_length, dtype=dtype, device=like.device)
 
     def reorder(self, rows):
         for past in self.pasts.values():
@@ -181,7 +181,7 @@ class BltModel(nn.Module):
     def go_on(self, ids, lengths, state):
         """As forward, for bytes behind those that `state` keeps, which is brought up to date. The global model runs where a patch closes."""
         if state.tail is None:
-            state.begin(ids.shape[0], ids)
+            state.begin(ids.shape[0], ids, self.local_encoder.embed_tokens.weight.dtype)
         known = state.tail.shape[1]
         text = torch.cat([state.tail, ids], 1)
         h = self.local_encoder(self.embed(text)[:, known:], state.pasts["local_encoder"], lengths)

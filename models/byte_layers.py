@@ -8,7 +8,10 @@ from torch import nn
 
 import terrazzo
 
-from . import layers
+from . import layers, steps
+
+
+TURNS_AHEAD = 256  # positions whose turns are computed together
 
 
 class Past:
@@ -17,9 +20,26 @@ class Past:
     length: positions so far, an int, or (B,) int64 where rows differ; longest: the longest row's.
     """
 
-    def __init__(self, depth, window):
-        self.window, self.length, self.longest = window, 0, 0
-        self.kept = [[None, None] for _ in range(depth)]  # (B, Hk, slots + 1, P); the last slot takes what belongs to no row
+    def __init__(self, stack):
+        self.window, self.length, self.longest = stack.window, 0, 0
+        self.kept = [[None, None] for _ in stack.layers]  # (B, Hk, slots + 1, P); the last slot takes what belongs to no row
+        self.steps = stack.steps()
+        self._turns, self._turned = None, 0  # of positions from _turned on
+
+    def turns_at(self, position, stack, device):
+        """(cos, sin), (1, width / 2) each."""
+        at = position - self._turned
+        if self._turns is None or not 0 <= at < TURNS_AHEAD:
+            self._turned, at = position, 0
+            ahead = turns(torch.arange(position, position + TURNS_AHEAD, device=device), stack.head_dim, stack.theta)
+            self._turns = ahead.real.contiguous(), ahead.imag.contiguous()
+        return self._turns[0][at], self._turns[1][at]
+
+    def make_room(self, room):
+        """Slots for `room` positions in every layer."""
+        if self.kept[0][0].shape[2] <= room:
+            for kept in self.kept:
+                grow(kept, *kept, room, self.window)
 
     def reorder(self, rows):
         self.kept = [[None if t is None else t[rows] for t in pair] for pair in self.kept]
@@ -104,18 +124,23 @@ class Span:
 
     def _store(self, kept, k, v):
         if kept[0] is None or kept[0].shape[2] <= self.room:
-            room = max(self.room + 64, 2 * self.room)
-            room = room if self.window is None else min(room, self.window)
-            for i, new in enumerate((k, v)):  # zeros: what a mask hides must be a number
-                fresh = new.new_zeros(new.shape[0], new.shape[2], room + 1, new.shape[3])
-                if kept[i] is not None:
-                    fresh[:, :, : kept[i].shape[2] - 1] = kept[i][:, :, :-1]
-                kept[i] = fresh
+            grow(kept, k.transpose(1, 2), v.transpose(1, 2), self.room, self.window)
         for into, new in zip(kept, (k, v)):
             if self.ragged:
                 into[self.rows, :, self.slots] = new[self.rows, self.take.clamp(min=0)]
             else:
                 into[:, :, self.slots] = new[:, self.take].transpose(1, 2)
+
+
+def grow(kept, k, v, room, window):
+    """Gives a layer's caches more than `room` slots; k, v: (B, Hk, *, P), like what they keep."""
+    room = max(room + 64, 2 * room)
+    room = room if window is None else min(room, window)
+    for i, like in enumerate((k, v)):  # zeros: what a mask hides must be a number
+        fresh = like.new_zeros(like.shape[0], like.shape[1], room + 1, like.shape[3])
+        if kept[i] is not None:
+            fresh[:, :, : kept[i].shape[2] - 1] = kept[i][:, :, :-1]
+        kept[i] = fresh
 
 
 def turns(positions, width, theta):
@@ -127,7 +152,8 @@ def turns(positions, width, theta):
 
 def _rotate(x, turns):
     """Rotary embedding of neighbouring pairs: a product of complex numbers."""
-    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(-2).to(x.dtype)
+    pairs = (x if x.dtype == torch.float64 else x.float()).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(x.dtype)
 
 
 def causal_window(length, window, device):
@@ -176,6 +202,10 @@ class Layer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), span, kept)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def linears_and_norms(self):
+        a, m = self.self_attn, self.mlp
+        return a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj, self.input_layernorm, self.post_attention_layernorm
+
 
 class Stack(nn.Module):
     """`num_hidden_layers` layers in `layers`; window: positions that one sees, itself included, or None: all."""
@@ -188,12 +218,33 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def past(self):
-        return Past(len(self.layers), self.window)
+        return Past(self)
+
+    def steps(self):
+        """What the fused ops of decoding do for each layer, [(AttentionStep, MLPStep)]; None where they can't."""
+        if not all(type(layer) is Layer and steps.is_plain(*layer.linears_and_norms()) for layer in self.layers):
+            return None
+        return [(steps.AttentionStep(layer.input_layernorm, layer.self_attn), steps.MLPStep(layer.post_attention_layernorm, layer.mlp))
+                for layer in self.layers]  # fmt: skip
+
+    def step(self, x, past, before=None):
+        """run() for the one next position of every row, x (B, 1, D), by the fused ops."""
+        x, at = x[:, 0], past.length
+        past.make_room(at + 1 if self.window is None else min(at + 1, self.window))
+        turned = past.turns_at(at, self, x.device)
+        for i, (attend, mlp) in enumerate(past.steps):
+            x = x if before is None else before(i, x[:, None])[:, 0]
+            x = mlp(attend(x, *past.kept[i], at, turned, True, self.window))
+        past.length = past.longest = at + 1
+        return x[:, None]
 
     def run(self, x, past=None, lengths=None, before=None):
         """x (B, L, D) through all layers; before(i, x) -> x is called in front of layer i. past: None, a Past, or what makes a span of its own
         (terrazzo.distributed: the positions before lie on other ranks)."""
         keeps = isinstance(past, Past)
+        together = keeps and lengths is None and past.longest and isinstance(past.length, int)  # rows of one length, behind others
+        if together and x.shape[1] == 1 and past.steps and not self.training and steps.in_steps(x):
+            return self.step(x, past, before)
         span = Span(self, x.shape[1], x.device, past, lengths) if past is None or keeps else past.span(self, x.device)
         for i, layer in enumerate(self.layers):
             x = x if before is None else before(i, x)

@@ -11,7 +11,7 @@ from torch import nn
 
 import terrazzo
 
-from . import layers, loading
+from . import layers, loading, steps
 from .generation import CausalGeneration
 
 FN = "terrazzo.Dbrx"
@@ -111,6 +111,9 @@ class Attention(nn.Module):
         qkv = self.Wqkv(h)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
+        if steps.is_step(qkv, mask, past) and not self.training:
+            y = terrazzo.attention_update(qkv[:, 0], *past.step(), rotary_cos=turns[0][:, 0, 0], rotary_sin=turns[1][:, 0, 0])
+            return self.out_proj(y[:, None])
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in qkv.split(self.widths, -1))
         q, k = layers.rotate(q, turns), layers.rotate(k, turns)
         if past is not None:

@@ -15,7 +15,7 @@ from torch import nn
 
 import terrazzo
 
-from . import layers, loading
+from . import layers, loading, steps
 from .byte_layers import Stack, check_heads
 
 BOS, OFFSET = 1, 4  # the token of the begin of a text; token OFFSET + b is byte b
@@ -112,7 +112,7 @@ class EntropyModel(Stack):
         past: None, or what past() began, which carries what the next call needs to go on where this one ended: a window of keys
         and values for each layer. lengths: (B,) int64, the tokens of each row that are no padding, or None.
         """
-        return self.lm_head(self.norm(self.run(self.embed_tokens(tokens), past, lengths)))
+        return steps.normed(self.run(self.embed_tokens(tokens), past, lengths), self.norm, self.lm_head)[0]
 
     @torch.no_grad()
     def logits(self, tokens, past=None, lengths=None, block=4096):

@@ -85,6 +85,8 @@ def rotate(x, turns):
 class KVCache:
     """Keys and values (B, Hk, L, P) of a layer's past; its room doubles when it is full."""
 
+    steps = ()  # what the layer does with one position by the fused ops
+
     def __init__(self):
         self.keys = self.values = None
         self.length = 0
@@ -93,14 +95,26 @@ class KVCache:
         """Takes in those of new positions, and returns all."""
         end = self.length + k.shape[2]
         if self.keys is None or end > self.keys.shape[2]:
-            room = (k.shape[0], k.shape[1], max(end + 64, 2 * self.length), k.shape[3])
-            keys, values = k.new_empty(room), v.new_empty(room)
-            if self.length:
-                keys[:, :, : self.length], values[:, :, : self.length] = self.keys[:, :, : self.length], self.values[:, :, : self.length]
-            self.keys, self.values = keys, values
+            self._grow(k, end)
         self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = k, v
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def step(self):
+        """The caches with room for one position, which counts as there, and how many were before it."""
+        before, self.length = self.length, self.length + 1
+        if self.length > self.keys.shape[2]:
+            self._grow(self.keys, self.length)
+        return self.keys, self.values, before
+
+    def _grow(self, like, end):
+        """Room for `end` positions and more; like: (B, Hk, *, P)."""
+        room = (like.shape[0], like.shape[1], max(end + 64, 2 * self.length), like.shape[3])
+        keys, values = like.new_empty(room), like.new_empty(room)
+        if self.keys is not None:
+            held = self.keys.shape[2]
+            keys[:, :, :held], values[:, :, :held] = self.keys, self.values
+        self.keys, self.values = keys, values
 
     def reorder(self, rows):
         """Row i becomes what row rows[i] was."""

@@ -1,6 +1,7 @@
 """terrazzo: kernels for hybrid, mixture-of-experts and byte-level language models behind one set of PyTorch operators."""
 from importlib.metadata import PackageNotFoundError, version
 
+from .attention_update import attention_update
 from .byte_hash_embedding import byte_hash_embedding, byte_hash_ids
 from .causal_conv1d import (
     causal_conv1d_fn,
@@ -26,6 +27,7 @@ from .grouped_gemm import gmm, grouped_mm
 from .linear import linear
 from .local_attention import local_attention
 from .moe import load_balancing_loss, moe_permute, moe_route, moe_unpermute, router_z_loss
+from .norm_linear import norm_linear
 from .packing import PackedExperts, PackedWeight, pack_expert_weights, pack_experts, pack_weight
 from .patch_cross_attention import patch_cross_attention
 from .patch_reduce import patch_reduce
@@ -43,6 +45,7 @@ __all__ = [
     "PackedWeight",
     "PatcherState",
     "Patches",
+    "attention_update",
     "byte_hash_embedding",
     "byte_hash_ids",
     "can_run",
@@ -66,6 +69,7 @@ __all__ = [
     "moe_permute",
     "moe_route",
     "moe_unpermute",
+    "norm_linear",
     "pack_expert_weights",
     "pack_experts",
     "pack_weight",

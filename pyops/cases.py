@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from . import cases_bytes, cases_moe, cases_patches, checks
+from . import cases_bytes, cases_decoding, cases_moe, cases_patches, checks
 
 
 @dataclass(frozen=True)
@@ -398,5 +398,6 @@ CASES = (
     *_norm_cases(),
     *cases_moe.make_cases(Case),
     *cases_patches.make_cases(Case),
+    *cases_decoding.make_cases(Case),
     *cases_bytes.make_cases(Case),
 )

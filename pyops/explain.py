@@ -6,7 +6,7 @@ import torch
 
 import terrazzo
 
-from . import cases, cases_bytes, cases_moe, cases_patches, dispatch
+from . import cases, cases_bytes, cases_decoding, cases_moe, cases_patches, dispatch
 
 
 def _of_one_group(builder):
@@ -19,6 +19,11 @@ def _of_one_patch(builder, *args):
     return lambda B=2, L=12, **sizes: builder(*args, lengths=((L,),) * B, S=1, **sizes)
 
 
+def _of_query_heads(builder):
+    """The builder by (B, width of qkv): two heads of queries, one of keys and one of values."""
+    return lambda B=2, D=64, **sizes: builder(B=B, H=2, Hk=1, P=D // 4, **sizes)
+
+
 # op -> (builder of its arguments, what the sizes of --shape are called there)
 CALLS = {
     "causal_conv1d_fn": (cases.conv, ("B", "D", "L")),
@@ -27,6 +32,7 @@ CALLS = {
     "selective_state_update": (cases.state_update, ("B", "H", "P")),
     "rmsnorm_gated": (cases.norm, None),  # any shape
     "linear": (cases_moe.linear, None),
+    "norm_linear": (cases_decoding.norm_linear, ("T", "K")),
     "grouped_mm": (_of_one_group(cases_moe.grouped), ("T", "K")),
     "gmm": (_of_one_group(cases_moe.gmm), ("T", "K")),
     "moe_route": (cases_moe.route, ("T", "E")),
@@ -39,6 +45,7 @@ CALLS = {
     "patch_reduce": (_of_one_patch(cases_patches.reduce), ("B", "L", "D")),
     "patch_cross_attention": (_of_one_patch(cases_patches.cross, "bytes"), ("B", "L", "H", "P")),
     "local_attention": (cases_patches.local, ("B", "L", "H", "P")),
+    "attention_update": (_of_query_heads(cases_decoding.attention_update), ("B", "D")),
 }
 
 

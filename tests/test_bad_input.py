@@ -306,6 +306,76 @@ def test_bad_input(call, kwargs, error, message):
         assert torch.equal(kwargs[name], value)
 
 
+def layer(**kw):
+    return terrazzo.norm_linear(**(dict(x=torch.randn(2, 4), weight=torch.randn(5, 4), weight2=torch.randn(5, 4)) | kw))
+
+
+def attend(**kw):
+    args = dict(qkv=torch.randn(2, 64), k_cache=torch.randn(2, 2, 9, 8), v_cache=torch.randn(2, 2, 9, 8), cache_seqlens=3) | kw
+    return terrazzo.attention_update(**args)
+
+
+BAD_STEPS = [
+    (layer, dict(x=torch.randn(2, 1, 4)), ValueError, r"x must be \(T, K\), got \(2, 1, 4\)"),
+    (layer, dict(weight=torch.randn(5, 3)), ValueError, r"weight must be \(N, K\) = \(\*, 4\), got \(5, 3\)"),
+    (layer, dict(weight2=torch.randn(4)), ValueError, r"weight2 must be \(N, K\)"),
+    (layer, dict(weight2=None, weight3=torch.randn(5, 4)), ValueError, "weight3 goes behind weight2, which is missing"),
+    (layer, dict(weight2=torch.randn(5, 4).double()), TypeError, "float64 goes with float64 only"),
+    (layer, dict(weight=torch.randn(0, 4)), ValueError, "N must be positive"),
+    (layer, dict(norm_weight=torch.randn(5)), ValueError, r"norm_weight must be \(K,\)"),
+    (layer, dict(residual=torch.randn(2, 5)), ValueError, r"residual must be \(T, columns of y\) = \(2, 10\), got \(2, 5\)"),
+    (layer, dict(gated=True, weight2=torch.randn(3, 4)), ValueError, r"gated needs weight and weight2 of one shape and no third, got \(5, 4\), \(3, 4\)"),
+    (layer, dict(gated=True, weight3=torch.randn(5, 4)), ValueError, "gated needs weight and weight2 of one shape and no third"),
+    (layer, dict(activation="tanh"), ValueError, "activation must be one of .* got 'tanh'"),
+    (layer, dict(weight=torch.randn(5, 4).requires_grad_(), backend="cpu"), terrazzo.BackendError, "no gradient on the cpu backend"),
+    (attend, dict(qkv=torch.randn(2, 1, 64)), ValueError, r"qkv must be \(B, \(H \+ 2 Hk\) P\), got \(2, 1, 64\)"),
+    (attend, dict(qkv=torch.randn(2, 32)), ValueError, "with H a multiple of Hk = 2 and P = 8"),
+    (attend, dict(qkv=torch.randn(2, 72)), ValueError, "with H a multiple of Hk = 2 and P = 8"),
+    (attend, dict(qkv=torch.randn(2, 63)), ValueError, "with H a multiple of Hk = 2 and P = 8"),
+    (attend, dict(k_cache=torch.randn(3, 2, 9, 8)), ValueError, "k_cache must be"),
+    (attend, dict(v_cache=torch.randn(2, 2, 8, 8)), ValueError, "v_cache must be"),
+    (attend, dict(v_cache=torch.randn(2, 2, 9, 8).bfloat16()), TypeError, "v_cache must be float32, got bfloat16"),
+    (attend, dict(cache_seqlens=9), ValueError, "k_cache must have a slot for each of the 10 positions that are seen, got 9"),
+    (attend, dict(cache_seqlens=-1), ValueError, "cache_seqlens must be an integer of at least 0, got -1"),
+    (attend, dict(cache_seqlens=torch.tensor([2, 9])), ValueError, "k_cache must have a slot for each of the 10 positions that are seen, got 9"),
+    (attend, dict(cache_seqlens=torch.tensor([-2, 0]), window=4), ValueError, "cache_seqlens must not be negative, got -2"),
+    (attend, dict(cache_seqlens=torch.tensor([2])), ValueError, r"cache_seqlens must be \(B,\)"),
+    (attend, dict(cache_seqlens=torch.tensor([2.0, 1.0])), TypeError, "cache_seqlens must be int32, int64"),
+    (attend, dict(window=0), ValueError, "window must be an integer of at least 1, got 0"),
+    (attend, dict(window=12, cache_seqlens=30), ValueError, "k_cache must have a slot for each of the 12 positions that are seen, got 9"),
+    (attend, dict(rotary_cos=torch.rand(1, 2)), ValueError, "rotary_cos and rotary_sin go together"),
+    (attend, dict(rotary_cos=torch.rand(1, 5), rotary_sin=torch.rand(1, 5)), ValueError, "2 R at most P = 8"),
+    (attend, dict(rotary_cos=torch.rand(3, 2), rotary_sin=torch.rand(3, 2)), ValueError, r"rotary_cos must be \(1 or B, R\)"),
+    (attend, dict(rotary_cos=torch.rand(1, 2), rotary_sin=torch.rand(1, 3)), ValueError, "rotary_sin must be like rotary_cos"),
+    (attend, dict(k_cache=torch.randn(2, 2, 8, 9).mT, backend="cpu"), terrazzo.BackendError, "unit stride along P"),
+    (attend, dict(qkv=torch.randn(2, 64).requires_grad_(), backend="cpu"), terrazzo.BackendError, "no gradient on the cpu backend"),
+]
+
+
+@pytest.mark.parametrize("call, kwargs, error, message", BAD_STEPS, ids=[f"{c.__name__}-{m}" for c, _, _, m in BAD_STEPS])
+def test_bad_steps(call, kwargs, error, message):
+    test_bad_input(call, kwargs, error, message)
+
+
+def test_decoding_kernels_check_for_themselves():
+    ops, x, cache = torch.ops.terrazzo, torch.randn(2, 4), torch.randn(2, 2, 9, 8)
+    for weight, weight2, norm, gated, residual, message in (
+        (torch.randn(5, 3), None, None, False, None, "weight must have shape"), (torch.randn(5, 4), torch.randn(3, 4), None, True, None, "gated needs"),
+        (torch.randn(5, 4), None, torch.randn(5), False, None, "norm_weight must have shape"),
+        (torch.randn(5, 4), None, None, False, torch.randn(2, 4), "residual must have shape"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"terrazzo.norm_linear: {message}"):
+            ops.norm_linear(x, weight, weight2, None, norm, 1e-6, 0, gated, residual)
+    for qkv, v_cache, length, lengths, window, message in (
+        (torch.randn(2, 64), cache, 9, None, 0, "for each of the 10 positions"), (torch.randn(2, 64), cache, -1, None, 3, "cache_seqlens must not be negative"),
+        (torch.randn(2, 64), cache, 0, torch.tensor([0, 99]), 0, "for each of the 100 positions"), (torch.randn(2, 64), cache, 10, None, 10, "for each of the 10"),
+        (torch.randn(2, 60), cache, 0, None, 0, "qkv must be"), (torch.randn(2, 64), cache[:, :, :8], 0, None, 0, "v_cache must have shape"),
+        (torch.randn(2, 64), cache.double(), 0, None, 0, "must have qkv's dtype"), (torch.randn(3, 64), cache, 0, None, 0, "k_cache must have shape"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"terrazzo.attention_update: .*{message}"):
+            ops.attention_update(qkv, cache, v_cache, length, lengths, None, None, False, window, 0.3)
+
+
 PATCHES = torch.tensor([[0, 0, 1, 1, 2]], dtype=i32)
 
 

@@ -354,6 +354,8 @@ WORK = {
     "state update, 2 rows": (suite.state_update.work, (2, 2, 3, 5, 2), 6 * 60, 2 * 60 * 2),
     "norm, 3 x 8": (suite.rmsnorm_gated.work, (3, 8, 2), 15 * 24, 3 * 24 * 2),
     "linear, 2 x 3 x 5": (suite.linear.work, (2, 3, 5, 2), 2 * 30, 2 * (6 + 10 + 15)),
+    "two layers, 2 x 3 x (5 + 1)": (suite.decoding.layers_work, (2, 3, 6, 2), 2 * 36, 2 * (6 + 12 + 18)),
+    "4 positions before, 2/1 heads of 3": (suite.decoding.attention_work, (1, 2, 1, 3, 4, 2), 4 * 2 * 5 * 3, 2 * 2 * 15),
     "grouped, 4 groups, 6 rows, 3 x 5": (suite.grouped_gemm.work, (4, 6, 3, 5, 2), 2 * 6 * 15, 2 * (18 + 30 + 4 * 15)),
     "experts, 7 tokens, 3 x 5, 2 choices of 4": (suite.moe.experts_work, (7, 3, 5, 2, 4, 2), 3 * 2 * 14 * 15, 2 * (4 * 3 * 15 + 2 * 21)),
     "route, 7 tokens, 4 experts, 2 choices": (suite.moe.route_work, (7, 4, 2, 2), 20 * 28, 2 * 28 + 20 * 14),

@@ -17,7 +17,8 @@ SMALL = {"causal_conv1d_fn": ("channel_last", "packed_states", "width_3_channel_
          "fused_experts": ("hf", "gpt_oss", "separate_bias", "no_gate", "sentinels", "many_tokens_dbrx"),
          # patches and local attention
          "patch_reduce": ("amax", "ragged_mean"), "patch_cross_attention": ("patches_two_a_patch", "bytes_window_ragged_masked", "patches_packed"),
-         "local_attention": ("causal", "packed_grouped_masked")}
+         "local_attention": ("causal", "packed_grouped_masked"),
+         "norm_linear": ("qkv", "gated_residual_gelu"), "attention_update": ("plain", "part_rotary_interleaved", "ragged_window")}
 CHOSEN = [c for c in cases.CASES if c.name in SMALL[c.op]]
 INDUCTOR = [c for c in CHOSEN if c.name in ("channel_last", "hf_layout", "plain", "mamba2", "gate_first", "dbrx", "hf", "mixed_sizes", "no_bias", "amax", "patches_two_a_patch", "causal")]
 compiled_cases = pytest.mark.parametrize("case, compiler", [(c, "aot_eager") for c in CHOSEN] + [(c, "inductor") for c in INDUCTOR],
@@ -107,6 +108,10 @@ def op_arguments(name):
         "grouped_gemm_bwd": [(torch.randn(9, 6), torch.randn(9, 5), torch.randn(2, 6, 5).mT, ends, True, True, True)],
         "grouped_wgrad_fwd": [(leaf(9, 5), leaf(9, 6), ends)],
         "grouped_wgrad_bwd": [(torch.randn(2, 5, 6), torch.randn(9, 5), torch.randn(9, 6), ends)],
+        "norm_linear": [(torch.randn(3, 5), torch.randn(6, 5), torch.randn(6, 5), None, torch.randn(5), 1e-5, 1, True, torch.randn(3, 6)),
+                        (torch.randn(3, 5), torch.randn(6, 5), torch.randn(2, 5), torch.randn(2, 5), None, 1e-5, 0, False, None)],
+        "attention_update": [(torch.randn(2, 40), torch.randn(2, 2, 7, 5), torch.randn(2, 2, 7, 5), 0, torch.tensor([3, 6]), torch.rand(1, 2), torch.rand(1, 2),
+                              True, 0, 0.4), (torch.randn(2, 40), torch.randn(2, 2, 7, 5), torch.randn(2, 2, 7, 5), 9, None, None, None, False, 7, 0.4)],
         "linear_fwd": [(leaf(4, 5), leaf(6, 5), leaf(6), 0), (torch.randn(4, 5), torch.randn(6, 5), None, 1)],
         "linear_bwd": [(torch.randn(4, 6), torch.randn(4, 5), torch.randn(6, 5), True, True, True)],
         "fused_experts_fwd": [(leaf(4, 5), leaf(3, 12, 5), None, leaf(3, 5, 6), leaf(4, 2), experts, leaf(3, 12), None, leaf(3, 5), 1, False, 1.7, 7.0, True),
@@ -133,7 +138,8 @@ def op_arguments(name):
                                   "chunk_scan_bwd", "chunk_scan_fwd_into", "chunk_scan_bwd_into", "selective_state_update", "rmsnorm_gated_fwd",
                                   "rmsnorm_gated_bwd", "moe_route_fwd", "moe_route_bwd", "moe_permute",
                                   "moe_unpermute_fwd", "moe_unpermute_bwd", "grouped_gemm_fwd", "grouped_gemm_bwd",
-                                  "grouped_wgrad_fwd", "grouped_wgrad_bwd", "linear_fwd", "linear_bwd", "fused_experts_fwd", "fused_experts_bwd",
+                                  "grouped_wgrad_fwd", "grouped_wgrad_bwd", "norm_linear", "attention_update", "linear_fwd", "linear_bwd",
+                                  "fused_experts_fwd", "fused_experts_bwd",
                                   "patch_reduce_fwd", "patch_reduce_bwd", "patch_cross_attention_fwd", "patch_cross_attention_bwd",
                                   "local_attention_fwd", "local_attention_bwd",
                                   "entropy_patch_fwd", "entropy_patch_bwd", "patch_cut", "patcher_update", "patch_ids", "byte_hash_ids",

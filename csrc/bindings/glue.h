@@ -234,6 +234,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_gemm_bwd(const Tensor& dy, const Tens
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, bool need_x, bool need_weight,
     bool need_bias);
 Tensor linear_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, int64_t activation);
+Tensor norm_linear(const Tensor& x, const Tensor& weight, const OptTensor& weight2, const OptTensor& weight3, const OptTensor& norm_weight, double eps,
+    int64_t activation, bool gated, const OptTensor& residual);
 std::tuple<Tensor, Tensor> fused_experts_fwd(const Tensor& x, const Tensor& w1, const OptTensor& w_up, const Tensor& w2,
     const Tensor& weights, const Tensor& indices, const OptTensor& bias1, const OptTensor& bias_up, const OptTensor& bias2,
     int64_t activation, bool interleaved, double alpha, double limit, bool save);
@@ -264,6 +266,8 @@ std::tuple<Tensor, Tensor> local_attention_fwd(const Tensor& q, const Tensor& k,
     const OptTensor& key_mask, const OptTensor& cu_seqlens);
 std::tuple<Tensor, Tensor, Tensor> local_attention_bwd(const Tensor& dy, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& y,
     const Tensor& lse, int64_t window, bool causal, double scale, const OptTensor& key_mask, const OptTensor& cu_seqlens);
+Tensor attention_update(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, int64_t length, const OptTensor& lengths, const OptTensor& cos,
+    const OptTensor& sin, bool interleaved, int64_t window, double scale);
 // byte-latent
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> entropy_patch_fwd(const Tensor& logits, double threshold, int64_t rule, double threshold_add,
     double patch_size, int64_t max_length, const OptTensor& cu_seqlens, const OptTensor& valid_lengths, bool next);

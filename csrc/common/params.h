@@ -134,6 +134,26 @@ struct WeightMatrix {
   const float* scale;  int64_t scale_stride_e;                          // [E, N], or null
 };
 
+// One input's products with up to kMaxWeights weights, side by side in y: y = [act(n w[0]), act(n w[1]), ...] + residual with n = x, or the
+// RMS norm of x where there is a norm_weight; gated: y = act(n w[0]) * (n w[1]) + residual.
+constexpr int64_t kMaxWeights = 3;
+struct NormLinearWeight {
+  WeightMatrix matrix;                                                  // [K, N], of the one expert
+  int64_t N;
+};
+struct NormLinearParams {
+  DType dtype, norm_dtype;                                              // x, residual and y | norm_weight
+  int64_t T, K, columns;                                                // of y
+  Activation activation;
+  bool gated;
+  double eps;
+  NormLinearWeight weights[kMaxWeights];  int64_t num_weights;
+  const void* x;  int64_t x_stride;                                     // [T, K], row stride
+  const void* norm_weight;                                              // [K], or null
+  const void* residual;  int64_t residual_stride;                       // [T, columns], row stride, or null
+  void* y;                                                              // [T, columns] contiguous
+};
+
 // Grouped product: c[r] = act(a[r] b[e] + bias[e]) for the rows r of each group e, [offs[e - 1], offs[e]). A linear layer
 // is one group. Rows behind the last group are zero.
 struct GroupedGemmParams {
@@ -314,6 +334,23 @@ struct LocalAttentionParams {
   const void* dy;                                                       // [B, L, H, P] contiguous
   void* delta;                                                          // [B, H, L] scratch, accumulation type
   void* dq;  void* dk;  void* dv;                                       // like q, k, v
+};
+
+// Attention of one position of each row, taken into caches that keep the keys and values of the positions before: position t lies in slot
+// t, or t % window, and then the last `window` positions are seen.
+struct AttentionUpdateParams {
+  DType dtype, rotary_dtype;                                            // qkv, caches and y | cos and sin
+  int64_t B, H, Hk, P, window, R;                                       // R pairs of channels turn; 0: no rotary embedding
+  bool interleaved;                                                     // pairs are neighbours, not R apart
+  double scale;
+  const void* qkv;  int64_t qkv_stride_b;                               // [B, (H + 2 Hk) P] unit stride: queries, keys, values
+  void* k_cache;  int64_t k_stride_b, k_stride_h, k_stride_s;           // [B, Hk, slots, P] unit stride p
+  void* v_cache;  int64_t v_stride_b, v_stride_h, v_stride_s;           // [B, Hk, slots, P] unit stride p
+  int64_t length;                                                       // positions before this one, where lengths is null
+  const int64_t* lengths;                                               // [B], or null
+  const void* cos;  int64_t cos_stride_b;                               // [B, R] unit stride; stride 0: the same for all rows
+  const void* sin;  int64_t sin_stride_b;
+  void* y;                                                              // [B, H P] contiguous
 };
 
 // ---- byte-latent: patches and hash embeddings ----

@@ -13,6 +13,7 @@
   X(experts_wgrad, GroupedWgradParams)           \
   X(linear_fwd, GroupedGemmParams)               \
   X(linear_bwd, GroupedGemmBwdParams)            \
+  X(norm_linear, NormLinearParams)               \
   X(fused_experts_fwd, FusedExpertsParams)       \
   X(fused_experts_bwd, FusedExpertsParams)
 
@@ -39,6 +40,7 @@
   X(patch_cross_attention_bwd, PatchCrossAttentionParams) \
   X(local_attention_fwd, LocalAttentionParams)         \
   X(local_attention_bwd, LocalAttentionParams)         \
+  X(attention_update, AttentionUpdateParams)           \
   /* byte-latent: patches and hash embeddings */       \
   X(entropy_patch_fwd, EntropyPatchParams)             \
   X(entropy_patch_bwd, PatchEntropyParams)             \

@@ -35,6 +35,10 @@ def _apart(a):
     return a["bias2"] is None and (a["w_up"] is not None or a["interleaved"] or ungated)
 
 
+def _one_row_of_angles(a):
+    return a["cos"] is None or a["cos"].shape[0] == 1
+
+
 def _dense(a):
     return not a["sparse_grad"]
 
@@ -62,6 +66,7 @@ RULES = {
     "grouped_wgrad_fwd": ("TK TN - | EKN", {"K": ALWAYS, "N": ALWAYS}),
     "grouped_wgrad_bwd": ("EKN TK TN - | TK TN", {"K": ALWAYS, "N": ALWAYS}),
     "grouped_gemm_packed": ("- - - - - | -", {}),
+    "norm_linear": ("TK - - - - TN | TN", {"T": ALWAYS}),
     "linear_fwd": ("TK NK N | TN", {"T": ALWAYS, "N": ALWAYS, "K": _no_bias}),
     "linear_bwd": ("TN TK NK | TK?need_x NK?need_weight N?need_bias!K", {"T": ALWAYS, "N": ALWAYS, "K": ALWAYS}),
     "fused_experts_fwd": ("TD EFD EFD EDF TA TA EF EF - | TD TF?save", {"T": ALWAYS, "F": _apart}),
@@ -79,6 +84,7 @@ RULES = {
     "patch_cross_attention_bwd": ("BLHP BLHP BKGP BKGP BI BK - | BLHP BKGP BKGP", HEADS),
     "local_attention_fwd": ("BLHP BLGP BLGP BL - | BLHP BHL", HEADS),
     "local_attention_bwd": ("BLHP BLHP BLGP BLGP BLHP BHL BL - | BLHP BLGP BLGP", HEADS),
+    "attention_update": ("BW BGSP BGSP B - - | BW", {"B": _one_row_of_angles}),
     "entropy_patch_fwd": ("BLV - B | BL BL BL BL B", B_ROWS),
     "entropy_patch_bwd": ("BL BLV B | BLV", {"B": ALWAYS}),
     "patch_cut": ("BL - B | BL BL BL B", B_ROWS),
