@@ -422,6 +422,9 @@ def test_judging_targets():
     assert targets.judge(replace(target, against=targets.HF_MEMORY, bar=0.1), sized)[1] is False
     wrong = [{"provider": "terrazzo", "status": "wrong", "reason": "row 3"}, rows[1]]
     assert targets.judge(target, wrong) == (None, False, "terrazzo wrong: row 3")
+    uneven = [row | {"samples_ms": samples} for row, samples in zip(rows, ([2.0, 2.0, 5.0], [30.0, 30.0, 30.0]))]
+    assert targets.judge(replace(target, size="blt decode behind 8", bar=10), uneven) == (10.0, True, "")
+    assert targets.judge(replace(target, size="blt decode behind 8", against="limit", bar=2), uneven)[:2] == (1.6 * 1.5, False)
 
 
 def test_run_writes_rows_and_report(tmp_path, capsys):
