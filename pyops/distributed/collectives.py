@@ -30,10 +30,8 @@ class Ranks:
 
     def _call(self, purpose, sent, collective, *tensors, **options):
         comm._sent[purpose] += sent
-        try:
+        with comm.explained(purpose, self.group):
             collective(*tensors, group=self.group, **options)
-        except RuntimeError as error:
-            raise comm.failed(purpose, self.group, error) from error
 
     def sum(self, tensor, purpose, op=dist.ReduceOp.SUM):
         """A new tensor: the sum over ranks, or their maximum."""

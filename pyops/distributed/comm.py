@@ -50,21 +50,17 @@ def check_claims(fn, model, mesh):
             checks.fail(fn, f"mesh must cross that of {plan}, ranks {ranks}, got ranks {mesh.mesh.tolist()}; take another dimension of one mesh")
 
 
-def failed(what, group, error):
-    ranks = dist.get_process_group_ranks(group)
-    return RuntimeError(
-        f"terrazzo.distributed: {what} between ranks {ranks} failed on rank {dist.get_rank()}: another rank died, raised an error or never came to this "
-        f"call; its own output says why. {error}"
-    )
-
-
 @contextmanager
 def explained(what, group):
     """Errors of torch.distributed inside say what failed, and between whom."""
     try:
         yield
     except RuntimeError as error:
-        raise failed(what, group, error) from error
+        ranks = dist.get_process_group_ranks(group)
+        raise RuntimeError(
+            f"terrazzo.distributed: {what} between ranks {ranks} failed on rank {dist.get_rank()}: another rank died, raised an error or never came to this "
+            f"call; its own output says why. {error}"
+        ) from error
 
 
 def _count(purpose, tensor, rows=None):

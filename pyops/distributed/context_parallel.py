@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import causal_conv1d as conv
 from .. import chunk_scan as scan
-from .. import checks, dispatch, kernels
+from .. import dispatch, kernels
 from . import comm
 
 BLOCK = 8  # heads that a thread takes at once: as the CPU's kernel in its backward pass

@@ -68,11 +68,9 @@ def reduce_gradients(model, mesh):
         if not _sharded_over(parameter, ranks):
             grad = parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
             open_works.append(dist.all_reduce(grad, group=group, async_op=True))
-    try:
+    with comm.explained("summing gradients", group):
         for work in open_works:
             work.wait()
-    except RuntimeError as error:
-        raise comm.failed("summing gradients", group, error) from error
 
 
 def _ranks_of(parameter):

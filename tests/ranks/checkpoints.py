@@ -93,6 +93,15 @@ def experts_and_fsdp2(model, mesh):
         fully_shard(block, mesh=mesh, ignored_params=experts)
 
 
+def same_from_checkpoint(model, step, expected, folder):
+    """`model`, which has other weights, reads those of torch's checkpoint `step` and saves to `folder` what `expected` holds."""
+    state = {"model": get_model_state_dict(model)}
+    dcp.load(state, checkpoint_id=step)
+    set_model_state_dict(model, state["model"])
+    model.save_pretrained(folder)
+    same_files(expected, folder)
+
+
 def loaded(cls, folder, shard, whole, share):
     """The sharded model in the folder, after a look at what was read: share(name, shape) numbers of each parameter of `whole`."""
     with counted([]) as read:
@@ -148,11 +157,7 @@ def ranks_read_their_own_heads(mesh):
             state = get_model_state_dict(model)
             dcp.save({"model": state}, checkpoint_id=folder / "step")
             other = tensor_parallel(type(whole)(whole.config), mesh)  # other weights
-            state = {"model": get_model_state_dict(other)}
-            dcp.load(state, checkpoint_id=folder / "step")
-            set_model_state_dict(other, state["model"])
-            other.save_pretrained(folder / "other")
-            same_files(folder / "model", folder / "other")
+            same_from_checkpoint(other, folder / "step", folder / "model", folder / "other")
 
 
 def loaded_on_two_dimensions(mesh):
@@ -238,11 +243,7 @@ def through_torchs_checkpoints(mesh):
 
         other = models.Dbrx(model.config)
         fsdp2(other, mesh, other.transformer.blocks)  # experts too are now cut by rows
-        state = {"model": get_model_state_dict(other)}
-        dcp.load(state, checkpoint_id=folder / "step1")
-        set_model_state_dict(other, state["model"])
-        other.save_pretrained(folder / "other1")
-        same_files(folder / "model1", folder / "other1")
+        same_from_checkpoint(other, folder / "step1", folder / "model1", folder / "other1")
 
 
 def bad_shards(mesh):
