@@ -324,10 +324,10 @@ def _ranks(args, argv):
     if args.rounds < 1 or args.ranks < 1:
         raise ValueError(f"terrazzo bench ranks: --rounds and --ranks must be at least 1, got {args.rounds} and {args.ranks}")
     ranks.restart_asleep(argv)
-    results = ranks.measure(ranks.SIZES[args.size], args.rounds, args.ranks, None if args.json else lambda result: print(ranks.line(result), flush=True))
+    results = ranks.measure(ranks.SIZES[args.size], args.rounds, args.ranks, None if args.json else lambda result: print(result.line(), flush=True))
     if args.json:
-        print(*(json.dumps(vars(result) | {"speed": result.speed if result.one else None, "passed": result.passed}) for result in results), sep="\n")
-    return 0 if all(result.passed for result in results) else 1
+        print(*(json.dumps(result.record()) for result in results), sep="\n")
+    return 0 if all(result.passed for result in results if isinstance(result, ranks.Result)) else 1
 
 
 COMMANDS = {"run": _run, "targets": _targets, "calibrate": _calibrate, "compare": _compare, "roofline": _roofline, "report": _report, "export": _export,

@@ -2,6 +2,8 @@
 
 The layer of experts (expert_parallel) has half of the tokens and of the experts on each rank, the scan (mamba_chunk_scan_combined over ranks) half of the
 sequence. Both sides run by turns, one waiting asleep while the other computes; a case counts only if the ranks' results are one rank's.
+
+Then what cutting the tokens of a call into chunks hides of the time that rows travel: on a link so slow that it takes as long as the whole layer.
 """
 import os
 import sys
@@ -9,12 +11,14 @@ import tempfile
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import terrazzo
+from terrazzo.distributed import comm
 from terrazzo.models.dbrx import DbrxConfig, Experts, FFNConfig
 
 from .moe import choices
@@ -25,6 +29,7 @@ SIZES = {"full": dict(tokens=2048, D=1024, F=1792, L=4096, H=128), "quick": dict
          "tiny": dict(tokens=24, D=16, F=8, L=40, H=2)}  # fmt: skip
 E, A, P, N = 16, 4, 64, 128
 CASES = [(name, mode) for name in ("experts", "scan") for mode in ("fwd", "bwd")]
+CHUNKS = (1, 2, 4)
 
 
 @dataclass
@@ -45,11 +50,63 @@ class Result:
     def passed(self):
         return not self.why and self.speed >= BAR
 
+    def record(self):
+        return vars(self) | {"speed": self.speed if self.one else None, "passed": self.passed}
+
+    def line(self):
+        if self.why:
+            return f"{self.name:8} {self.mode:4} WRONG: {self.why}"
+        one, several = median(self.one) * 1e3, median(self.several) * 1e3
+        verdict = "met" if self.passed else "MISSED"
+        return f"{self.name:8} {self.mode:4} one rank {one:8.1f} ms   ranks {several:8.1f} ms   speed {self.speed:.2f} (at least {BAR})   {verdict}"
+
+
+@dataclass
+class Overlap:
+    """Of the experts' forward ("fwd") or forward and backward ("bwd") in chunks: seconds of each round without and with a link that takes `link` seconds."""
+
+    mode: str
+    chunks: int
+    link: float
+    without: list
+    with_link: list
+
+    @property
+    def hidden(self):
+        """The share of the link's time that the call does not wait for."""
+        return 1 - (median(self.with_link) - median(self.without)) / self.link
+
+    def record(self):
+        return vars(self) | {"name": "overlap", "hidden": self.hidden}
+
+    def line(self):
+        without, with_link = median(self.without) * 1e3, median(self.with_link) * 1e3
+        return (f"experts  {self.mode:4} chunks {self.chunks} {without:8.1f} ms   on a link of {self.link * 1e3:.1f} ms {with_link:8.1f} ms   "
+                f"{max(0.0, self.hidden):.0%} of it hidden")  # fmt: skip
+
+
+class Linked(comm.Exchange):
+    """Rows travel on a link, beside what carries them: one transfer after another, each lasting at least bytes / rate. Waiting takes no processor time."""
+
+    rate, sent, free = float("inf"), 0, 0.0  # of the process: bytes a second; bytes sent; when the last transfer ends
+
+    def begin(self, rows, back=False):
+        received, leaving = super().begin(rows, back), self.receive if back else self.send
+        size = (sum(leaving) - leaving[self.place]) * rows[:1].nbytes
+        Linked.sent += size
+        Linked.free = self.due = max(Linked.free, time.perf_counter()) + size / Linked.rate
+        return received
+
+    def end(self):
+        received = super().end()
+        time.sleep(max(0.0, self.due - time.perf_counter()))
+        return received
+
 
 class ExpertLayer:
     """The tokens of this rank through a layer of experts; mesh None: all of both."""
 
-    def __init__(self, size, mesh=None):
+    def __init__(self, size, mesh=None, chunks=1):
         draw = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
         self.layer = Experts(DbrxConfig(d_model=size["D"], n_heads=1, ffn_config=FFNConfig(ffn_hidden_size=size["F"], moe_num_experts=E, moe_top_k=A)))
@@ -59,7 +116,7 @@ class ExpertLayer:
         indices = choices(size["tokens"], E, A, "balanced", draw)
         here = own(size["tokens"], mesh)
         if mesh is not None:
-            terrazzo.distributed.expert_parallel(self.layer, mesh)
+            terrazzo.distributed.expert_parallel(self.layer, mesh, chunks=chunks)
         self.x, self.rest = x[here].requires_grad_(), (indices[here], weights[here])
         self.leaves = [self.x, *self.layer.parameters()]
 
@@ -70,7 +127,7 @@ class ExpertLayer:
 class Scan:
     """This rank's stretch of a scan; mesh None: the whole sequence."""
 
-    def __init__(self, size, mesh=None):
+    def __init__(self, size, mesh=None, chunks=1):
         draw = torch.Generator().manual_seed(0)
         L, H, here = size["L"], size["H"], own(size["L"], mesh)
         parts = [torch.randn(1, L, *shape, generator=draw) for shape in ((H, P), (H,), (1, N), (1, N))]
@@ -108,20 +165,21 @@ def run(work, mode):
 
 
 def _rank(rank, ranks, folder, connection, size):
-    """Does what the other end of the connection asks for: ("result" | "time", name, mode), or None for the end."""
+    """Does what the other end of the connection asks for: ("result" | "time" | "bytes", name, mode, chunks, rate of the link), or None for the end."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
-    mesh = dist.init_device_mesh("cpu", (ranks,))
-    works = {}
+    mesh, works, comm.Exchange = dist.init_device_mesh("cpu", (ranks,)), {}, Linked
     while (asked := connection.recv()) is not None:
-        what, name, mode = asked
-        if name not in works:
-            works = {name: KINDS[name](size, mesh)}
+        what, name, mode, chunks, Linked.rate = asked
+        if (name, chunks) not in works:
+            works = {(name, chunks): KINDS[name](size, mesh, chunks)}
+        Linked.sent = 0
         dist.barrier()
         begin = time.perf_counter()
-        found = run(works[name], mode)
+        found = run(works[name, chunks], mode)
         dist.barrier()
-        connection.send(found if what == "result" else time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        connection.send({"result": found, "time": seconds, "bytes": Linked.sent}[what])
     dist.destroy_process_group()
 
 
@@ -139,10 +197,10 @@ class Ranks:
         for _, other in pairs:
             other.close()  # so that a rank's end is noticed
 
-    def ask(self, what, name, mode):
+    def ask(self, what, name, mode, chunks=1, rate=float("inf")):
         """Every rank's answer."""
         for end in self.ends:
-            end.send((what, name, mode))
+            end.send((what, name, mode, chunks, rate))
         return [end.recv() for end in self.ends]
 
     def __enter__(self):
@@ -169,22 +227,13 @@ def disagreement(results, expected):
 
 
 def measure(size, rounds, ranks=2, on_result=None):
-    """[Result] of every case."""
+    """[Result] of every case, then [Overlap]."""
     threads = torch.get_num_threads()
     torch.set_num_threads(ranks)
     found = []
     try:
         with Ranks(ranks, size) as several:
-            for name, mode in CASES:
-                work = KINDS[name](size)
-                result = Result(name, mode, [], [])
-                result.why = disagreement(several.ask("result", name, mode), run(work, mode))
-                for _ in range(0 if result.why else rounds):
-                    begin = time.perf_counter()
-                    run(work, mode)
-                    result.one.append(time.perf_counter() - begin)
-                    time.sleep(0.02)  # this rank's threads stop waiting for work
-                    result.several.append(max(several.ask("time", name, mode)))
+            for result in chain(speeds(several, size, rounds), overlaps(several, min(rounds, 5))):
                 found.append(result)
                 if on_result:
                     on_result(result)
@@ -193,12 +242,31 @@ def measure(size, rounds, ranks=2, on_result=None):
     return found
 
 
-def line(result):
-    if result.why:
-        return f"{result.name:8} {result.mode:4} WRONG: {result.why}"
-    one, several = median(result.one) * 1e3, median(result.several) * 1e3
-    verdict = "met" if result.passed else "MISSED"
-    return f"{result.name:8} {result.mode:4} one rank {one:8.1f} ms   ranks {several:8.1f} ms   speed {result.speed:.2f} (at least {BAR})   {verdict}"
+def speeds(several, size, rounds):
+    for name, mode in CASES:
+        work = KINDS[name](size)
+        result = Result(name, mode, [], [])
+        result.why = disagreement(several.ask("result", name, mode), run(work, mode))
+        for _ in range(0 if result.why else rounds):
+            begin = time.perf_counter()
+            run(work, mode)
+            result.one.append(time.perf_counter() - begin)
+            time.sleep(0.02)  # this rank's threads stop waiting for work
+            result.several.append(max(several.ask("time", name, mode)))
+        yield result
+
+
+def overlaps(several, rounds):
+    for mode in ("fwd", "bwd"):
+        seconds = median([max(several.ask("time", "experts", mode)) for _ in range(rounds + 1)][1:])
+        rate = max(several.ask("bytes", "experts", mode)) / seconds
+        for chunks in CHUNKS if rate else ():  # one rank sends nothing
+            several.ask("result", "experts", mode, chunks)
+            result = Overlap(mode, chunks, seconds, [], [])
+            for _ in range(rounds):
+                result.without.append(max(several.ask("time", "experts", mode, chunks)))
+                result.with_link.append(max(several.ask("time", "experts", mode, chunks, rate)))
+            yield result
 
 
 def restart_asleep(argv):

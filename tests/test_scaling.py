@@ -100,18 +100,25 @@ def test_ranks_agree_with_one(capsys, monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # else the command starts over, in the place of the tests
     assert main(["ranks", "--size", "tiny", "--rounds", "1"]) in (0, 1)  # times don't matter here
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(ranks.CASES) and not any("WRONG" in line for line in lines)
+    assert len(lines) == len(ranks.CASES) + 2 * len(ranks.CHUNKS) and not any("WRONG" in line for line in lines)
+    assert all("hidden" in line for line in lines[len(ranks.CASES) :])
 
 
 def test_judging_ranks():
     assert ranks.Result("scan", "fwd", [1.0, 1.0, 9.0], [1.1, 1.1, 1.1]).passed
     assert not ranks.Result("scan", "fwd", [1.0, 1.0, 9.0], [1.2, 1.2, 1.2]).passed
     wrong = ranks.Result("scan", "fwd", [], [], "y is off by 3")
-    assert not wrong.passed and "WRONG: y is off by 3" in ranks.line(wrong)
+    assert not wrong.passed and "WRONG: y is off by 3" in wrong.line()
     y = torch.randn(6, 4)
     assert ranks.disagreement([(y[:3], None), (y[3:], None)], (y, None)) == ""
     assert ranks.disagreement([(y[3:], None), (y[:3], None)], (y, None)).startswith("y is off by")
     assert ranks.disagreement([(y[:3], y[:3]), (y[3:], 1.01 * y[3:])], (y, y)).startswith("gradient is off by")
+
+
+def test_hidden_share_of_a_link():
+    late = ranks.Overlap("fwd", 1, link=2.0, without=[3.0, 3.0, 9.0], with_link=[5.0, 5.0, 5.0])
+    assert late.hidden == 0 and "0% of it hidden" in late.line()
+    assert ranks.Overlap("fwd", 4, link=2.0, without=[3.0], with_link=[3.5]).hidden == 0.75
 
 
 def test_bad_options(capsys):

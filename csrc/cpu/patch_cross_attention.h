@@ -54,7 +54,7 @@ template <class A> struct HeadBlock {
 
 // The patch and the heads of one piece of work.
 template <class A> struct CrossItem {
-  int64_t b, s, kv_begin, kv_end;  // key heads
+  int64_t b, s, kv_begin, kv_end, h_begin, h_end;  // key heads and query heads
   const HeadBlock<A>*begin_blocks, *end_blocks;
 };
 
@@ -79,14 +79,14 @@ template <class A> struct CrossPlan {
   CrossItem<A> item(int64_t index) const {
     const int64_t patch = index / chunks, chunk = index % chunks, first = chunk * kv_heads, last = min_of(p.Hk, first + kv_heads);
     const HeadBlock<A>* own = list + chunk * blocks;
-    return {patch / p.S, patch % p.S, first, last, own, own + ceil_div((last - first) * group, Vec<A>::size)};
+    return {patch / p.S, patch % p.S, first, last, first * group, last * group, own, own + ceil_div((last - first) * group, Vec<A>::size)};
   }
-  template <class F> void for_items(const F& fn) const {
+  template <bool kStream = false, class F> void for_items(const F& fn) const {
     const int64_t rows = ceil_div(p.L, max_of(p.S, 1)) + 1;
     const int64_t grain = max_of(1, kSerialProducts / (rows * p.K * min_of(p.window, p.S + 1) * p.H * p.P / chunks + 1));
     parallel_for(0, p.B * p.S * chunks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; index++) fn(item(index));
-      stream_fence();
+      if constexpr (kStream) stream_fence();
     });
   }
 };
@@ -193,6 +193,23 @@ template <class F> TZ_INLINE void for_bytes_outside(const PatchCrossAttentionPar
   const int32_t* starts = p.starts + b * (p.S + 1);
   if (s == 0) fn(0, starts[0]);
   if (s == p.S - 1) fn(starts[p.S], p.L);
+}
+
+// The queries of an item's patch and the live keys that they see.
+struct Asking {
+  Rows queries;
+  const int32_t* keys;
+  int64_t n;
+};
+
+// In `out`, a tensor like q, bytes outside all patches get zeros.
+template <class A, class T> TZ_INLINE Asking asking(const PatchCrossAttentionParams& p, const CrossItem<A>& item, T* out) {
+  if (p.bytes_ask)
+    for_bytes_outside(p, item.b, item.s, [&](int64_t from, int64_t to) { clear_heads(out, from, to, p.H, p.P, item.h_begin, item.h_end); });
+  const Rows keys = keys_seen_by(p, item.b, item.s);
+  int32_t* list = scratch<int32_t>(kListSlot, keys.end - keys.begin + 1);
+  const int64_t n = list_rows(keys, list, [&](int64_t row) TZ_LAMBDA { return key_is_live(p, item.b, row); });
+  return {query_rows(p, item.b, item.s, item.s + 1), list, n};
 }
 
 }}}  // namespace terrazzo::cpu::TZ_ISA

@@ -24,19 +24,16 @@ template <class T> struct Backward {
   TZ_INLINE A* stats(int64_t b, int64_t row, int64_t h) const { return static_cast<A*>(p.stats) + (b * p.Lq + row) * 3 * p.H + h; }
 
   void queries(const CrossItem<A>& item) const {
-    const int64_t b = item.b, h_begin = item.kv_begin * plan.group, h_end = item.kv_end * plan.group;
-    const Rows queries = query_rows(p, b, item.s, item.s + 1), keys = keys_seen_by(p, b, item.s);
+    const int64_t b = item.b;
     T* dq = static_cast<T*>(p.dq) + b * p.Lq * p.H * p.P;
-    if (p.bytes_ask) for_bytes_outside(p, b, item.s, [&](int64_t from, int64_t to) { clear_heads(dq, from, to, p.H, p.P, h_begin, h_end); });
-    int32_t* list = scratch<int32_t>(kListSlot, keys.end - keys.begin + 1);
-    const int64_t n = list_rows(keys, list, [&](int64_t row) TZ_LAMBDA { return key_is_live(p, b, row); });
+    const auto [queries, list, n] = asking(p, item, dq);
     A* w = scratch<A>(kScoreSlot, (n + 1) * V::size);
     A* ds = scratch<A>(kSecondSlot, (n + 1) * V::size);
     const T* k = static_cast<const T*>(p.k) + b * p.k_stride_b;
     const T* v = static_cast<const T*>(p.v) + b * p.v_stride_b;
     for (int64_t row = queries.begin; row < queries.end; row++) {
       if (n == 0 || !query_is_live(p, b, row)) {
-        clear_heads(dq, row, row + 1, p.H, p.P, h_begin, h_end);
+        clear_heads(dq, row, row + 1, p.H, p.P, item.h_begin, item.h_end);
         continue;
       }
       for (const HeadBlock<A>* heads = item.begin_blocks; heads != item.end_blocks; heads++) {

@@ -15,31 +15,29 @@ template <class T, bool kStream> void forward(const PatchCrossAttentionParams& p
   using A = acc_t<T>;
   using V = Vec<A>;
   const CrossPlan<A> plan(p);
-  plan.for_items([&](const CrossItem<A>& item) {
-    const int64_t b = item.b, h_begin = item.kv_begin * plan.group, h_end = item.kv_end * plan.group;
-    const Rows queries = query_rows(p, b, item.s, item.s + 1), keys = keys_seen_by(p, b, item.s);
+  plan.template for_items<kStream>([&](const CrossItem<A>& item) {
+    const int64_t b = item.b;
     T* y = static_cast<T*>(p.y) + b * p.Lq * p.H * p.P;
-    if (p.bytes_ask) for_bytes_outside(p, b, item.s, [&](int64_t from, int64_t to) { clear_heads(y, from, to, p.H, p.P, h_begin, h_end); });
-    int32_t* list = scratch<int32_t>(kListSlot, keys.end - keys.begin + 1);
-    const int64_t n = list_rows(keys, list, [&](int64_t row) TZ_LAMBDA { return key_is_live(p, b, row); });
-    int32_t* asking = scratch<int32_t>(kQueryListSlot, queries.end - queries.begin + 1);
-    const int64_t asking_n = n == 0 ? 0 : list_rows(queries, asking, [&](int64_t row) TZ_LAMBDA { return query_is_live(p, b, row); });
-    if (asking_n < queries.end - queries.begin)
+    const auto [queries, list, n] = asking(p, item, y);
+    const int64_t queries_n = queries.end - queries.begin;
+    int32_t* live = scratch<int32_t>(kQueryListSlot, queries_n + 1);
+    const int64_t live_n = n == 0 ? 0 : list_rows(queries, live, [&](int64_t row) TZ_LAMBDA { return query_is_live(p, b, row); });
+    if (live_n < queries_n)
       for (int64_t row = queries.begin; row < queries.end; row++)
-        if (n == 0 || !query_is_live(p, b, row)) clear_heads(y, row, row + 1, p.H, p.P, h_begin, h_end);
+        if (n == 0 || !query_is_live(p, b, row)) clear_heads(y, row, row + 1, p.H, p.P, item.h_begin, item.h_end);
     const int64_t tile = queries_at_a_time(n), blocks = item.end_blocks - item.begin_blocks, size = n * V::size;
     A* scores = scratch<A>(kScoreSlot, tile * blocks * size + 1);
     const T* q = static_cast<const T*>(p.q) + b * p.q_stride_b;
     const T* k = static_cast<const T*>(p.k) + b * p.k_stride_b;
     const T* v = static_cast<const T*>(p.v) + b * p.v_stride_b;
-    for (int64_t first = 0; first < asking_n; first += tile) {
-      const int64_t rows = min_of(tile, asking_n - first);
+    for (int64_t first = 0; first < live_n; first += tile) {
+      const int64_t rows = min_of(tile, live_n - first);
       // The bytes' rows come from memory: outside, each whole, whichever side they are.
       for (int64_t pair = 0; pair < rows * n; pair++) {
         const int64_t row = p.bytes_ask ? pair / n : pair % rows, i = p.bytes_ask ? pair % n : pair / rows;
         for (int64_t block = 0; block < blocks; block++) {
           const HeadBlock<A>& heads = item.begin_blocks[block];
-          score(p, q + asking[first + row] * p.q_stride_l + heads.begin * p.q_stride_h, k + list[i] * p.k_stride_l, heads,
+          score(p, q + live[first + row] * p.q_stride_l + heads.begin * p.q_stride_h, k + list[i] * p.k_stride_l, heads,
                 scores + (row * blocks + block) * size + i * V::size);
         }
       }
@@ -50,7 +48,7 @@ template <class T, bool kStream> void forward(const PatchCrossAttentionParams& p
       for (int64_t at = 0; at < rows * blocks; at++) {
         const HeadBlock<A>& heads = item.begin_blocks[at % blocks];
         for (int64_t i = 0; i < heads.n; i++) {
-          T* out = y + (asking[first + at / blocks] * p.H + heads.begin + i) * p.P;
+          T* out = y + (live[first + at / blocks] * p.H + heads.begin + i) * p.P;
           weighted_sum(scores + at * size + i, v + heads.v_offset[i], list, p.v_stride_l, n, p.P, [&](int64_t c, V value) TZ_LAMBDA {
             if constexpr (kStream) value.stream(out + c);
             else store_n(value, out + c, p.P - c);

@@ -5,7 +5,6 @@ be split. Splitting a letter splits every tensor that has it; an output without 
 divides both (a rank has whole groups of heads), or the first alone where the second's size is 1. "?a&b": an output that is there when these arguments are;
 "!K": whole when K is split, since nothing was summed over K. Anything else that comes is brought to one of these layouts by DTensor.
 """
-import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
