@@ -16,9 +16,10 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from . import compare, cost_model, export, memory, packages, page, providers, report, revision, roofline, suite, targets
 from .cases import ALIASES, DTYPES, MODES, PRESETS, select
 from .environment import environment
+from .turns import Turns
 
 SECONDS = {"quick": 1.0, "normal": 3.0, "full": 15.0}
-QUICK_LIMIT_S = 200.0  # of `terrazzo bench --quick`: under four minutes with start, calibration and the last case's overrun
+QUICK_LIMIT_S = 175.0  # of `terrazzo bench --quick`: under four minutes with start, calibration and the last case's overrun
 
 
 def parser():
@@ -41,6 +42,7 @@ def parser():
     run.add_argument("--provider", help=f"comma-separated, of {', '.join(suite.PROVIDERS)}, or loaded ones")
     run.add_argument("--load", action="append", default=[], metavar="FILE", help="a Python file that registers kernels with @terrazzo.bench.provider")
     run.add_argument("--shapes", metavar="FILE", help="a JSON file of shapes of your own, in place of a preset")
+    run.add_argument("--turns", help=argparse.SUPPRESS)  # of `compare --git`: "FD:first" or "FD:second"
     run.add_argument("--mode", help=f"comma-separated, of {', '.join(MODES)}; bwd is forward and backward together")
     run.add_argument("--dtype", default="fp32", help=f"comma-separated, of {', '.join(DTYPES)} (default fp32)")
     run.add_argument("--preset", help=f"comma-separated, of {', '.join(PRESETS)}; default: each op's own, with --quick and no OP its smallest cases")
@@ -110,6 +112,7 @@ class Session:
         if threads:
             torch.set_num_threads(threads)
         self.device = device
+        self.turns = Turns.of(args.turns) if getattr(args, "turns", None) else None  # waits for its turn
         width = None if sys.stdout.isatty() else 120  # a file or a pipe has no width of its own
         self.args, self.console = args, Console(stderr=args.json, width=width)
         self.command = "terrazzo bench " + " ".join(argv)
@@ -197,16 +200,19 @@ def _run_cases(session, cases, args, chosen):
     """Measures the cases; whether a provider was wrong or failed. What a case leaves of its share of --limit is the others'."""
     session.describe()
     options = session.options(providers=chosen, baseline=args.baseline, cold=args.cold, hurry=args.hurry)
-    rows, clock = [], time.perf_counter_ns
+    turns = session.turns
+    rows, clock = [], turns.clock if turns else time.perf_counter_ns
     end = clock() + int(args.limit * 1e9) if args.limit else None
     with session.progress as progress:
         overall, current = progress.add_task("cases", total=len(cases)), progress.add_task("", total=1.0)
         for number, case in enumerate(cases):
             left = end - clock() if end else None
             if end and left <= 0:
+                if turns:
+                    turns.sit_out()
                 found = suite.left_out(case, options, f"the {args.limit:g} s of this run were over; --limit sets them")
             else:
-                found = suite.measure(case, options, session.calibration, machine_is_free=session.machine_is_free,
+                found = suite.measure(case, options, session.calibration, machine_is_free=session.machine_is_free, clock=clock, turns=turns,
                                       deadline_ns=clock() + left // (len(cases) - number) if end else None,
                                       on_progress=lambda text, done: progress.update(current, description=text, completed=done))  # fmt: skip
             rows += found

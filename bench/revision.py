@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
@@ -48,17 +50,33 @@ def build(tree):
 
 
 def measure(ref, options, before, after, on_step=lambda text: None):
-    """Runs the suite with `options` at `ref` and as it is now, into two JSONL files. `on_step(text)` follows the work."""
+    """Runs the suite with `options` at `ref` and as it is now, by turns, into two JSONL files. `on_step(text)` follows the work."""
     with checkout(ref) as tree:
         on_step(f"building {ref}")
         lib = build(tree)
-        for path, file in ((lib, before), (None, after)):
-            on_step(f"measuring {ref if path else 'this checkout'}")
+        on_step(f"measuring {ref} and this checkout by turns")
+        by_turns({f"at {ref}": (lib, before), "on this checkout": (None, after)}, options, tree.parent)
+
+
+def by_turns(sides, options, folder):
+    """Runs the suite in two processes that take turns (turns.py). sides: {name: (where to import the package from, None for the installed one; the result file)}."""
+    ends = Pipe()
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for (name, (path, file)), end, place in zip(sides.items(), ends, ("first", "second"), strict=True):
             env, python = dict(os.environ), [sys.executable]
             if path is not None:  # without site (-S): an editable install's import hook would lend its extension
                 env["PYTHONPATH"] = os.pathsep.join((str(path), *filter(None, sys.path)))
                 python.append("-S")
-            command = [*python, "-m", "terrazzo.bench", "run", *options, "--out", str(file)]
-            done = subprocess.run(command, cwd=tree.parent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            if done.returncode not in (0, 1):  # 1: a provider was wrong or failed, a row with the reason
-                raise RevisionError(f"terrazzo bench compare: the suite failed {'at ' + ref if path else 'on this checkout'}:\n{done.stderr.strip()[-2000:]}")
+            command = [*python, "-m", "terrazzo.bench", "run", *options, "--out", str(file), "--turns", f"{end.fileno()}:{place}"]
+            errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+            running[name] = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(end.fileno(),)), errors
+            stack.callback(running[name][0].kill)
+        for end in ends:
+            end.close()  # so that each side notices the other's end
+        while any(process.poll() is None for process, _ in running.values()):
+            time.sleep(0.05)
+            for name, (process, errors) in running.items():
+                if process.poll() not in (None, 0, 1):  # 1: a provider was wrong or failed, a row with the reason
+                    errors.seek(0)
+                    raise RevisionError(f"terrazzo bench compare: the suite failed {name}:\n{errors.read().strip()[-2000:]}")

@@ -216,10 +216,12 @@ def _built(job, provider):
         return provider.build()
 
 
-def measure(case, options, calibration, *, machine_is_free=None, on_progress=None, clock=time.perf_counter_ns, deadline_ns=None, cuda=torch.cuda):
+def measure(case, options, calibration, *, machine_is_free=None, on_progress=None, clock=time.perf_counter_ns, deadline_ns=None, cuda=torch.cuda,
+            turns=None):  # fmt: skip
     """Rows of every chosen provider on one case: timed, or with the reason why not.
 
     `on_progress(text, fraction)` follows the work. By `deadline_ns` of the clock the timing ends, as far as MIN_TIMING_S for each provider allows.
+    `turns`: another process measures the same cases, by turns.
     """
     report = on_progress or (lambda text, fraction: None)
     rows, timed, found = [], {}, {}
@@ -259,10 +261,12 @@ def measure(case, options, calibration, *, machine_is_free=None, on_progress=Non
             budget = max(MIN_TIMING_S * len(timed), min(budget, (deadline_ns - clock()) / 1e9))
         timings = interleave(
             runs, budget, clock=clock, seed=options.seed, min_rounds=options.min_rounds, machine_is_free=machine_is_free,
-            on_round=lambda fraction: report(f"{case.key}: timing", fraction), known={name: checked.second_call_ns for name, checked in found.items()}, **extras,
+            on_round=lambda fraction: report(f"{case.key}: timing", fraction), known={name: checked.second_call_ns for name, checked in found.items()}, turns=turns, **extras,
         )  # fmt: skip
         rows += [_timed_row(case, name, timing, found[name], calibration, options, facts[name]) for name, timing in timings.items()]
         _add_speedups(rows, peer_of(case, options.baseline))
+    elif turns:
+        turns.sit_out()
     return sorted(rows, key=lambda row: PROVIDERS.index(row["provider"]) if row["provider"] in PROVIDERS else len(PROVIDERS))
 
 

@@ -90,14 +90,14 @@ def by(clock):
 
 
 def interleave(providers, budget_s, *, clock=time.perf_counter_ns, stopwatch=None, calls=None, known=None, before_call=None, seed=0, min_rounds=7,
-               max_rounds=400, lead_in=False, machine_is_free=None, on_round=None):  # fmt: skip
+               max_rounds=400, lead_in=False, machine_is_free=None, on_round=None, turns=None):  # fmt: skip
     """Times every provider of {name: fn} round by round, in a new random order each round -> {name: Timing}, nanoseconds a call.
 
     Ends when every median is settled, or when the budget is spent and each provider has `min_rounds` samples
     (3 where one round alone outlasts the budget). `machine_is_free()` is asked around each round; a round next
     to a "no" is dropped, as long as budget is left. `lead_in` warms the caches before each sample of a short call. `on_round(spent_fraction)` feeds a progress bar.
     `before_call()` runs, untimed, before every single call (it empties the caches): a sample is one call then. `calls` {name: n}: fn() makes n calls. `known` {name: ns}:
-    what a call took before; those over WARM_NS are not called again to warm up.
+    what a call took before; those over WARM_NS are not called again to warm up. `turns` (bench/turns.py): another process measures the same case, a round each.
     """
     stopwatch = stopwatch or by(clock)
     timings = {name: Timing() for name in providers}
@@ -109,9 +109,11 @@ def interleave(providers, budget_s, *, clock=time.perf_counter_ns, stopwatch=Non
         timings[name].once_ns, timings[name].calls = once, (calls or {}).get(name, 1)
         timings[name].repeats = 1 if before_call else min(MAX_REPEATS, max(1, math.ceil(MIN_SAMPLE_NS / once)))
     order, shuffle = list(providers), random.Random(seed).shuffle
+    if turns:
+        turns.begin()
     start = clock()
     free_before = machine_is_free() if machine_is_free else True
-    for _ in range(max_rounds):
+    for number in range(max_rounds):
         shuffle(order)
         round_samples = {}
         for name in order:
@@ -133,9 +135,9 @@ def interleave(providers, budget_s, *, clock=time.perf_counter_ns, stopwatch=Non
         rounds = len(timings[order[0]].samples)
         if on_round:
             on_round(min(1.0, max(spent / budget_s, rounds / max_rounds)))
-        if rounds >= min_rounds and all(is_settled(t.samples) for t in timings.values()):
-            break
+        settled = rounds >= min_rounds and all(is_settled(t.samples) for t in timings.values())
         enough = 3 if spent > 2 * budget_s else min_rounds
-        if spent > budget_s and rounds >= enough:
+        done = settled or (spent > budget_s and rounds >= enough) or number + 1 == max_rounds
+        if turns.both_done(done) if turns else done:
             break
     return timings
