@@ -51,6 +51,7 @@ def attention_update(qkv, k_cache, v_cache, cache_seqlens, *, rotary_cos=None, r
         y = _fast(qkv, k_cache, v_cache, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved, window, scale, backend)
         if y is not None:
             return y
+    checks.check_flags(OP, rotary_interleaved=rotary_interleaved)
     length, lengths, scale = _check(qkv, k_cache, v_cache, cache_seqlens, rotary_cos, rotary_sin, window, scale)
     chosen, _ = dispatch.pick(OP, qkv, k_cache, v_cache, rotary_cos, rotary_sin, backend=backend)
     if chosen != "reference":
@@ -94,6 +95,10 @@ def _check(qkv, k_cache, v_cache, cache_seqlens, rotary_cos, rotary_sin, window,
         if rotary_cos.shape[0] not in (1, B) or 2 * rotary_cos.shape[1] > P:
             checks.fail(OP, f"rotary_cos must be (1 or B, R) with B = {B} and 2 R at most P = {P}, got {checks.describe(rotary_cos)}")
         checks.check_optional(OP, "rotary_sin", rotary_sin, tuple(rotary_cos.shape), "like rotary_cos", qkv)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.check_writable(OP, name, cache)
+    if scale is not None:
+        checks.check_number(OP, "scale", scale)
     return length, lengths, float(P**-0.5 if scale is None else scale)
 
 
@@ -102,13 +107,15 @@ def _fast(qkv, k_cache, v_cache, cache_seqlens, rotary_cos, rotary_sin, rotary_i
     try:
         if not qkv.is_cpu or not dispatch.cpu_may_serve(_ENTRY, backend) or dispatch.needs_grad(qkv, k_cache, v_cache, rotary_cos, rotary_sin):
             return None
-        if window is not None and window < 1:
+        if type(rotary_interleaved) is not bool or (window is not None and (type(window) is not int or window < 1)):
             return None
         length, lengths = (cache_seqlens, None) if isinstance(cache_seqlens, int) else (0, cache_seqlens)
         scale = k_cache.shape[3] ** -0.5 if scale is None else scale
+        if type(scale) is not float or scale != scale:
+            return None
         return torch.ops.terrazzo.attention_update.default(qkv, k_cache, v_cache, length, lengths, rotary_cos, rotary_sin, rotary_interleaved,
                                                            window or 0, scale)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, ZeroDivisionError):
         return None
 
 

@@ -41,6 +41,7 @@ def byte_hash_embedding(tokens, table, byte_embedding, group_sizes, num_function
     checks.check_positive(OP, D=D)
     checks.check_shape(OP, "table", table, (None, D), "(rows, D)")
     checks.check_float64(OP, table=table, byte_embedding=byte_embedding)
+    checks.check_flags(OP, sparse_grad=sparse_grad)
     if sparse_grad and checks.is_spread(table):
         checks.fail(OP, "sparse_grad must be False where table is a DTensor, which has no sparse gradients")
     needed = num_functions * len(group_sizes) * vocab

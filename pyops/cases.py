@@ -98,13 +98,23 @@ def run(case, kwargs, backend, gradients=False, function=None, device="cpu"):
 
 
 def clone(value, device="cpu"):
-    """A copy with the same strides (expanded dimensions stay expanded)."""
+    """A copy with the same strides (expanded dimensions stay expanded); what lies between its elements is NaN, or far out of range."""
     if not isinstance(value, torch.Tensor):
         return value
     copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    whole = copy.as_strided((copy.untyped_storage().nbytes() // copy.element_size(),), (1,))
+    whole.fill_(float("nan") if value.is_floating_point() else 1 if value.dtype == torch.bool else torch.iinfo(value.dtype).max - 1)
     base = tuple(slice(0, 1) if s == 0 else slice(None) for s in value.stride())
     copy[base].copy_(value[base])
     return copy
+
+
+def spread(case, kwargs):
+    """The same arguments as views without unit stride anywhere, but for states that kernels update in place."""
+    def view(value):
+        return value.new_empty([2 * n for n in value.shape])[(slice(None, None, 2),) * value.dim()].copy_(value)
+
+    return {k: view(v) if isinstance(v, torch.Tensor) and (k not in case.updated or k == "conv_state") else v for k, v in kwargs.items()}
 
 
 # ---- convolution -------------------------------------------------------------------------------------------

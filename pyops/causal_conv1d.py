@@ -45,8 +45,8 @@ dispatch.register(  # a copy: the cpu has no kernel for it
 )
 
 
-def _silu(fn, activation):
-    if activation not in ACTIVATIONS:
+def check_activation(fn, activation):
+    if not (activation is None or isinstance(activation, str)) or activation not in ACTIVATIONS:
         checks.fail(fn, f"activation must be None, 'silu' or 'swish', got {activation!r}")
     return ACTIVATIONS[activation]
 
@@ -99,9 +99,12 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
     state_shape = check_arguments(fn, x, weight, bias, seq_idx)
     checks.check_optional(fn, "initial_states", initial_states, state_shape, "(B, D, W-1)", x)
     checks.check_optional(fn, "final_states_out", final_states_out, state_shape, "(B, D, W-1)", x)
-    if final_states_out is not None and not return_final_states:
-        checks.fail(fn, "final_states_out needs return_final_states=True")
-    silu = _silu(fn, activation)
+    checks.check_flags(fn, return_final_states=return_final_states)
+    if final_states_out is not None:
+        checks.check_writable(fn, "final_states_out", final_states_out)
+        if not return_final_states:
+            checks.fail(fn, "final_states_out needs return_final_states=True")
+    silu = check_activation(fn, activation)
     y, final_states = _conv(fn, x, weight, bias, seq_idx, None, initial_states, return_final_states, silu, backend)
     if not return_final_states:
         return y
@@ -137,7 +140,8 @@ def causal_conv1d_varlen_fn(x, weight, bias, cu_seqlens, initial_states=None, re
     checks.check_cu_seqlens(fn, cu_seqlens, 1, T, x)
     S = cu_seqlens.shape[0] - 1
     checks.check_optional(fn, "initial_states", initial_states, (S, D, weight.shape[1] - 1), "(S, D, W-1)", x)
-    silu = _silu(fn, activation)
+    checks.check_flags(fn, return_final_states=return_final_states)
+    silu = check_activation(fn, activation)
     y, final_states = _conv(fn, x.t().unsqueeze(0), weight, bias, None, cu_seqlens, initial_states, return_final_states, silu, backend)
     y = y.squeeze(0).t()
     return (y, final_states) if return_final_states else y
@@ -193,12 +197,14 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
     if conv_state.shape[1] != D or conv_state.shape[2] < weight.shape[1] - 1:
         checks.fail(fn, f"conv_state must be (slots, D, W-1 or more) = (*, {D}, {weight.shape[1] - 1} or more), "
                         f"got {checks.describe(conv_state)}")
+    checks.check_writable(fn, "conv_state", conv_state)
     checks.check_slots(fn, "conv_state_indices", conv_state_indices, B, conv_state.shape[0], x)
     checks.check_optional(fn, "cache_seqlens", cache_seqlens, (B,), "(B,)", x, dtypes=(torch.int32,))
     if cache_seqlens is not None:
         checks.check_not_negative(fn, "cache_seqlens", cache_seqlens)
-    silu = _silu(fn, activation)
+    silu = check_activation(fn, activation)
     chosen, _ = dispatch.pick("causal_conv1d_update", x, weight, bias, conv_state, backend=backend)
+    cache_seqlens, conv_state_indices = (None if t is None else t.contiguous() for t in (cache_seqlens, conv_state_indices))
     if chosen != "reference":
         y = kernels.ops(chosen).causal_conv1d_update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
     else:
@@ -240,8 +246,7 @@ def causal_conv1d_varlen_states(x, cu_seqlens, state_len, *, backend=None):
     if cu_seqlens is None:
         checks.fail(fn, "cu_seqlens is missing: (sequences + 1,) int32", TypeError)
     checks.check_cu_seqlens(fn, cu_seqlens, 1, x.shape[0], x)
-    if not isinstance(state_len, int) or state_len < 1:
-        checks.fail(fn, f"state_len must be a positive integer, got {state_len!r}")
+    checks.check_count(fn, "state_len", state_len, 1)
     chosen, _ = dispatch.pick(fn, x, backend=backend)
     dispatch.count(fn, chosen)
     if chosen != "reference":

@@ -1,4 +1,7 @@
 """Argument checks shared by the public functions: which function, which argument, the rule, what came."""
+import math
+import numbers
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -22,6 +25,8 @@ def check_tensor(fn, name, value, ndim, shape_text, like=None, dtypes=FLOATS):
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         fail(fn, f"{name} must be {names}, got {str(value.dtype).removeprefix('torch.')}; convert it first", TypeError)
+    if value.layout is not torch.strided:
+        fail(fn, f"{name} must be a dense tensor {shape_text}, got layout {str(value.layout).removeprefix('torch.')}; call .to_dense() first", TypeError)
     if like is not None and value.device != like.device:
         fail(fn, f"{name} must be on {like.device} like the first argument, got {value.device}; move it first")
 
@@ -37,6 +42,31 @@ def check_optional(fn, name, value, shape, shape_text, like, dtypes=FLOATS):
     if value is not None:
         check_tensor(fn, name, value, len(shape), shape_text, like, dtypes)
         check_shape(fn, name, value, shape, shape_text)
+
+
+def check_flags(fn, **flags):
+    """True or False; the numbers 1 and 0 and None will do, as they do in Python."""
+    for name, value in flags.items():
+        if not isinstance(value, int) and value is not None:
+            fail(fn, f"{name} must be True or False, got {value!r}", TypeError)
+
+
+def check_number(fn, name, value, low=-math.inf, finite=False):
+    """A real number of at least `low`, not NaN."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        fail(fn, f"{name} must be a number, got {value!r}", TypeError)
+    if finite and not math.isfinite(value):
+        fail(fn, f"{name} must be finite, got {value!r}")
+    if not value >= low:
+        fail(fn, f"{name} must be a number" + ("" if low == -math.inf else f" of at least {low:g}") + f", got {value!r}")
+
+
+def check_writable(fn, name, value):
+    """A tensor that is updated in place: no two of its elements are one place in memory."""
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape)):
+        fail(fn, f"{name} is updated in place and must not be expanded, got strides {tuple(value.stride())} for {describe(value)}; pass a .clone()")
 
 
 def check_positive(fn, **sizes):

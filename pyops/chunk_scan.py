@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checks, dispatch, kernels
-from .causal_conv1d import causal_conv1d_fn
+from .causal_conv1d import causal_conv1d_fn, check_activation
 from .reference import chunk_scan as reference
 from .rmsnorm_gated import rmsnorm_gated
 
@@ -48,6 +48,7 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bia
             y[:, t] = state @ C[:, t] + D * x[:, t]
     """
     dt_min, dt_max = check_arguments(OP, x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_limit)
+    checks.check_flags(OP, dt_softplus=dt_softplus, return_final_states=return_final_states, return_varlen_states=return_varlen_states)
     if return_varlen_states and cu_seqlens is None:
         checks.fail(OP, "return_varlen_states needs cu_seqlens")
     wants_states = return_final_states or return_varlen_states
@@ -105,8 +106,11 @@ def check_arguments(fn, x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_state
     checks.check_cu_seqlens(fn, cu_seqlens, batch, L, x)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     checks.check_optional(fn, "initial_states", initial_states, (sequences, H, P, N), "(sequences, H, P, N)", x)
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        checks.fail(fn, f"chunk_size must be a positive integer, got {chunk_size!r}")
+    checks.check_count(fn, "chunk_size", chunk_size, 1)
+    if not isinstance(dt_limit, (tuple, list)) or len(dt_limit) != 2:
+        checks.fail(fn, f"dt_limit must be (low, high), got {dt_limit!r}")
+    for limit in dt_limit:
+        checks.check_number(fn, "dt_limit", limit)
     dt_min, dt_max = (float(limit) for limit in dt_limit)
     if not dt_min <= dt_max:
         checks.fail(fn, f"dt_limit must be (low, high) with low <= high, got {dt_limit!r}")
@@ -137,17 +141,36 @@ def mamba_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias
     checks.check_tensor(fn, "A", A, 1, "(H,)", zxbcdt)
     checks.check_tensor(fn, "conv1d_weight", conv1d_weight, 2, "(H*P + 2*G*N, W)", zxbcdt)
     H, conv_dim = A.shape[0], conv1d_weight.shape[0]
-    checks.check_positive(fn, H=H, L=L, ngroups=ngroups)
+    checks.check_positive(fn, H=H, L=L)
+    checks.check_count(fn, "ngroups", ngroups, 1)
     inner = width - conv_dim - H
     if inner <= 0 or inner % H or (conv_dim - inner) <= 0 or (conv_dim - inner) % (2 * ngroups):
         checks.fail(fn, f"the last dimension of zxbcdt must be H*P + conv_dim + H with conv_dim = H*P + 2*G*N; got {width} "
                         f"with H = {H}, conv_dim = {conv_dim} (conv1d_weight), G = {ngroups} (ngroups)")
     P, N = inner // H, (conv_dim - inner) // (2 * ngroups)
+    if headdim is not None:
+        checks.check_count(fn, "headdim", headdim, 1)
     if headdim is not None and headdim != P:
         checks.fail(fn, f"headdim must be {P}, the inner width {inner} over the {H} heads of A, got {headdim}")
     if D is not None and isinstance(D, torch.Tensor) and D.dim() == 1 and D.shape[0] == inner and inner != H:
         D = D.view(H, P)
     z, xBC, dt = zxbcdt.split([inner, conv_dim, H], dim=-1)
+    if conv1d_weight.shape[1] < 2:
+        checks.fail(fn, f"conv1d_weight must be (H*P + 2*G*N, 2 or more), got {checks.describe(conv1d_weight)}")
+    checks.check_optional(fn, "conv1d_bias", conv1d_bias, (conv_dim,), "(H*P + 2*G*N,)", zxbcdt)
+    check_activation(fn, activation)
+    x, B, C = xBC.split([inner, ngroups * N, ngroups * N], dim=-1)
+    B, C = (t.unflatten(-1, (ngroups, N)) for t in (B, C))
+    check_arguments(fn, x.unflatten(-1, (H, P)), dt, A, B, C, chunk_size, D, None, dt_bias, initial_states, seq_idx, None, dt_limit)
+    checks.check_flags(fn, return_final_states=return_final_states, norm_before_gate=norm_before_gate)
+    checks.check_number(fn, "rmsnorm_eps", rmsnorm_eps, 0)
+    checks.check_optional(fn, "rmsnorm_weight", rmsnorm_weight, (inner,), "(H*P,)", zxbcdt)
+    if outproj_weight is not None:
+        checks.check_tensor(fn, "outproj_weight", outproj_weight, 2, "(out, H*P)", zxbcdt)
+        checks.check_shape(fn, "outproj_weight", outproj_weight, (None, inner), "(out, H*P)")
+        checks.check_optional(fn, "outproj_bias", outproj_bias, (outproj_weight.shape[0],), "(out,)", zxbcdt)
+    elif outproj_bias is not None:
+        checks.fail(fn, "outproj_bias needs outproj_weight")
     xBC = causal_conv1d_fn(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx=seq_idx, activation=activation, backend=backend)
     x, B, C = xBC.transpose(1, 2).split([inner, ngroups * N, ngroups * N], dim=-1)
     gate = z.unflatten(-1, (H, P)) if rmsnorm_weight is None else None
@@ -160,7 +183,9 @@ def mamba_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias
     if rmsnorm_weight is not None:
         y = rmsnorm_gated(y, rmsnorm_weight, z, rmsnorm_eps, inner // ngroups, norm_before_gate, backend=backend)
     if outproj_weight is not None:
-        y = F.linear(y.to(outproj_weight.dtype) if not torch.is_autocast_enabled(y.device.type) else y, outproj_weight, outproj_bias)
+        if not torch.is_autocast_enabled(y.device.type):
+            y, outproj_bias = (t if t is None else t.to(outproj_weight.dtype) for t in (y, outproj_bias))
+        y = F.linear(y, outproj_weight, outproj_bias)
     return (y, states) if return_final_states else y
 
 

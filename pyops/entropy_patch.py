@@ -1,5 +1,4 @@
 """Cutting byte texts into patches where a byte model is unsure. Source: the Byte Latent Transformer (facebookresearch/blt)."""
-import math
 from typing import NamedTuple
 
 import torch
@@ -55,7 +54,7 @@ def entropy_patch(logits, threshold, *, monotonic=False, max_patch_length=None, 
     Returns:
         Patches. Rows, and packed texts, never see each other. Entropies are differentiable in logits; a distribution with
         NaN, +inf or nothing but -inf has entropy NaN, which starts no patch. A row of valid length 0 has no patches.
-        Under torch.compile, without max_patches, lengths keep all N columns: their number would depend on the data.
+        Under torch.compile and on meta, without max_patches, lengths keep all N columns: their number would depend on the data.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above. BackendError: a forced backend cannot run.
@@ -70,7 +69,7 @@ def entropy_patch(logits, threshold, *, monotonic=False, max_patch_length=None, 
     B, L, V = logits.shape
     checks.check_positive(OP, L=L, V=V)
     rule = _check_rule(OP, threshold, monotonic, threshold_add, patch_size)
-    _check_texts(OP, B, L, logits, max_patch_length, cu_seqlens, valid_lengths, include_next, max_patches)
+    valid_lengths = _check_texts(OP, B, L, logits, max_patch_length, cu_seqlens, valid_lengths, include_next, max_patches)
     chosen, _ = dispatch.pick(OP, logits, backend=backend)
     numbers = (float(threshold or 0), float(threshold_add or 0), patch_size or 1)
     if chosen != "reference":
@@ -93,7 +92,7 @@ def patches_from_entropies(entropies, threshold, *, monotonic=False, max_patch_l
     B, L = entropies.shape
     checks.check_positive(CUT, L=L)
     rule = _check_rule(CUT, threshold, monotonic, threshold_add, patch_size)
-    _check_texts(CUT, B, L, entropies, max_patch_length, cu_seqlens, valid_lengths, include_next, max_patches)
+    valid_lengths = _check_texts(CUT, B, L, entropies, max_patch_length, cu_seqlens, valid_lengths, include_next, max_patches)
     chosen, _ = dispatch.pick(CUT, entropies, backend=backend)
     cut = _cut(CUT, chosen, entropies.detach(), rule, (float(threshold or 0), float(threshold_add or 0), patch_size or 1), max_patch_length, 0, cu_seqlens,
                valid_lengths, include_next)
@@ -129,7 +128,7 @@ def patch_lengths_from_tokens(tokens, mode, *, patch_size=None, offset=4, max_pa
     if mode == "static":
         _check_integer(TOKENS, "patch_size", patch_size, 1)
     _check_integer(TOKENS, "offset", offset, 0)
-    _check_texts(TOKENS, B, L, tokens, max_patch_length, cu_seqlens, valid_lengths, include_next, max_patches)
+    valid_lengths = _check_texts(TOKENS, B, L, tokens, max_patch_length, cu_seqlens, valid_lengths, include_next, max_patches)
     chosen, _ = dispatch.pick(TOKENS, tokens, backend=backend)
     cut = _cut(TOKENS, chosen, tokens, mode, (0.0, 0.0, patch_size or 1), max_patch_length, offset, cu_seqlens, valid_lengths, include_next)
     return _patches(TOKENS, tokens, cut, max_patches).lengths
@@ -149,6 +148,7 @@ def patch_ids_from_lengths(lengths, length, *, exact=True, backend=None):
     """
     checks.check_tensor(IDS, "lengths", lengths, 2, "(B, S)", dtypes=(torch.int32, torch.int64))
     _check_integer(IDS, "length", length, 0)
+    checks.check_flags(IDS, exact=exact)
     if length:
         checks.check_positive(IDS, S=lengths.shape[1])
     if checks.has_values(lengths):
@@ -176,7 +176,7 @@ def split_patch_lengths(lengths, max_patch_length):
     if max_patch_length is None:
         return lengths
     _check_integer(fn, "max_patch_length", max_patch_length, 1)
-    B = lengths.shape[0]
+    B, dtype, lengths = lengths.shape[0], lengths.dtype, lengths.long()
     pieces = (lengths.clamp(min=0) + max_patch_length - 1) // max_patch_length
     per_row = pieces.sum(1)
     width = int(per_row.max()) if lengths.numel() else 0
@@ -186,8 +186,8 @@ def split_patch_lengths(lengths, max_patch_length):
     rest = lengths.flatten() - (pieces.flatten() - 1) * max_patch_length
     column = torch.arange(patch.shape[0], device=lengths.device) - (per_row.cumsum(0) - per_row)[patch // max(lengths.shape[1], 1)]
     split = lengths.new_zeros(B, width)
-    split[patch // max(lengths.shape[1], 1), column] = torch.where(last, rest[patch], max_patch_length).to(lengths.dtype)
-    return split
+    split[patch // max(lengths.shape[1], 1), column] = torch.where(last, rest[patch], max_patch_length)
+    return split.to(dtype)
 
 
 def hf_patch_lengths(entropies, threshold, max_patch_length=None, *, backend=None):
@@ -308,7 +308,7 @@ def _patches(fn, entropies, cut, max_patches):
     starts, ids, lengths, counts = cut
     width = max_patches
     every = counts.full_tensor() if checks.is_spread(counts) else counts  # rows on several ranks are as wide on all
-    if checks.has_values(every) or (width is None and not torch.compiler.is_compiling()):
+    if checks.has_values(every) or (width is None and not torch.compiler.is_compiling() and not every.is_meta):
         most = every.item() if every.shape[0] == 1 else int(every.max()) if every.shape[0] else 0
         if width is not None and most > width:
             checks.fail(fn, f"max_patches must be at least {most}, the most patches of a row, got {width}")
@@ -320,18 +320,15 @@ def _patches(fn, entropies, cut, max_patches):
 
 def _check_rule(fn, threshold, monotonic, threshold_add, patch_size):
     """The name of the rule that these arguments ask for."""
+    checks.check_flags(fn, monotonic=monotonic)
     if threshold is None:
         if patch_size is None:
             checks.fail(fn, "threshold must be a number of nats; None needs patch_size, the mean length to aim for")
         if monotonic or threshold_add is not None:
             checks.fail(fn, "monotonic and threshold_add need a threshold, got None")
     for name, value in (("threshold", threshold), ("threshold_add", threshold_add), ("patch_size", patch_size)):
-        if value is None:
-            continue
-        if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, (int, float)):
-            checks.fail(fn, f"{name} must be a number, got {value!r}", TypeError)
-        if not math.isfinite(value):
-            checks.fail(fn, f"{name} must be finite, got {value!r}")
+        if value is not None:
+            checks.check_number(fn, name, value, finite=True)
     if patch_size is not None and patch_size < 1:
         checks.fail(fn, f"patch_size must be at least 1, got {patch_size!r}")
     if monotonic and threshold_add is not None:
@@ -342,8 +339,10 @@ def _check_rule(fn, threshold, monotonic, threshold_add, patch_size):
 
 
 def _check_texts(fn, B, L, like, max_patch_length, cu_seqlens, valid_lengths, include_next, max_patches):
+    """valid_lengths as the kernels read them, without gaps."""
     _check_optional_integer(fn, "max_patch_length", max_patch_length)
     _check_optional_integer(fn, "max_patches", max_patches)
+    checks.check_flags(fn, include_next=include_next)
     if cu_seqlens is not None and (valid_lengths is not None or include_next):
         checks.fail(fn, "cu_seqlens excludes valid_lengths and include_next: packed texts have no room behind them")
     checks.check_cu_seqlens(fn, cu_seqlens, B, L, like)
@@ -352,6 +351,7 @@ def _check_texts(fn, B, L, like, max_patch_length, cu_seqlens, valid_lengths, in
         low, high = (int(v) for v in valid_lengths.aminmax())
         if low < 0 or high > L:
             checks.fail(fn, f"valid_lengths must be 0 to {L}, the number of positions, got {low} to {high}")
+    return None if valid_lengths is None else valid_lengths.contiguous()
 
 
 def _check_integer(fn, name, value, low):

@@ -50,6 +50,9 @@ def fused_experts(x, w_gate_up, w_down, topk_weights, topk_indices, *, w_up=None
     """
     checks.check_tensor(OP, "x", x, 2, "(T, D)")
     activation = activations.resolve(OP, activation)
+    checks.check_flags(OP, interleaved=interleaved)
+    checks.check_number(OP, "alpha", alpha)
+    checks.check_number(OP, "limit", limit, 0)
     if isinstance(w_gate_up, PackedExperts):
         biases = (bias_gate_up, bias_up, bias_down)
         if w_down is not None or w_up is not None or transposed is not None:
@@ -120,6 +123,8 @@ def one_layout(x, w_gate_up, w_up, w_down, transposed, num_experts, interleaved)
     """Views (E, F or 2F, D), (E, F, D) or None, (E, D, F) of the weights; nothing is copied."""
     D = x.shape[1]
     checks.check_positive(OP, D=D)
+    if num_experts is not None:
+        checks.check_count(OP, "num_experts", num_experts, 1)
     pair = _transposed_pair(transposed)
     weights = {"w_gate_up": w_gate_up, "w_up": w_up, "w_down": w_down}
     weights = {name: w for name, w in weights.items() if w is not None or name != "w_up"}
@@ -134,7 +139,7 @@ def one_layout(x, w_gate_up, w_up, w_down, transposed, num_experts, interleaved)
     for name, w in weights.items():
         checks.check_tensor(OP, name, w, 2 if flat else 3, "(E * F, D)" if flat else "of three dimensions, experts first,", x)
         if flat:
-            if not isinstance(num_experts, int) or num_experts < 1 or w.shape[0] % num_experts:
+            if w.shape[0] % num_experts:
                 checks.fail(OP, f"num_experts must divide the {w.shape[0]} rows of {name}, got {num_experts!r}")
             w = w.unflatten(0, (num_experts, w.shape[0] // num_experts))
         down = name == "w_down"
@@ -152,7 +157,7 @@ def one_layout(x, w_gate_up, w_up, w_down, transposed, num_experts, interleaved)
 
 def _transposed_pair(transposed):
     pair = tuple(transposed) if isinstance(transposed, (tuple, list)) else (transposed, transposed)
-    if len(pair) != 2 or any(p not in (None, True, False) for p in pair):
+    if len(pair) != 2 or any(not isinstance(p, bool) and p is not None for p in pair):
         checks.fail(OP, f"transposed must be None, a bool or a pair of bools for (w_gate_up, w_down), got {transposed!r}")
     return pair
 

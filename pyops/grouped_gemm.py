@@ -91,6 +91,7 @@ def gmm(a, b, batch_sizes, trans_a=False, trans_b=False, *, backend=None):
     Equivalent to: ``grouped_mm(a, b.mT if trans_b else b, batch_sizes.cumsum(0))``, which also counts and serves it.
     """
     checks.check_tensor(WGRAD, "a", a, 2, "(T, K)")
+    checks.check_flags(WGRAD, trans_a=trans_a, trans_b=trans_b)
     if trans_a and trans_b:
         checks.fail(WGRAD, "trans_a and trans_b exclude each other, got both; transpose b outside")
     T, K = a.shape
@@ -105,6 +106,7 @@ def gmm(a, b, batch_sizes, trans_a=False, trans_b=False, *, backend=None):
     else:
         text = "(E, N, K)" if trans_b else "(E, K, N)"
         checks.check_tensor(WGRAD, "b", b, 3, text, a)
+        checks.check_positive(WGRAD, N=b.shape[1 if trans_b else 2])
         checks.check_shape(WGRAD, "b", b, (E, None, K) if trans_b else (E, K, None), text)
     checks.check_float64(WGRAD, a=a, b=b)
     if checks.has_values(batch_sizes):

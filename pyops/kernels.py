@@ -28,12 +28,25 @@ def register_fake(name):
     """Registers the shape function of an op, in every backend that has it."""
 
     def register(fake):
-        _fakes[name] = fake
+        _fakes[name] = _on_one_device(name, fake)
         for backend in _backends(name):
-            torch.library.register_fake(f"{ops(backend).name}::{name}", fake)
+            torch.library.register_fake(f"{ops(backend).name}::{name}", _fakes[name])
         return fake
 
     return register
+
+
+def _on_one_device(name, fake):
+    """torch calls a shape function as soon as one argument is on meta, whatever holds the others; it would answer with a tensor that nobody wrote."""
+
+    @functools.wraps(fake)
+    def checked(*args):
+        devices = {arg.device.type for arg in args if isinstance(arg, torch.Tensor)}
+        if "meta" in devices and len(devices) > 1:
+            raise ValueError(f"terrazzo.{name}: all tensors must be on one device, got {', '.join(sorted(devices))}")
+        return fake(*args)
+
+    return checked
 
 
 def register_autograd(name, backward, setup_context):

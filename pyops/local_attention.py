@@ -50,8 +50,11 @@ def local_attention(q, k, v, window, *, causal=True, cu_seqlens=None, scale=None
     B, L, _, P = q.shape
     checks.check_shape(OP, "k", k, (B, L, None, P), "(B, L, Hk, P)")
     checks.check_count(OP, "window", window, 1)
+    checks.check_flags(OP, causal=causal)
     checks.check_cu_seqlens(OP, cu_seqlens, B, L, q)
     checks.check_optional(OP, "key_mask", key_mask, (B, L), "(B, L)", q, dtypes=(torch.bool,))
+    if scale is not None:
+        checks.check_number(OP, "scale", scale)
     scale = float(P**-0.5 if scale is None else scale)
     chosen, _ = dispatch.pick(OP, q, k, v, backend=backend)
     if chosen != "reference":

@@ -44,6 +44,10 @@ def moe_route(router_logits, top_k, *, norm_order=None, softmax_first=True, sigm
     checks.check_tensor(ROUTE, "router_logits", router_logits, 2, "(T, E)")
     E = router_logits.shape[1]
     _check_integer(ROUTE, "top_k", top_k, 1, E, "the number of experts")
+    checks.check_flags(ROUTE, softmax_first=softmax_first, sigmoid=sigmoid)
+    checks.check_number(ROUTE, "scale", scale)
+    if norm_order is not None:
+        checks.check_number(ROUTE, "norm_order", norm_order)
     if norm_order is not None and not norm_order > 0:
         checks.fail(ROUTE, f"norm_order must be None or positive (1, 2, inf, ...), got {norm_order!r}")
     checks.check_optional(ROUTE, "bias", bias, (E,), "(E,)", router_logits)
@@ -137,12 +141,17 @@ def load_balancing_loss(router_logits, num_experts, top_k, attention_mask=None):
     fn = "load_balancing_loss"
     layers = _check_layers(fn, router_logits)
     T = layers[0].shape[0]
+    checks.check_count(fn, "num_experts", num_experts, 1)
     for logits in layers:
         checks.check_shape(fn, "router_logits", logits, (T, num_experts), "(T, E)")
     _check_integer(fn, "top_k", top_k, 1, num_experts, "the number of experts")
     acc = torch.float64 if layers[0].dtype == torch.float64 else torch.float32
     live = torch.ones(T, dtype=acc, device=layers[0].device)
     if attention_mask is not None:
+        if not isinstance(attention_mask, torch.Tensor):
+            checks.fail(fn, f"attention_mask must be a tensor (B, L) or (T,), got {type(attention_mask).__name__}", TypeError)
+        checks.check_tensor(fn, "attention_mask", attention_mask, attention_mask.dim(), "(B, L) or (T,)", layers[0],
+                            (*checks.FLOATS, torch.bool, torch.int64, torch.int32))
         if attention_mask.numel() != T:
             checks.fail(fn, f"attention_mask must hold one value for each of the {T} tokens, got {checks.describe(attention_mask)}")
         live = attention_mask.reshape(-1).to(layers[0].device, acc)

@@ -46,6 +46,8 @@ def norm_linear(x, weight, weight2=None, weight3=None, *, norm_weight=None, eps=
         y = _fast(x, weight, weight2, weight3, norm_weight, eps, activation, gated, residual, backend)
         if y is not None:
             return y
+    checks.check_flags(OP, gated=gated)
+    checks.check_number(OP, "eps", eps, 0)
     weights = _check(x, weight, weight2, weight3, norm_weight, gated, residual)
     chosen, _ = dispatch.pick(OP, x, *weights, norm_weight, residual, backend=backend)
     if chosen != "reference":
@@ -77,6 +79,8 @@ def _fast(x, weight, weight2, weight3, norm_weight, eps, activation, gated, resi
     """Straight to the kernel, which checks everything before it touches memory; None when it cannot serve the call or refuses it."""
     try:
         if not x.is_cpu or not dispatch.cpu_may_serve(_ENTRY, backend) or dispatch.needs_grad(x, weight, weight2, weight3, norm_weight, residual):
+            return None
+        if not eps >= 0 or type(gated) is not bool:
             return None
         return torch.ops.terrazzo.norm_linear.default(x, weight, weight2, weight3, norm_weight, eps, activations.IDS[activation], gated, residual)
     except (RuntimeError, ValueError, TypeError, AttributeError):

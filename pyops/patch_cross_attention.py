@@ -62,6 +62,8 @@ def patch_cross_attention(q, k, v, patch_ids, *, queries="patches", k_per_patch=
     checks.check_cu_seqlens(OP, cu_seqlens, B, L, q)
     checks.check_patch_ids(OP, patch_ids, B, L, q, cu_seqlens)
     checks.check_optional(OP, "key_mask", key_mask, (B, Lk), "(B, Lk)", q, dtypes=(torch.bool,))
+    if scale is not None:
+        checks.check_number(OP, "scale", scale)
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     chosen, _ = dispatch.pick(OP, q, k, v, backend=backend)
     if chosen != "reference":

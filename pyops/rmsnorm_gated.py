@@ -29,8 +29,11 @@ def rmsnorm_gated(x, weight, z=None, eps=1e-6, group_size=None, norm_before_gate
     checks.check_tensor(OP, "weight", weight, 1, "(D,)", x)
     checks.check_shape(OP, "weight", weight, (width,), "(D,)")
     checks.check_optional(OP, "z", z, tuple(x.shape), "like x", x)
+    checks.check_number(OP, "eps", eps, 0)
+    checks.check_flags(OP, norm_before_gate=norm_before_gate)
     group_size = width if group_size is None else group_size
-    if group_size < 1 or width % group_size:
+    checks.check_count(OP, "group_size", group_size, 1)
+    if width % group_size:
         checks.fail(OP, f"group_size must divide D = {width}, got {group_size}")
     chosen, _ = dispatch.pick(OP, x, weight, z, backend=backend)
     if chosen != "reference":

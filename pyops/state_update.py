@@ -87,8 +87,11 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     checks.check_optional(OP, "z", z, (batch, H, P), "(B, H, P)", state)
     checks.check_optional(OP, "dt_bias", dt_bias, (H, P), "(H, P)", state)
     checks.check_slots(OP, "state_batch_indices", state_batch_indices, batch, slots, state)
+    checks.check_flags(OP, dt_softplus=dt_softplus)
+    checks.check_writable(OP, "state", state)
     chosen, _ = dispatch.pick(OP, x, state, dt, A, B, C, D, z, dt_bias, backend=backend)
-    args = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
+    slot_of_row = None if state_batch_indices is None else state_batch_indices.contiguous()
+    args = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slot_of_row)
     if chosen != "reference":
         out = kernels.ops(chosen).selective_state_update(*args)
     else:

@@ -270,8 +270,11 @@ BAD = [
     (scan, dict(x=torch.randn(2, 6, 4, 8), dt=torch.rand(2, 6, 4), B=torch.randn(2, 6, 2, 5), C=torch.randn(2, 6, 2, 5),
                 cu_seqlens=torch.tensor([0, 6], dtype=i32)), ValueError, "batch of 1"),
     (scan, dict(return_varlen_states=True), ValueError, "needs cu_seqlens"),
-    (scan, dict(chunk_size=0), ValueError, "chunk_size must be a positive integer"),
+    (scan, dict(chunk_size=0), ValueError, "chunk_size must be an integer of at least 1"),
     (scan, dict(dt_limit=(1.0, 0.0)), ValueError, "dt_limit must be"),
+    (scan, dict(dt_limit=0.5), ValueError, "dt_limit must be .low, high., got 0.5"),
+    (scan, dict(dt_limit=(0.0, float("nan"))), ValueError, "dt_limit must be a number, got nan"),
+    (scan, dict(dt_softplus="yes"), TypeError, "dt_softplus must be True or False, got 'yes'"),
     (scan, dict(B=torch.randn(1, 6, 2, 0), C=torch.randn(1, 6, 2, 0)), ValueError, "N must be positive"),
     (step, dict(C=torch.ones(2, 2, 5, dtype=i32)), TypeError, "C must be float32, bfloat16, float16, float64, got int32"),
     (step, dict(D=torch.ones(4, 8, dtype=i32)), TypeError, "D must be float32, bfloat16, float16, float64, got int32"),
@@ -290,7 +293,25 @@ BAD = [
     (norm, dict(x=torch.randn(3, 0), weight=torch.randn(0)), ValueError, "D must be positive"),
     (split, dict(zxbcdt=torch.randn(1, 6, 30)), ValueError, "last dimension of zxbcdt"),
     (split, dict(headdim=7), ValueError, "headdim must be 8"),
-    (states, dict(state_len=0), ValueError, "state_len must be a positive integer"),
+    (split, dict(ngroups=0), ValueError, "ngroups must be an integer of at least 1, got 0"),
+    (split, dict(conv1d_weight=torch.randn(52, 1)), ValueError, "conv1d_weight must be .*2 or more.*got .52, 1."),
+    (split, dict(conv1d_bias=torch.randn(51)), ValueError, "conv1d_bias must be"),
+    (split, dict(dt_bias=torch.rand(3)), ValueError, "split_conv1d_scan_combined: dt_bias must be"),
+    (split, dict(activation="gelu"), ValueError, "split_conv1d_scan_combined: activation must be None, 'silu' or 'swish'"),
+    (split, dict(rmsnorm_weight=torch.rand(31)), ValueError, "rmsnorm_weight must be .H.P,. = .32."),
+    (split, dict(rmsnorm_eps=-1.0), ValueError, "rmsnorm_eps must be a number of at least 0, got -1.0"),
+    (split, dict(outproj_weight=torch.randn(5, 31)), ValueError, "outproj_weight must be .out, H.P."),
+    (split, dict(outproj_weight=torch.randn(5, 32), outproj_bias=torch.randn(4)), ValueError, "outproj_bias must be .out,. = .5."),
+    (split, dict(outproj_bias=torch.randn(5)), ValueError, "outproj_bias needs outproj_weight"),
+    (update, dict(conv_state=torch.zeros(1, 8, 4).expand(2, 8, 4)), ValueError, "conv_state is updated in place and must not be expanded"),
+    (update, dict(weight=torch.randn(8, 4, device="meta")), ValueError, "weight must be on cpu"),
+    (step, dict(state=torch.zeros(1, 4, 8, 5).expand(2, 4, 8, 5)), ValueError, "state is updated in place and must not be expanded"),
+    (step, dict(A=torch.rand(4, 8, 5, device="meta")), ValueError, "A must be on cpu"),
+    (norm, dict(eps=float("nan")), ValueError, "eps must be a number of at least 0, got nan"),
+    (norm, dict(eps="small"), TypeError, "eps must be a number, got 'small'"),
+    (conv, dict(activation=["silu"]), ValueError, "activation must be None, 'silu' or 'swish', got .'silu'."),
+    (conv, dict(return_final_states=True, final_states_out=torch.zeros(1, 8, 3).expand(2, 8, 3)), ValueError, "final_states_out is updated in place"),
+    (states, dict(state_len=0), ValueError, "state_len must be an integer of at least 1"),
     (states, dict(x=torch.randn(10)), ValueError, "x must be"),
 ]
 
@@ -456,6 +477,10 @@ def test_kernels_check_for_themselves():
             ops.causal_conv1d_fwd(x, w, None, None, torch.tensor(cu, dtype=i32), None, False, True)
     with pytest.raises(RuntimeError, match="conv_state_indices must be -1 or below 2, got 9"):
         ops.causal_conv1d_update(x, torch.randn(2, 8, 4), w, None, True, None, torch.tensor([9], dtype=i32))
+    with pytest.raises(RuntimeError, match="conv_state is updated in place and must not be expanded"):
+        ops.causal_conv1d_update(x, torch.randn(1, 1, 4).expand(1, 8, 4), w, None, True, None, None)
+    with pytest.raises(ValueError, match="terrazzo.causal_conv1d_update: all tensors must be on one device, got cpu, meta"):
+        ops.causal_conv1d_update(x, torch.randn(1, 8, 4), w.to("meta"), None, True, None, None)
     with pytest.raises(RuntimeError, match="bias must have shape"):
         ops.causal_conv1d_fwd(x, w, torch.randn(3), None, None, None, False, True)
     with pytest.raises(RuntimeError, match="weight must have shape"):

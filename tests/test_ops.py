@@ -50,6 +50,13 @@ def test_backward(case, dtype):
 
 
 @every_case
+def test_any_strides(case):
+    """No argument has unit stride anywhere, and what lies between its elements is not finite."""
+    kwargs = cases.spread(case, case.make(torch.float32))
+    assert_matches(case, torch.float32, kwargs, cases.run(case, kwargs, "cpu", gradients=bool(case.grads)), gradients=bool(case.grads))
+
+
+@every_case
 def test_caller_tensors_unchanged(case):
     kwargs = case.make(torch.float32)
     before = {k: cases.clone(v) for k, v in kwargs.items()}

@@ -29,6 +29,7 @@ Tensor attention_update(const Tensor& qkv_in, const Tensor& k_cache, const Tenso
   p.dtype = dtype_from(dtype, kOp, "qkv"), p.B = qkv.size(0), p.interleaved = interleaved, p.window = window, p.scale = scale, p.length = length;
   check_shape(k_cache, {p.B, -1, -1, -1}, kOp, "k_cache");
   check_shape(v_cache, {p.B, k_cache.size(1), k_cache.size(2), k_cache.size(3)}, kOp, "v_cache");
+  check_writable(k_cache, kOp, "k_cache"), check_writable(v_cache, kOp, "v_cache");
   p.Hk = k_cache.size(1), p.P = k_cache.size(3);
   const int64_t slots = k_cache.size(2), heads = p.P > 0 ? qkv.size(1) / p.P : 0;
   TZ_CHECK(p.Hk > 0 && p.P > 0, kOp, "k_cache must not be empty along Hk or P");
@@ -58,6 +59,7 @@ Tensor attention_update(const Tensor& qkv_in, const Tensor& k_cache, const Tenso
   if (cos_in) {
     cos.emplace(*cos_in, p.B, -1, "rotary_cos");
     p.R = cos->rows.size(1);
+    check_float(*sin_in, kOp, "rotary_sin");
     sin.emplace(cast(*sin_in, cos_in->scalar_type()), p.B, p.R, "rotary_sin");
     TZ_CHECK(2 * p.R <= p.P, kOp, "rotary_cos must turn at most P / 2 = ", p.P / 2, " pairs of channels, got ", p.R);
     p.rotary_dtype = dtype_from(cos_in->scalar_type(), kOp, "rotary_cos");

@@ -162,6 +162,7 @@ Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Ten
   check_shape(bias_in, {p.D}, kUpdate, "bias");
   check_shape(conv_state, {-1, p.D, -1}, kUpdate, "conv_state");
   p.num_slots = conv_state.size(0), p.state_len = conv_state.size(2);
+  check_writable(conv_state, kUpdate, "conv_state");
   TZ_CHECK(p.state_len >= p.W - 1, kUpdate, "conv_state must hold at least ", p.W - 1, " positions, got ", p.state_len);
   const ScalarType xt = x.scalar_type();
   const ScalarType wt = weight_scalar(xt, weight_in.scalar_type());

@@ -80,6 +80,10 @@ inline void check_float(const Tensor& t, const char* op, const char* name) { dty
 inline void check_float(const OptTensor& t, const char* op, const char* name) {
   if (t) check_float(*t, op, name);
 }
+// An op writes into this tensor of the caller's: no two of its elements may be one place in memory.
+inline void check_writable(const Tensor& t, const char* op, const char* name) {
+  for (int64_t d = 0; d < t.dim(); d++) TZ_CHECK(t.stride(d) != 0 || t.size(d) <= 1, op, name, " is updated in place and must not be expanded");
+}
 // Rank and sizes; -1 accepts any size.
 using Shape = std::initializer_list<int64_t>;
 void check_shape(const Tensor& t, Shape shape, const char* op, const char* name);

@@ -44,6 +44,7 @@ Tensor norm_linear(const Tensor& x_in, const Tensor& weight, const OptTensor& we
   if (residual_in) {
     check_cpu(*residual_in, kOp, "residual");
     check_shape(*residual_in, {p.T, p.columns}, kOp, "residual");
+    check_float(*residual_in, kOp, "residual");
     residual = unit_stride_last(cast(*residual_in, dtype));
     p.residual = data(residual), p.residual_stride = residual->stride(0);
   }

@@ -32,6 +32,7 @@ Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor
   TZ_CHECK(p.H > 0 && p.P > 0 && p.N > 0, kOp, "x and B must not be empty along H, P or N");
   TZ_CHECK(p.G > 0 && p.H % p.G == 0, kOp, "the groups of B must divide the ", p.H, " heads, got ", p.G);
   check_shape(state, {-1, p.H, p.P, p.N}, kOp, "state");
+  check_writable(state, kOp, "state");
   TZ_CHECK(p.N <= 1 || state.stride(3) == 1, kOp, "state must have unit stride along N");
   check_shape(dt_in, {p.B, p.H, p.P}, kOp, "dt");
   check_shape(A_in, {p.H, p.P, p.N}, kOp, "A");

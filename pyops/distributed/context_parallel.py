@@ -46,7 +46,7 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, return_final_states=Fal
     fn = "distributed.causal_conv1d_fn"
     line = comm.Line(*comm.check_mesh(fn, mesh), "convolution halo")
     B, D, before = conv.check_arguments(fn, x, weight, bias, seq_idx)
-    conv._silu(fn, activation)
+    conv.check_activation(fn, activation)
     runs = None if seq_idx is None else _Runs(seq_idx, line)
     halo = _Halo.apply(*_tail(x, before, runs), line)
     if runs is not None:

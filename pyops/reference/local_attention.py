@@ -21,7 +21,7 @@ def local_attention(q, k, v, window, causal, scale, key_mask, cu_seqlens):
     behind = position[:, None] - position  # how far key j lies behind query i
     seen = (behind < window) & ((behind >= 0) if causal else (behind > -window))
     if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens, position, right=True)
+        sequence = torch.searchsorted(cu_seqlens.contiguous(), position, right=True)
         seen = seen & (sequence[:, None] == sequence)
     seen = seen.expand(B, L, L)
     if key_mask is not None:

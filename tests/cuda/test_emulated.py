@@ -54,6 +54,14 @@ def test_same_bits_in_every_order(emulator, case):
 
 
 @every_case
+def test_any_strides(emulator, case):
+    """No argument has unit stride anywhere, and what lies between its elements is not finite."""
+    kwargs = cases.spread(case, case.make(torch.float32))
+    gradients = bool(case.grads)
+    assert_matches(case, torch.float32, kwargs, run(emulator, case, kwargs, gradients), gradients)
+
+
+@every_case
 def test_caller_tensors_unchanged(emulator, case):
     kwargs = case.make(torch.float32)
     before = {k: cases.clone(v) for k, v in kwargs.items()}

@@ -39,6 +39,19 @@ def test_backward(case, dtype):
     assert_matches(case, dtype, kwargs, run(case, kwargs, gradients=True), gradients=True)
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if not c.grads], ids=str)
+def test_any_strides_of_inference(case):
+    kwargs = cases.spread(case, case.make(torch.float32))
+    assert_matches(case, torch.float32, kwargs, run(case, kwargs))
+
+
+@training_cases
+def test_any_strides(case):
+    """No argument has unit stride anywhere, and what lies between its elements is not finite."""
+    kwargs = cases.spread(case, case.make(torch.float32))
+    assert_matches(case, torch.float32, kwargs, run(case, kwargs, gradients=True), gradients=True)
+
+
 @every_case
 def test_caller_tensors_unchanged(case):
     kwargs = {k: cases.clone(v, DEVICE) for k, v in case.make(torch.float32).items()}
