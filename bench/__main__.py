@@ -333,7 +333,7 @@ def _ranks(args, argv):
     results = ranks.measure(ranks.SIZES[args.size], args.rounds, args.ranks, None if args.json else lambda result: print(result.line(), flush=True))
     if args.json:
         print(*(json.dumps(result.record()) for result in results), sep="\n")
-    return 0 if all(result.passed for result in results if isinstance(result, ranks.Result)) else 1
+    return 0 if all(result.passed for result in results) else 1
 
 
 COMMANDS = {"run": _run, "targets": _targets, "calibrate": _calibrate, "compare": _compare, "roofline": _roofline, "report": _report, "export": _export,

@@ -70,6 +70,11 @@ class Overlap:
     link: float
     without: list
     with_link: list
+    why: str = ""  # the ranks don't agree with one
+
+    @property
+    def passed(self):
+        return not self.why
 
     @property
     def hidden(self):
@@ -77,9 +82,11 @@ class Overlap:
         return 1 - (median(self.with_link) - median(self.without)) / self.link
 
     def record(self):
-        return vars(self) | {"name": "overlap", "hidden": self.hidden}
+        return vars(self) | {"name": "overlap", "hidden": self.hidden if self.with_link else None, "passed": self.passed}
 
     def line(self):
+        if self.why:
+            return f"experts  {self.mode:4} chunks {self.chunks} WRONG: {self.why}"
         without, with_link = median(self.without) * 1e3, median(self.with_link) * 1e3
         return (f"experts  {self.mode:4} chunks {self.chunks} {without:8.1f} ms   on a link of {self.link * 1e3:.1f} ms {with_link:8.1f} ms   "
                 f"{max(0.0, self.hidden):.0%} of it hidden")  # fmt: skip
@@ -127,7 +134,7 @@ class ExpertLayer:
 class Scan:
     """This rank's stretch of a scan; mesh None: the whole sequence."""
 
-    def __init__(self, size, mesh=None, chunks=1):
+    def __init__(self, size, mesh=None):
         draw = torch.Generator().manual_seed(0)
         L, H, here = size["L"], size["H"], own(size["L"], mesh)
         parts = [torch.randn(1, L, *shape, generator=draw) for shape in ((H, P), (H,), (1, N), (1, N))]
@@ -172,7 +179,7 @@ def _rank(rank, ranks, folder, connection, size):
     while (asked := connection.recv()) is not None:
         what, name, mode, chunks, Linked.rate = asked
         if (name, chunks) not in works:
-            works = {(name, chunks): KINDS[name](size, mesh, chunks)}
+            works = {(name, chunks): ExpertLayer(size, mesh, chunks) if name == "experts" else Scan(size, mesh)}
         Linked.sent = 0
         dist.barrier()
         begin = time.perf_counter()
@@ -233,7 +240,7 @@ def measure(size, rounds, ranks=2, on_result=None):
     found = []
     try:
         with Ranks(ranks, size) as several:
-            for result in chain(speeds(several, size, rounds), overlaps(several, min(rounds, 5))):
+            for result in chain(speeds(several, size, rounds), overlaps(several, size, min(rounds, 5))):
                 found.append(result)
                 if on_result:
                     on_result(result)
@@ -256,14 +263,14 @@ def speeds(several, size, rounds):
         yield result
 
 
-def overlaps(several, rounds):
+def overlaps(several, size, rounds):
     for mode in ("fwd", "bwd"):
         seconds = median([max(several.ask("time", "experts", mode)) for _ in range(rounds + 1)][1:])
         rate = max(several.ask("bytes", "experts", mode)) / seconds
+        expected = run(ExpertLayer(size), mode)
         for chunks in CHUNKS if rate else ():  # one rank sends nothing
-            several.ask("result", "experts", mode, chunks)
-            result = Overlap(mode, chunks, seconds, [], [])
-            for _ in range(rounds):
+            result = Overlap(mode, chunks, seconds, [], [], disagreement(several.ask("result", "experts", mode, chunks), expected))
+            for _ in range(0 if result.why else rounds):
                 result.without.append(max(several.ask("time", "experts", mode, chunks)))
                 result.with_link.append(max(several.ask("time", "experts", mode, chunks, rate)))
             yield result

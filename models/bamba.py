@@ -283,7 +283,7 @@ class Bamba(loading.Pretrained, CausalGeneration):
 
         Returns: Output(logits (B, L, V), loss or None). Equivalent to: transformers' BambaForCausalLM.
         """
-        valid = layers.check_call(FN, input_ids, self.config.vocab_size, attention_mask, cu_seqlens, state)
+        valid = layers.check_call(FN, input_ids, labels, self.config.vocab_size, attention_mask, cu_seqlens, state, logits_to_keep)
         h = self.model.embed_tokens(input_ids)
         context = self.context(self.config, input_ids, labels, state, valid, cu_seqlens, h.dtype)
         for i, layer in enumerate(self.model.layers):

@@ -184,12 +184,13 @@ class Blenderbot(loading.Pretrained, Generation):
 
         Returns: Output(logits (B, L, V), loss or None). Equivalent to: transformers' BlenderbotForConditionalGeneration.
         """
+        if decoder_input_ids is None and labels is None:
+            raise ValueError(f"{FN}: give labels, or decoder_input_ids")
+        layers.check_ids(FN, "decoder_input_ids", decoder_input_ids, self.config.vocab_size, optional=True)
+        layers.check_labels(FN, labels, None if decoder_input_ids is None else decoder_input_ids.shape, self.config.vocab_size)
         if decoder_input_ids is None:
-            if labels is None:
-                raise ValueError(f"{FN}: give labels, or decoder_input_ids")
             said_before = F.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
             decoder_input_ids = said_before.masked_fill(said_before == layers.IGNORED, self.config.pad_token_id)
-        layers.check_ids(FN, "decoder_input_ids", decoder_input_ids, self.config.vocab_size)
         again = self.gradient_checkpointing and self.training
         question, question_mask = self._encode(input_ids, layers.check_valid(FN, attention_mask, *input_ids.shape), again)
         valid = layers.check_valid(FN, decoder_attention_mask, *decoder_input_ids.shape)

@@ -263,6 +263,7 @@ class Blt(loading.Pretrained, CausalGeneration):
         max_patch_length and patch_size=None do to the last byte: there it forgets that the byte behind may start a patch.
         """
         layers.check_ids(FN, "input_ids", input_ids, self.config.vocab_size)
+        layers.check_labels(FN, labels, input_ids.shape, self.config.vocab_size, logits_to_keep)
         valid = layers.check_valid(FN, attention_mask, *input_ids.shape)
         self._check_lengths(input_ids, patch_lengths, valid, state)
         lengths, order = (None, None) if valid is None else self._text_first(valid)

@@ -220,7 +220,7 @@ class Dbrx(loading.Pretrained, CausalGeneration):
         Returns: Output(logits (B, L, V), loss or None), or MoeOutput. Equivalent to: transformers' DbrxForCausalLM.
         """
         c = self.config
-        valid = layers.check_call(FN, input_ids, c.vocab_size, attention_mask, cu_seqlens, state)
+        valid = layers.check_call(FN, input_ids, labels, c.vocab_size, attention_mask, cu_seqlens, state, logits_to_keep)
         L, before = input_ids.shape[1], 0 if state is None else state.length
         h = F.dropout(self.transformer.wte(input_ids), c.emb_pdrop, self.training)
         mask = layers.Mask.causal(L, before, valid, cu_seqlens, h.device)

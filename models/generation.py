@@ -119,6 +119,8 @@ class Generation:
         """
         fn = f"terrazzo.{type(self).__name__}.generate"
         settings = Settings.of(fn, settings | {"max_new_tokens": max_new_tokens}, self.generation_config or {}, self.config)
+        if stream is not None and not callable(stream):
+            raise TypeError(f"{fn}: stream must be a function of the new tokens, got {stream!r}")
         if settings.stop_strings and tokenizer is None:
             raise ValueError(f"{fn}: stop_strings needs the tokenizer that decodes")
         if settings.num_beams > 1 and (stream is not None or settings.samples):

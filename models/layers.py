@@ -249,9 +249,21 @@ def check_valid(fn, attention_mask, batch, length):
     return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
 
 
-def check_call(fn, input_ids, vocab_size, attention_mask, cu_seqlens, state):
+def check_labels(fn, labels, shape, vocab_size, logits_to_keep=0):
+    """None, or tokens of the vocabulary for every position, -100 where none counts; shape None: any (B, L)."""
+    if labels is None:
+        return
+    check_ids(fn, "labels", labels if not isinstance(labels, torch.Tensor) else labels.masked_fill(labels == IGNORED, 0), vocab_size)
+    if shape is not None and labels.shape != shape:
+        raise ValueError(f"{fn}: labels must be (B, L) = {tuple(shape)} like the tokens, got {tuple(labels.shape)}")
+    if logits_to_keep:
+        raise ValueError(f"{fn}: labels need the logits of every position; leave out logits_to_keep, got {logits_to_keep}")
+
+
+def check_call(fn, input_ids, labels, vocab_size, attention_mask, cu_seqlens, state, logits_to_keep):
     """The arguments that models of one stack share -> attention_mask (B, past + L) as bool, or None when it hides nothing."""
     check_ids(fn, "input_ids", input_ids, vocab_size)
+    check_labels(fn, labels, input_ids.shape, vocab_size, logits_to_keep)
     B, L = input_ids.shape
     valid = check_valid(fn, attention_mask, B, (0 if state is None else state.length) + L)
     if cu_seqlens is not None and (B != 1 or valid is not None or state is not None):

@@ -134,6 +134,8 @@ def patch(model_or_model_type, ops="all", backend=None, strict=True, *, scope=No
         PatchError: with strict, a recipe that doesn't match.
     """
     is_model = isinstance(model_or_model_type, nn.Module)
+    if not is_model and not isinstance(model_or_model_type, (str, os.PathLike)):
+        raise TypeError(f"terrazzo.patch: expected a model, a model type or the path of a checkpoint, got {model_or_model_type!r}")
     if scope is None:
         scope = "instance" if is_model else "class"
     if scope not in ("instance", "class"):

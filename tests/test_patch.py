@@ -470,6 +470,8 @@ def test_unknown_models_and_options():
     model = make_model("lfm2")
     with pytest.raises(ValueError, match="unknown op 'conv'; ops and families are byte_hash_embedding, causal_conv1d, "):
         terrazzo.patch(model, ops="conv")
+    with pytest.raises(TypeError, match="expected a model, a model type or the path of a checkpoint, got 3"):
+        terrazzo.patch(3)
     with pytest.raises(ValueError, match="scope must be 'instance' or 'class', got 'module'"):
         terrazzo.patch(model, scope="module")
     with pytest.raises(ValueError, match="scope 'instance' needs a model, got 'bamba'"):

@@ -119,6 +119,8 @@ def test_hidden_share_of_a_link():
     late = ranks.Overlap("fwd", 1, link=2.0, without=[3.0, 3.0, 9.0], with_link=[5.0, 5.0, 5.0])
     assert late.hidden == 0 and "0% of it hidden" in late.line()
     assert ranks.Overlap("fwd", 4, link=2.0, without=[3.0], with_link=[3.5]).hidden == 0.75
+    wrong = ranks.Overlap("bwd", 2, 2.0, [], [], "gradient is off by 3")
+    assert late.passed and not wrong.passed and "WRONG: gradient is off by 3" in wrong.line() and wrong.record()["hidden"] is None
 
 
 def test_bad_options(capsys):

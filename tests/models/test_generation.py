@@ -141,7 +141,7 @@ def test_stream_and_stop_strings(bamba):
 @pytest.mark.parametrize("kwargs, error, message", [
     ({}, ValueError, "say how long"), ({"max_new_tokens": -1}, ValueError, "max_new_tokens must be"), ({"max_new_tokens": 2, "top_p": 1.5}, ValueError, "top_p must be"),
     ({"max_new_tokens": 2, "temperatur": 1.0}, TypeError, "unknown setting 'temperatur'"), ({"max_new_tokens": 2, "num_beams": 2, "top_k": 3}, ValueError, "no sampling"),
-    ({"max_new_tokens": 2, "stop_strings": ["a"]}, ValueError, "needs the tokenizer"),
+    ({"max_new_tokens": 2, "stop_strings": ["a"]}, ValueError, "needs the tokenizer"), ({"max_new_tokens": 2, "stream": 3}, TypeError, "stream must be a function"),
     ({"max_new_tokens": 2, "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, ValueError, "pad on the left"),
 ])  # fmt: skip
 def test_bad_settings(bamba, kwargs, error, message):
