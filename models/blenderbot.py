@@ -187,7 +187,7 @@ class Blenderbot(loading.Pretrained, Generation):
         if decoder_input_ids is None and labels is None:
             raise ValueError(f"{FN}: give labels, or decoder_input_ids")
         layers.check_ids(FN, "decoder_input_ids", decoder_input_ids, self.config.vocab_size, optional=True)
-        layers.check_labels(FN, labels, None if decoder_input_ids is None else decoder_input_ids.shape, self.config.vocab_size)
+        layers.check_labels(FN, labels, None if decoder_input_ids is None else decoder_input_ids.shape, self.config.vocab_size, like="decoder_input_ids")
         if decoder_input_ids is None:
             said_before = F.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
             decoder_input_ids = said_before.masked_fill(said_before == layers.IGNORED, self.config.pad_token_id)

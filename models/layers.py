@@ -249,13 +249,13 @@ def check_valid(fn, attention_mask, batch, length):
     return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
 
 
-def check_labels(fn, labels, shape, vocab_size, logits_to_keep=0):
+def check_labels(fn, labels, shape, vocab_size, logits_to_keep=0, like="input_ids"):
     """None, or tokens of the vocabulary for every position, -100 where none counts; shape None: any (B, L)."""
     if labels is None:
         return
     check_ids(fn, "labels", labels if not isinstance(labels, torch.Tensor) else labels.masked_fill(labels == IGNORED, 0), vocab_size)
     if shape is not None and labels.shape != shape:
-        raise ValueError(f"{fn}: labels must be (B, L) = {tuple(shape)} like the tokens, got {tuple(labels.shape)}")
+        raise ValueError(f"{fn}: labels must be like {like} = {tuple(shape)}, got {tuple(labels.shape)}")
     if logits_to_keep:
         raise ValueError(f"{fn}: labels need the logits of every position; leave out logits_to_keep, got {logits_to_keep}")
 

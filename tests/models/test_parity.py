@@ -197,7 +197,7 @@ def test_bad_config(changes, message):
     ({"input_ids": torch.zeros(3, dtype=torch.long)}, "input_ids must be"), ({"input_ids": torch.full((1, 3), 97)}, "must lie in 0 to 96, got 97"),
     ({"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 2)}, r"attention_mask must be \(B, past \+ L\) = \(1, 3\)"),
     ({"input_ids": torch.ones(2, 3, dtype=torch.long), "cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, "batch of 1"),
-    ({"input_ids": torch.ones(1, 3, dtype=torch.long), "labels": torch.ones(1, 2, dtype=torch.long)}, r"labels must be \(B, L\) = \(1, 3\)"),
+    ({"input_ids": torch.ones(1, 3, dtype=torch.long), "labels": torch.ones(1, 2, dtype=torch.long)}, r"labels must be like input_ids = \(1, 3\), got \(1, 2\)"),
     ({"input_ids": torch.ones(1, 3, dtype=torch.long), "labels": torch.tensor([[5, -100, 97]])}, "labels must lie in 0 to 96, got 97"),
     ({"input_ids": torch.ones(1, 3, dtype=torch.long), "labels": torch.ones(1, 3)}, "labels must be .* got .1, 3. torch.float32"),
     ({"input_ids": torch.ones(1, 3, dtype=torch.long), "labels": torch.tensor([[5, -100, 9]]), "logits_to_keep": 2}, "leave out logits_to_keep"),
