@@ -150,8 +150,8 @@ def load_balancing_loss(router_logits, num_experts, top_k, attention_mask=None):
     if attention_mask is not None:
         if not isinstance(attention_mask, torch.Tensor):
             checks.fail(fn, f"attention_mask must be a tensor (B, L) or (T,), got {type(attention_mask).__name__}", TypeError)
-        checks.check_tensor(fn, "attention_mask", attention_mask, attention_mask.dim(), "(B, L) or (T,)", layers[0],
-                            (*checks.FLOATS, torch.bool, torch.int64, torch.int32))
+        checks.check_tensor(fn, "attention_mask", attention_mask, attention_mask.dim(), "(B, L) or (T,)",
+                            dtypes=(*checks.FLOATS, torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
         if attention_mask.numel() != T:
             checks.fail(fn, f"attention_mask must hold one value for each of the {T} tokens, got {checks.describe(attention_mask)}")
         live = attention_mask.reshape(-1).to(layers[0].device, acc)

@@ -307,6 +307,8 @@ BAD = [
     (update, dict(weight=torch.randn(8, 4, device="meta")), ValueError, "weight must be on cpu"),
     (step, dict(state=torch.zeros(1, 4, 8, 5).expand(2, 4, 8, 5)), ValueError, "state is updated in place and must not be expanded"),
     (step, dict(A=torch.rand(4, 8, 5, device="meta")), ValueError, "A must be on cpu"),
+    (balance, dict(attention_mask=[1] * 3), TypeError, "attention_mask must be a tensor .B, L. or .T,., got list"),
+    (balance, dict(num_experts=None), ValueError, "num_experts must be an integer of at least 1, got None"),
     (norm, dict(eps=float("nan")), ValueError, "eps must be a number of at least 0, got nan"),
     (norm, dict(eps="small"), TypeError, "eps must be a number, got 'small'"),
     (conv, dict(activation=["silu"]), ValueError, "activation must be None, 'silu' or 'swish', got .'silu'."),
