@@ -97,9 +97,7 @@ def _check(qkv, k_cache, v_cache, cache_seqlens, rotary_cos, rotary_sin, window,
         checks.check_optional(OP, "rotary_sin", rotary_sin, tuple(rotary_cos.shape), "like rotary_cos", qkv)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.check_writable(OP, name, cache)
-    if scale is not None:
-        checks.check_number(OP, "scale", scale)
-    return length, lengths, float(P**-0.5 if scale is None else scale)
+    return length, lengths, checks.attention_scale(OP, scale, P)
 
 
 def _fast(qkv, k_cache, v_cache, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved, window, scale, backend):

@@ -168,6 +168,14 @@ def check_heads(fn, q, k, v):
     check_float64(fn, q=q, k=k, v=v)
 
 
+def attention_scale(fn, scale, P):
+    """What multiplies the scores: `scale`, or P ** -0.5 for None."""
+    if scale is None:
+        return P**-0.5
+    check_number(fn, "scale", scale)
+    return float(scale)
+
+
 def check_patch_ids(fn, patch_ids, B, L, like, cu_seqlens=None):
     """(B, L) int32 or int64; not decreasing along a row, negative ids aside; no patch in two sequences."""
     check_tensor(fn, "patch_ids", patch_ids, 2, "(B, L)", like, dtypes=(torch.int32, torch.int64))

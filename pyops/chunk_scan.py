@@ -150,8 +150,8 @@ def mamba_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias
     P, N = inner // H, (conv_dim - inner) // (2 * ngroups)
     if headdim is not None:
         checks.check_count(fn, "headdim", headdim, 1)
-    if headdim is not None and headdim != P:
-        checks.fail(fn, f"headdim must be {P}, the inner width {inner} over the {H} heads of A, got {headdim}")
+        if headdim != P:
+            checks.fail(fn, f"headdim must be {P}, the inner width {inner} over the {H} heads of A, got {headdim}")
     if D is not None and isinstance(D, torch.Tensor) and D.dim() == 1 and D.shape[0] == inner and inner != H:
         D = D.view(H, P)
     z, xBC, dt = zxbcdt.split([inner, conv_dim, H], dim=-1)
@@ -159,9 +159,8 @@ def mamba_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias
         checks.fail(fn, f"conv1d_weight must be (H*P + 2*G*N, 2 or more), got {checks.describe(conv1d_weight)}")
     checks.check_optional(fn, "conv1d_bias", conv1d_bias, (conv_dim,), "(H*P + 2*G*N,)", zxbcdt)
     check_activation(fn, activation)
-    x, B, C = xBC.split([inner, ngroups * N, ngroups * N], dim=-1)
-    B, C = (t.unflatten(-1, (ngroups, N)) for t in (B, C))
-    check_arguments(fn, x.unflatten(-1, (H, P)), dt, A, B, C, chunk_size, D, None, dt_bias, initial_states, seq_idx, None, dt_limit)
+    x, B, C = _heads(xBC, H, P, ngroups, N)
+    check_arguments(fn, x, dt, A, B, C, chunk_size, D, None, dt_bias, initial_states, seq_idx, None, dt_limit)
     checks.check_flags(fn, return_final_states=return_final_states, norm_before_gate=norm_before_gate)
     checks.check_number(fn, "rmsnorm_eps", rmsnorm_eps, 0)
     checks.check_optional(fn, "rmsnorm_weight", rmsnorm_weight, (inner,), "(H*P,)", zxbcdt)
@@ -172,10 +171,10 @@ def mamba_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias
     elif outproj_bias is not None:
         checks.fail(fn, "outproj_bias needs outproj_weight")
     xBC = causal_conv1d_fn(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx=seq_idx, activation=activation, backend=backend)
-    x, B, C = xBC.transpose(1, 2).split([inner, ngroups * N, ngroups * N], dim=-1)
+    x, B, C = _heads(xBC.transpose(1, 2), H, P, ngroups, N)
     gate = z.unflatten(-1, (H, P)) if rmsnorm_weight is None else None
     y, states = mamba_chunk_scan_combined(
-        x.unflatten(-1, (H, P)), dt, A, B.unflatten(-1, (ngroups, N)), C.unflatten(-1, (ngroups, N)), chunk_size, D=D, z=gate,
+        x, dt, A, B, C, chunk_size, D=D, z=gate,
         dt_bias=dt_bias, initial_states=initial_states, seq_idx=seq_idx, dt_softplus=True, dt_limit=dt_limit,
         return_final_states=True, backend=backend,
     )
@@ -187,6 +186,12 @@ def mamba_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias
             y, outproj_bias = (t if t is None else t.to(outproj_weight.dtype) for t in (y, outproj_bias))
         y = F.linear(y, outproj_weight, outproj_bias)
     return (y, states) if return_final_states else y
+
+
+def _heads(xBC, H, P, G, N):
+    """Views x (B, L, H, P), B and C (B, L, G, N) of what lies side by side."""
+    x, B, C = xBC.split([H * P, G * N, G * N], dim=-1)
+    return x.unflatten(-1, (H, P)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
 
 
 # ---- shapes and gradients of the native ops ----------------------------------------------------------------

@@ -53,9 +53,7 @@ def local_attention(q, k, v, window, *, causal=True, cu_seqlens=None, scale=None
     checks.check_flags(OP, causal=causal)
     checks.check_cu_seqlens(OP, cu_seqlens, B, L, q)
     checks.check_optional(OP, "key_mask", key_mask, (B, L), "(B, L)", q, dtypes=(torch.bool,))
-    if scale is not None:
-        checks.check_number(OP, "scale", scale)
-    scale = float(P**-0.5 if scale is None else scale)
+    scale = checks.attention_scale(OP, scale, P)
     chosen, _ = dispatch.pick(OP, q, k, v, backend=backend)
     if chosen != "reference":
         return kernels.ops(chosen).local_attention_fwd(q, k, v, window, bool(causal), scale, key_mask, cu_seqlens)[0]

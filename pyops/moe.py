@@ -48,8 +48,8 @@ def moe_route(router_logits, top_k, *, norm_order=None, softmax_first=True, sigm
     checks.check_number(ROUTE, "scale", scale)
     if norm_order is not None:
         checks.check_number(ROUTE, "norm_order", norm_order)
-    if norm_order is not None and not norm_order > 0:
-        checks.fail(ROUTE, f"norm_order must be None or positive (1, 2, inf, ...), got {norm_order!r}")
+        if not norm_order > 0:
+            checks.fail(ROUTE, f"norm_order must be None or positive (1, 2, inf, ...), got {norm_order!r}")
     checks.check_optional(ROUTE, "bias", bias, (E,), "(E,)", router_logits)
     if (n_group is None) != (topk_group is None):
         checks.fail(ROUTE, f"n_group and topk_group go together, got {n_group!r} and {topk_group!r}")

@@ -62,9 +62,7 @@ def patch_cross_attention(q, k, v, patch_ids, *, queries="patches", k_per_patch=
     checks.check_cu_seqlens(OP, cu_seqlens, B, L, q)
     checks.check_patch_ids(OP, patch_ids, B, L, q, cu_seqlens)
     checks.check_optional(OP, "key_mask", key_mask, (B, Lk), "(B, Lk)", q, dtypes=(torch.bool,))
-    if scale is not None:
-        checks.check_number(OP, "scale", scale)
-    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
+    scale = checks.attention_scale(OP, scale, q.shape[3])
     chosen, _ = dispatch.pick(OP, q, k, v, backend=backend)
     if chosen != "reference":
         return kernels.ops(chosen).patch_cross_attention_fwd(q, k, v, patch_ids, num_patches, bytes_ask, k_per_patch, scale, window or 1, key_mask,

@@ -42,12 +42,12 @@ def same(a, b):
 @pytest.mark.parametrize("op", FIRST)
 def test_hostile_arguments(op, backend):
     case, function = FIRST[op], getattr(terrazzo, op)
+    good = case.make(torch.float32)
+    alone = sum(isinstance(value, torch.Tensor) for value in good.values()) == 1
     wrong = []
-    for argument, value in case.make(torch.float32).items():
-        names = dict(replacements(value, alone=sum(isinstance(v, torch.Tensor) for v in case.make(torch.float32).values()) == 1))
-        for name in names:
-            kwargs = case.make(torch.float32)
-            kwargs[argument], refused = dict(replacements(kwargs[argument], alone=False))[name][0], names[name][1]
+    for argument, value in good.items():
+        for name, (other, refused) in replacements(value, alone):
+            kwargs = case.make(torch.float32) | {argument: other}
             before = {k: v.clone() for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu" and v.layout is torch.strided}
             error = None
             try:
