@@ -1,6 +1,7 @@
 """`terrazzo bench …`, also as `python -m terrazzo.bench …`."""
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -19,6 +20,7 @@ from .environment import environment
 from .turns import Turns
 
 SECONDS = {"quick": 1.0, "normal": 3.0, "full": 15.0}
+MIN_PAIRS = 9          # rounds of `compare --git` in all, at least: of fewer the test cannot tell anything
 QUICK_LIMIT_S = 200.0  # of `terrazzo bench --quick`: about four minutes with start, calibration and the last case's overrun
 
 
@@ -42,7 +44,7 @@ def parser():
     run.add_argument("--provider", help=f"comma-separated, of {', '.join(suite.PROVIDERS)}, or loaded ones")
     run.add_argument("--load", action="append", default=[], metavar="FILE", help="a Python file that registers kernels with @terrazzo.bench.provider")
     run.add_argument("--shapes", metavar="FILE", help="a JSON file of shapes of your own, in place of a preset")
-    run.add_argument("--turns", help=argparse.SUPPRESS)  # of `compare --git`: "FD:first" or "FD:second"
+    run.add_argument("--turns", help=argparse.SUPPRESS)  # of `compare --git`: Turns.of reads it
     run.add_argument("--mode", help=f"comma-separated, of {', '.join(MODES)}; bwd is forward and backward together")
     run.add_argument("--dtype", default="fp32", help=f"comma-separated, of {', '.join(DTYPES)} (default fp32)")
     run.add_argument("--preset", help=f"comma-separated, of {', '.join(PRESETS)}; default: each op's own, with --quick and no OP its smallest cases")
@@ -64,6 +66,7 @@ def parser():
     diff.add_argument("after", nargs="?")
     diff.add_argument("--git", metavar="REF", help="build that revision in a worktree of its own, and measure it and this checkout")
     diff.add_argument("--run", default="--quick", metavar="OPTIONS", help="with --git: ops and options of terrazzo bench (default --quick)")
+    diff.add_argument("--passes", type=int, default=revision.PASSES, help=f"with --git: how often both are started anew (default {revision.PASSES})")
     diff.add_argument("--fail-on", metavar="RULE", help="such as slow:5%%: exit 1 when a row is that much slower")
     diff.add_argument("--force", action="store_true", help="compare results of different machines")
     diff.add_argument("--json", action="store_true")
@@ -112,6 +115,8 @@ class Session:
         if threads:
             torch.set_num_threads(threads)
         self.device = device
+        if device == "cpu":
+            memory.keep_freed()
         self.turns = Turns.of(args.turns) if getattr(args, "turns", None) else None  # waits for its turn
         width = None if sys.stdout.isatty() else 120  # a file or a pipe has no width of its own
         self.args, self.console = args, Console(stderr=args.json, width=width)
@@ -121,14 +126,17 @@ class Session:
         shared = self.console if sys.stdout.isatty() and not args.json else Console(stderr=True)
         self.progress = Progress(*columns, console=shared, transient=True, redirect_stdout=False, redirect_stderr=False)
         self.calibration = roofline.calibrated(device)
-        self.machine_is_free = None if args.any_machine_state or device != "cpu" else roofline.FreeMachine(self.calibration)
+        every_round = args.any_machine_state or device != "cpu" or self.turns  # by turns: what one side dropped would have no counterpart
+        self.machine_is_free = None if every_round else roofline.FreeMachine(self.calibration)
         self.environment = environment(self.calibration, self.command, args.seed, device)
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         self.record([self.environment])
 
     def options(self, **chosen):
-        return suite.Options(budget_s=SECONDS[self.args.speed], speed=self.args.speed, seed=self.args.seed, device=self.device, **chosen)
+        passes = self.turns.passes if self.turns else 1
+        rounds = {"min_rounds": math.ceil(MIN_PAIRS / passes)} if self.turns else {}
+        return suite.Options(budget_s=SECONDS[self.args.speed] / passes, speed=self.args.speed, seed=self.args.seed, device=self.device, **rounds, **chosen)
 
     def describe(self):
         c, where = self.calibration, self.environment["cpu"]
@@ -174,7 +182,7 @@ def _run(args, argv):
     bare = args.speed == "quick" and not (presets or args.ops or args.match)
     if bare:
         cases = suite.smallest(cases)
-    args.limit = args.limit or (QUICK_LIMIT_S if bare else None)
+    args.limit = args.limit or (QUICK_LIMIT_S if bare and not args.turns else None)
     args.hurry = args.speed == "quick" and not args.provider
     if args.list:
         print("\n".join(case.key for case in cases))
@@ -224,9 +232,6 @@ def _run_cases(session, cases, args, chosen):
 
 
 def _targets(args, argv):
-    if not memory.is_tuned():  # the allocator reads these before main: start over with them set
-        environ = os.environ | memory.MALLOC_TUNING
-        os.execve(sys.executable, [sys.executable, "-m", "terrazzo.bench", *argv], environ)
     session = Session(args, argv, args.threads)
     session.describe()
     with session.progress as progress:
@@ -267,17 +272,20 @@ def _calibrate(args, argv):
 def _compare(args, argv):
     if bool(args.git) == bool(args.before) or bool(args.before) != bool(args.after):
         raise ValueError("terrazzo bench compare: give two result files, or --git REF")
+    if args.passes < 1:
+        raise ValueError(f"terrazzo bench compare: --passes must be at least 1, got {args.passes}")
     with tempfile.TemporaryDirectory(prefix="terrazzo-compare-") as folder:
         before, after = (Path(folder) / f"{name}.jsonl" for name in ("before", "after")) if args.git else (args.before, args.after)
         if args.git:
             with Console(stderr=True).status("") as status:
-                revision.measure(args.git, shlex.split(args.run), before, after, on_step=status.update)
+                revision.measure(args.git, shlex.split(args.run), before, after, args.passes, on_step=status.update)
         results = compare.compare(before, after, force=args.force)
     if args.json:
         print(*(json.dumps(r) for r in results), sep="\n")
     else:
         for r in results:
             print(f"{r['verdict']:6} {r['ratio']:6.3f}×  {r['before_ms']:9.4g} → {r['after_ms']:9.4g} ms  {' '.join(r[k] for k in compare.IDENTITY)}")
+        print(compare.summary(results))
     return 1 if args.fail_on and compare.fails(results, args.fail_on) else 0
 
 

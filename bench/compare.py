@@ -1,8 +1,11 @@
 """Compares two result files row by row: SAME, FAST, SLOW or UNSURE.
 
-Two conditions make a difference: the raw samples differ (Mann-Whitney, two-sided) and the medians differ by
-more than a minimum effect. SAME needs the medians to be close; anything between is UNSURE.
+Two conditions make a difference: the raw samples differ (two-sided), and the medians by more than a least effect. SAME needs the medians to be
+close; anything between is UNSURE. Samples that two processes took by turns are pairs: their ratios are what counts (Wilcoxon's signed ranks). Those of
+two runs one behind the other are not (Mann-Whitney), and the machine may have changed between them: by how much, the rows of others tell, whose code is the
+same on both sides. What they differ by raises the least effect.
 """
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,8 +14,10 @@ from .timer import median
 
 SCHEMA = 2  # of results: 1 called the cpu backend terrazzo
 
-MIN_EFFECT = 0.03
+MIN_EFFECT = 0.05    # half-way between nothing and a tenth
 SIGNIFICANCE = 0.01
+NOISE_ROWS = 8       # fewer say nothing about the machine
+PEERS = ("hf", "hf-grouped", "torch")  # not ours, whatever the revision
 IDENTITY = ("op", "size", "dtype", "mode", "provider")
 
 
@@ -45,7 +50,7 @@ def read_all(path):
             continue
         try:
             line = _upgraded(json.loads(text))
-            key = {"environment": lambda line: (), "row": identity, "target": lambda line: (line["case"], line["target"])}[line["kind"]](line)
+            key = {"environment": lambda line: (), "row": lambda line: (*identity(line), line.get("by_turns")), "target": lambda line: (line["case"], line["target"])}[line["kind"]](line)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"terrazzo bench: {path}, line {number} is no line of a result: {type(error).__name__} {error}") from error
         found[line["kind"]][key] = line
@@ -76,16 +81,51 @@ def mann_whitney(a, b):
     return math.erfc(max(abs(u - mean) - 0.5, 0) / math.sqrt(2 * variance))
 
 
-def verdict(before, after, min_effect=MIN_EFFECT):
-    """(SAME | FAST | SLOW | UNSURE, ratio of medians after / before, p)."""
-    ratio, p = median(after) / median(before), mann_whitney(before, after)
-    if p < SIGNIFICANCE and ratio > 1 + min_effect:
-        return "SLOW", ratio, p
-    if p < SIGNIFICANCE and ratio < 1 / (1 + min_effect):
-        return "FAST", ratio, p
-    if 1 / (1 + min_effect) <= ratio <= 1 + min_effect:
-        return "SAME", ratio, p
-    return "UNSURE", ratio, p
+def signed_ranks(differences):
+    """Two-sided p-value of Wilcoxon's test that they lie evenly around 0, by the normal approximation with ties corrected."""
+    sizes = sorted((abs(d), d > 0) for d in differences if d)
+    n, positive, ties, i = len(sizes), 0.0, 0, 0
+    while i < n:
+        j = i
+        while j < n and sizes[j][0] == sizes[i][0]:
+            j += 1
+        positive += (i + j + 1) / 2 * sum(up for _, up in sizes[i:j])
+        ties += (j - i) ** 3 - (j - i)
+        i = j
+    variance = n * (n + 1) * (2 * n + 1) / 24 - ties / 48
+    if variance <= 0:
+        return 1.0
+    return math.erfc(max(abs(positive - n * (n + 1) / 4) - 0.5, 0) / math.sqrt(2 * variance))
+
+
+def ratio_of(before, after, pairs=False):
+    """(after / before, p): of the medians, or the median of the pairs' ratios."""
+    if not pairs:
+        return median(after) / median(before), mann_whitney(before, after)
+    logs = [math.log(b / a) for a, b in zip(before, after, strict=True)]
+    return math.exp(median(logs)), signed_ranks(logs)
+
+
+def verdict(ratio, p, least=MIN_EFFECT, min_effect=MIN_EFFECT):
+    """SAME | FAST | SLOW | UNSURE. `least`: by how much a row must have become slower or faster to be called so."""
+    if p < SIGNIFICANCE and max(ratio, 1 / ratio) > 1 + least:
+        return "SLOW" if ratio > 1 else "FAST"
+    return "SAME" if max(ratio, 1 / ratio) <= 1 + min_effect else "UNSURE"
+
+
+def noise(results):
+    """What the machine alone made of a row, as a standard deviation of logarithms: 0 where too few rows could tell."""
+    sizes = [abs(math.log(r["ratio"])) for r in results if r["provider"] in PEERS]
+    return 1.4826 * median(sizes) if len(sizes) >= NOISE_ROWS else 0.0
+
+
+def _parts(rows):
+    """{identity: {number of the pair of processes, None without turns: row}} of the timed rows."""
+    found = {}
+    for row in rows:
+        if row["status"] == "ok":
+            found.setdefault(identity(row), {})[row.get("by_turns")] = row
+    return found
 
 
 def compare(path_before, path_after, min_effect=MIN_EFFECT, force=False):
@@ -95,15 +135,29 @@ def compare(path_before, path_after, min_effect=MIN_EFFECT, force=False):
         old, new = (env.get(name, "cpu" if name == "device" else None) for env in (env_a, env_b))
         if old != new and not force:
             raise Incomparable(f"{name} differs: {old!r} in {path_before}, {new!r} in {path_after}; --force compares anyway")
-    before = {identity(r): r for r in rows_a if r["status"] == "ok"}
-    results = []
-    for row in rows_b:
-        old = before.get(identity(row))
-        if row["status"] != "ok" or old is None:
+    before, after, results = _parts(rows_a), _parts(rows_b), []
+    for key in after:
+        both = [(before[key][number], part) for number, part in after[key].items() if number in before.get(key, ())]
+        if not both:
             continue
-        word, ratio, p = verdict(old["samples_ms"], row["samples_ms"], min_effect)
-        results.append({k: row[k] for k in (*IDENTITY, "threads")} | {"verdict": word, "ratio": ratio, "p": p, "before_ms": old["median_ms"], "after_ms": row["median_ms"]})
-    return results
+        old, new = (list(itertools.chain.from_iterable(part["samples_ms"] for part in parts)) for parts in zip(*both))
+        pairs = all(part.get("by_turns") and len(other["samples_ms"]) == len(part["samples_ms"]) for other, part in both)
+        ratio, p = ratio_of(old, new, pairs)
+        results.append({k: both[0][1][k] for k in (*IDENTITY, "threads")} | {"ratio": ratio, "p": p, "before_ms": median(old), "after_ms": median(new)})
+    least = max(min_effect, math.expm1(2 * noise(results)))
+    return [r | {"verdict": verdict(r["ratio"], r["p"], least, min_effect), "least_effect": least} for r in results]
+
+
+def summary(results):
+    """A line for people: how many rows of each verdict, and what this comparison cannot see."""
+    if not results:
+        return "no row was timed in both"
+    counts = {word: sum(r["verdict"] == word for r in results) for word in ("SAME", "FAST", "SLOW", "UNSURE")}
+    line = f"{len(results)} rows: " + ", ".join(f"{n} {word}" for word, n in counts.items() if n)
+    least = results[0]["least_effect"]
+    if least > MIN_EFFECT:
+        line += f"; rows of others differ too, by the machine alone: FAST and SLOW are what differs by more than {100 * least:.0f} %"
+    return line
 
 
 def fails(results, rule):

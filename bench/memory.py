@@ -6,18 +6,26 @@ that torch's own counters miss; scratch that a kernel keeps from an earlier call
 import ctypes
 import gc
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-MALLOC_TUNING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
+# Of mallopt (glibc): large blocks come from the heap too, the heap never shrinks, and it grows by 256 MiB.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+_keeping = False
+
+
+def keep_freed():
+    """From now on the allocator keeps freed memory instead of handing it back to the system: calls that are measured write to no page for the first time."""
+    global _keeping
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    _keeping = mallopt is not None and all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1), mallopt(M_TOP_PAD, 256 << 20)])
 
 
 def is_tuned():
-    """Whether this process keeps freed memory instead of handing it back to the system."""
-    return all(os.environ.get(name) == value for name, value in MALLOC_TUNING.items())
+    """Whether this process keeps freed memory."""
+    return _keeping
 
 
 def _resident():
@@ -71,8 +79,7 @@ class Eviction:
 def peak_in_fresh_process(op, size, mode, dtype, threads):
     """(peak bytes, bytes of inputs and outputs) of our provider on one case, default allocator."""
     code = f"from terrazzo.bench.memory import _report; _report({op!r}, {size!r}, {mode!r}, {dtype!r}, {threads})"
-    env = {k: v for k, v in os.environ.items() if k not in MALLOC_TUNING}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"terrazzo.bench: measuring the memory of {op} failed:\n{done.stderr}")
     found = json.loads(done.stdout.splitlines()[-1])

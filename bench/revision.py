@@ -13,6 +13,7 @@ import time
 from multiprocessing import Pipe
 from pathlib import Path
 
+PASSES = 3  # of each side: where its memory happens to lie makes a process some per cent faster or slower, as long as it lives
 BENCH = Path(__file__).resolve().parent
 
 
@@ -49,26 +50,31 @@ def build(tree):
     return lib
 
 
-def measure(ref, options, before, after, on_step=lambda text: None):
+def measure(ref, options, before, after, passes=PASSES, on_step=lambda text: None):
     """Runs the suite with `options` at `ref` and as it is now, by turns, into two JSONL files. `on_step(text)` follows the work."""
     with checkout(ref) as tree:
         on_step(f"building {ref}")
         lib = build(tree)
-        on_step(f"measuring {ref} and this checkout by turns")
-        by_turns({f"at {ref}": (lib, before), "on this checkout": (None, after)}, options, tree.parent)
+        sides = {f"at {ref}": (lib, before), "on this checkout": (None, after)}
+        for number in range(1, passes + 1):
+            on_step(f"measuring {ref} and this checkout by turns, {number} of {passes}")
+            by_turns(sides, options, tree.parent, number, passes)
 
 
-def by_turns(sides, options, folder):
-    """Runs the suite in two processes that take turns (turns.py). sides: {name: (where to import the package from, None for the installed one; the result file)}."""
+def by_turns(sides, options, folder, number=1, passes=1):
+    """Runs the suite in two processes that take turns (turns.py), each side as the first in every other pass.
+
+    sides: {name: (where to import the package from, None for the installed one; the result file, which is appended to)}.
+    """
     ends = Pipe()
     with contextlib.ExitStack() as stack:
         running = {}
-        for (name, (path, file)), end, place in zip(sides.items(), ends, ("first", "second"), strict=True):
+        for (name, (path, file)), end, place in zip(sides.items(), ends, ("first", "second") if number % 2 else ("second", "first"), strict=True):
             env, python = dict(os.environ), [sys.executable]
             if path is not None:  # without site (-S): an editable install's import hook would lend its extension
                 env["PYTHONPATH"] = os.pathsep.join((str(path), *filter(None, sys.path)))
                 python.append("-S")
-            command = [*python, "-m", "terrazzo.bench", "run", *options, "--out", str(file), "--turns", f"{end.fileno()}:{place}"]
+            command = [*python, "-m", "terrazzo.bench", "run", *options, "--out", str(file), "--turns", f"{end.fileno()}:{place}:{number}:{passes}"]
             errors = stack.enter_context(tempfile.TemporaryFile("w+"))
             running[name] = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(end.fileno(),)), errors
             stack.callback(running[name][0].kill)

@@ -263,6 +263,7 @@ def measure(case, options, calibration, *, machine_is_free=None, on_progress=Non
             runs, budget, clock=clock, seed=options.seed, min_rounds=options.min_rounds, machine_is_free=machine_is_free,
             on_round=lambda fraction: report(f"{case.key}: timing", fraction), known={name: checked.second_call_ns for name, checked in found.items()}, turns=turns, **extras,
         )  # fmt: skip
+        facts = {name: facts[name] | ({"by_turns": turns.number} if turns else {}) for name in facts}
         rows += [_timed_row(case, name, timing, found[name], calibration, options, facts[name]) for name, timing in timings.items()]
         _add_speedups(rows, peer_of(case, options.baseline))
     elif turns:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 TARGET_HALF_WIDTH = 0.01  # of the median: the 95 % interval that ends the rounds
 MIN_SAMPLE_NS = 500_000   # shorter calls are repeated inside one sample, so that the clock's own cost vanishes
+TURN_SAMPLE_NS = 5_000_000  # likewise where two processes take turns: each sample begins on cores that were asleep
 MAX_REPEATS = 1000
 WARM_NS = 100_000_000     # longer calls need no warm-up behind the two of the accuracy check
 LEAD_IN_NS = 20_000_000   # shorter calls run once untimed before a sample: the caches hold this provider's data, not the last one's
@@ -94,10 +95,10 @@ def interleave(providers, budget_s, *, clock=time.perf_counter_ns, stopwatch=Non
     """Times every provider of {name: fn} round by round, in a new random order each round -> {name: Timing}, nanoseconds a call.
 
     Ends when every median is settled, or when the budget is spent and each provider has `min_rounds` samples
-    (3 where one round alone outlasts the budget). `machine_is_free()` is asked around each round; a round next
+    (without turns 3 where one round alone outlasts the budget). `machine_is_free()` is asked around each round; a round next
     to a "no" is dropped, as long as budget is left. `lead_in` warms the caches before each sample of a short call. `on_round(spent_fraction)` feeds a progress bar.
     `before_call()` runs, untimed, before every single call (it empties the caches): a sample is one call then. `calls` {name: n}: fn() makes n calls. `known` {name: ns}:
-    what a call took before; those over WARM_NS are not called again to warm up. `turns` (bench/turns.py): another process measures the same case, a round each.
+    what a call took before; those over WARM_NS are not called again to warm up. `turns` (bench/turns.py): another process measures the same case, a sample each.
     """
     stopwatch = stopwatch or by(clock)
     timings = {name: Timing() for name in providers}
@@ -107,16 +108,21 @@ def interleave(providers, budget_s, *, clock=time.perf_counter_ns, stopwatch=Non
             fn()  # warm-up: the first call was timed apart
             once = max(stopwatch(fn), 1)
         timings[name].once_ns, timings[name].calls = once, (calls or {}).get(name, 1)
-        timings[name].repeats = 1 if before_call else min(MAX_REPEATS, max(1, math.ceil(MIN_SAMPLE_NS / once)))
+        least = TURN_SAMPLE_NS if turns else MIN_SAMPLE_NS
+        timings[name].repeats = 1 if before_call else min(MAX_REPEATS, max(1, math.ceil(least / once)))
     order, shuffle = list(providers), random.Random(seed).shuffle
-    if turns:
-        turns.begin()
+    if turns:  # a sample is as many calls on both sides
+        theirs = turns.begin({name: timing.repeats for name, timing in timings.items()})
+        for name in timings.keys() & (theirs if isinstance(theirs, dict) else {}):
+            timings[name].repeats = max(timings[name].repeats, theirs[name])
     start = clock()
     free_before = machine_is_free() if machine_is_free else True
     for number in range(max_rounds):
         shuffle(order)
         round_samples = {}
-        for name in order:
+        for place, name in enumerate(order):
+            if turns and place:
+                turns.swap()
             fn, timing = providers[name], timings[name]
             if before_call:
                 before_call()
@@ -136,7 +142,7 @@ def interleave(providers, budget_s, *, clock=time.perf_counter_ns, stopwatch=Non
         if on_round:
             on_round(min(1.0, max(spent / budget_s, rounds / max_rounds)))
         settled = rounds >= min_rounds and all(is_settled(t.samples) for t in timings.values())
-        enough = 3 if spent > 2 * budget_s else min_rounds
+        enough = 3 if spent > 2 * budget_s and not turns else min_rounds
         done = settled or (spent > budget_s and rounds >= enough) or number + 1 == max_rounds
         if turns.both_done(done) if turns else done:
             break

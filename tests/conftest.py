@@ -48,11 +48,12 @@ def calibrations(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def own_calibrations(monkeypatch, calibrations):
-    """The benchmarks' peaks are kept in a folder of the tests, not in the user's cache."""
+def benchmarks_keep_to_themselves(monkeypatch, calibrations):
+    """Their peaks are kept in a folder of the tests, not in the user's cache, and the tests' allocator is left as it is."""
     roofline = sys.modules.get("terrazzo.bench.roofline")
     if roofline is not None:
         monkeypatch.setattr(roofline, "_kept_in", lambda: calibrations)
+        monkeypatch.setattr(sys.modules["terrazzo.bench.memory"], "keep_freed", lambda: None)
 
 
 def pytest_report_header(config):

@@ -1,5 +1,6 @@
 """The benchmark suite itself: protocol, accuracy gate, comparison, targets."""
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -150,7 +151,65 @@ def test_identical_runs_are_the_same(tmp_path):
 
 
 def test_few_scattered_samples_are_unsure():
-    assert compare.verdict([1.0, 1.2, 0.9], [1.1, 1.3, 1.0])[0] == "UNSURE"
+    assert compare.verdict(*compare.ratio_of([1.0, 1.2, 0.9], [1.1, 1.3, 1.0])) == "UNSURE"
+    assert compare.verdict(*compare.ratio_of([1.0] * 8, [1.1] * 8, pairs=True)) == "SLOW"
+    assert compare.verdict(*compare.ratio_of([1.0] * 7, [1.1] * 7, pairs=True)) == "UNSURE"  # seven signs alike are not yet one in a hundred
+
+
+def test_pairs_see_through_a_machine_that_slows_down():
+    """Both sides of a pair get the same share of a machine four times slower in the end: their ratios are all 1.1, their medians say little."""
+    machine = [1.0 + number % 4 for number in range(20)]
+    before, after = machine, [1.1 * speed for speed in machine]
+    assert compare.verdict(*compare.ratio_of(before, after)) == "UNSURE"
+    assert compare.verdict(*compare.ratio_of(before, after, pairs=True)) == "SLOW"
+
+
+def compared(ratios, provider="hf"):
+    return [{"provider": provider, "ratio": ratio, "p": 0.0} for ratio in ratios]
+
+
+def test_what_others_rows_differ_by_is_the_machine():
+    assert compare.noise(compared([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.3, 0.7])) == 0.0
+    assert compare.noise(compared([1.1, 1 / 1.1] * 4)) == pytest.approx(1.4826 * math.log(1.1))
+    assert compare.noise(compared([1.1] * 7)) == compare.noise(compared([1.1] * 9, provider="cpu")) == 0.0  # too few; our own code, which is what changed
+
+
+def test_a_noisy_machine_raises_the_least_effect(tmp_path):
+    """Eight rows of others that differ by a tenth either way: a fifth is not called slow, and the summary says why; a third more than that is."""
+    def write(name, factors):
+        rows = [{"kind": "row", "op": "op", "size": str(i), "dtype": "fp32", "mode": "fwd", "provider": "hf" if i < 8 else "cpu", "threads": 2, "status": "ok",
+                 "median_ms": factor, "samples_ms": [factor * (1 + 0.001 * k) for k in range(9)]} for i, factor in enumerate(factors)]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in ({"kind": "environment"}, *rows)))
+        return tmp_path / name
+
+    before = write("a", [1.0] * 11)
+    found = compare.compare(before, write("b", [1.1, 1 / 1.1] * 4 + [1.0, 1.2, 1.6]))
+    assert [r["verdict"] for r in found] == ["UNSURE"] * 8 + ["SAME", "UNSURE", "SLOW"]
+    assert "more than 33 %" in compare.summary(found)
+    found = compare.compare(before, write("b", [1.0] * 8 + [1.0, 1.2, 1.6]))
+    assert [r["verdict"] for r in found] == ["SAME"] * 9 + ["SLOW"] * 2 and compare.summary(found) == "11 rows: 9 SAME, 2 SLOW"
+
+
+def test_passes_of_two_pairs_of_processes_are_one_row(tmp_path):
+    """Each pair of processes has its own part; what only one side has of a part does not count."""
+    def write(name, *parts):
+        rows = [{"kind": "row", "op": "op", "size": "1", "dtype": "fp32", "mode": "fwd", "provider": "cpu", "threads": 2, "status": "ok", "by_turns": number,
+                 "median_ms": 1.0, "samples_ms": samples} for number, samples in parts]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in ({"kind": "environment"}, *rows)))
+        return tmp_path / name
+
+    before = write("a", (1, [1.0, 2.0, 3.0, 4.0, 5.0]), (2, [5.0, 1.0, 2.0, 6.0, 3.0]), (3, [100.0]))
+    after = write("b", (1, [1.1, 2.2, 3.3, 4.4, 5.5]), (2, [5.5, 1.1, 2.2, 6.6, 3.3]))
+    (found,) = compare.compare(before, after)
+    assert found["ratio"] == pytest.approx(1.1) and found["p"] < 0.01 and found["verdict"] == "SLOW" and found["before_ms"] == 3.0
+    (found,) = compare.compare(before, write("c", (1, [1.1, 2.2, 3.3, 4.4]), (2, [5.5, 1.1, 2.2, 6.6, 3.3])))  # no longer pairs
+    assert found["verdict"] == "UNSURE"
+
+
+def test_signed_ranks_against_known_value():
+    """SciPy's wilcoxon(correction=True, method="asymptotic") of the same numbers."""
+    assert compare.signed_ranks([1, 2, 3, 4, 5, 6, 7, 8, 9]) == pytest.approx(0.00915, rel=0.01)
+    assert compare.signed_ranks([1, -1, 2, -2]) == 1.0 and compare.signed_ranks([0.0, 0.0]) == 1.0
 
 
 def test_another_machine_is_refused(tmp_path, capsys):

@@ -108,34 +108,38 @@ def test_a_revision_is_built_and_measured_in_a_worktree_of_its_own(tmp_path, mon
         steps.append(text)
         trees.append("terrazzo-compare-" in git("worktree", "list"))
 
-    revision.measure("HEAD", options, before, after, on_step=on_step)
-    assert steps == ["building HEAD", "measuring HEAD and this checkout by turns"]
-    assert trees == [True, True]
+    revision.measure("HEAD", options, before, after, passes=2, on_step=on_step)
+    assert steps == ["building HEAD", *(f"measuring HEAD and this checkout by turns, {number} of 2" for number in (1, 2))]
+    assert trees == [True] * 3
     assert "terrazzo-compare-" not in git("worktree", "list")
     (old, old_rows), (new, new_rows) = compare.read(before), compare.read(after)
     assert old["git_sha"] == new["git_sha"] == git("rev-parse", "HEAD")
     assert (old["native"], new["native"]) == (False, True)  # the first is the revision's own build
-    assert [r["status"] for r in (*old_rows, *new_rows)] == ["ok", "ok"]
-    assert old_rows[0]["n"] == new_rows[0]["n"] >= 7  # a round each, by turns
+    assert [(r["status"], r["by_turns"]) for r in (*old_rows, *new_rows)] == [("ok", 1), ("ok", 2)] * 2
+    for one, other in zip(old_rows, new_rows, strict=True):
+        assert one["n"] == other["n"] >= 5 and one["repeats"] == other["repeats"]  # as many pairs, and a sample is as many calls
+    assert old["malloc_tuned"] and new["malloc_tuned"]
+    (found,) = compare.compare(before, after)
+    assert found["provider"] == "reference"
 
 
 def test_the_command_compares_and_judges(monkeypatch, capsys):
-    def measured(ref, options, before, after, on_step):
-        assert (ref, options) == ("v1", ["linear", "--match", "1x2x3 fwd"])
+    def measured(ref, options, before, after, passes, on_step):
+        assert (ref, options, passes) == ("v1", ["linear", "--match", "1x2x3 fwd"], 2)
         write(before, row(samples_ms=[2.0 + i / 1000 for i in range(20)]))
         write(after, row(samples_ms=[2.4 + i / 1000 for i in range(20)]))
 
     monkeypatch.setattr(revision, "measure", measured)
-    command = ["compare", "--git", "v1", "--run", "linear --match '1x2x3 fwd'"]
+    command = ["compare", "--git", "v1", "--passes", "2", "--run", "linear --match '1x2x3 fwd'"]
     assert main(command) == 0
     assert main([*command, "--fail-on", "slow:5%"]) == 1
     assert main([*command, "--fail-on", "slow:25%"]) == 0
-    assert capsys.readouterr().out.count("SLOW") == 3
+    assert capsys.readouterr().out.count("1 rows: 1 SLOW") == 3
 
 
 @pytest.mark.parametrize("words, message", [
     (["compare"], "give two result files, or --git REF"), (["compare", "a"], "give two result files"), (["compare", "a", "b", "--git", "HEAD"], "give two result files"),
-    (["compare", "--git", "no-such-revision"], "finding 'no-such-revision' failed"), (["compare", "a.jsonl", "b.jsonl"], "a.jsonl"),
+    (["compare", "--git", "no-such-revision"], "finding 'no-such-revision' failed"), (["compare", "a.jsonl", "b.jsonl"], "a.jsonl"), (["compare", "--git", "HEAD", "--passes", "0"], "--passes must be at least 1"),
 ])  # fmt: skip
 def test_bad_comparisons(words, message, capsys):
     assert main(words) == 2

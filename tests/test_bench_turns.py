@@ -1,4 +1,4 @@
-"""Two sides that measure by turns: strictly one round each, a case ends for both in the same round, and the end of one lets the other go on."""
+"""Two sides that measure by turns: strictly one sample each, a case ends for both in the same round, and the end of one lets the other go on."""
 from multiprocessing import Pipe
 from threading import Thread
 
@@ -77,15 +77,59 @@ def test_the_clock_stands_still_while_the_turn_is_the_others():
         mine = {"ns": 0}
 
         def provider():
-            step = 1_000_000 if machine["now"] < 40_000_000 else 10_000_000
+            step = 5_000_000 if machine["now"] < 200_000_000 else 50_000_000
             machine["now"] += step
             mine["ns"] += step
 
         return interleave({"p": provider}, 10.0, clock=lambda: mine["ns"], min_rounds=30, max_rounds=40, turns=turns)["p"].samples
 
     a, b = together(side, side)
-    assert len(a) == len(b) and set(a) == set(b) == {1e6, 1e7} and abs(a.count(1e7) - b.count(1e7)) <= 1
-    assert max(a + b) == 1e7  # no sample holds a wait
+    assert len(a) == len(b) and set(a) == set(b) == {5e6, 5e7} and abs(a.count(5e7) - b.count(5e7)) <= 1
+    assert max(a + b) == 5e7  # no sample holds a wait
+
+
+def test_samples_of_one_provider_are_neighbours():
+    """Three providers in a new order each round: whatever the first side measures, the second measures next."""
+    log = []
+
+    def side(name):
+        def run(turns):
+            mine = {"ns": 0}
+
+            def provider(which):
+                def call():
+                    log.append((name, which))
+                    mine["ns"] += 10_000_000
+
+                return call
+
+            return interleave({which: provider(which) for which in "pqr"}, 10.0, clock=lambda: mine["ns"], seed=5, max_rounds=12, min_rounds=12, turns=turns)
+
+        return run
+
+    together(side("a"), side("b"))
+    samples = log[-2 * 3 * 12 :]
+    assert [name for name, _ in samples] == ["a", "b"] * 36
+    assert [which for name, which in samples if name == "a"] == [which for name, which in samples if name == "b"]
+    assert len({"".join(which for _, which in samples[i : i + 6 : 2]) for i in range(0, 72, 6)}) > 1
+
+
+def test_a_sample_is_as_many_calls_on_both_sides():
+    """One side takes its provider for ten times as slow before the rounds begin: it repeats it as often as the other all the same."""
+    def side(first_ns):
+        def run(turns):
+            mine = {"ns": 0, "calls": 0}
+
+            def provider():
+                mine["calls"] += 1
+                mine["ns"] += first_ns if mine["calls"] <= 2 else 100_000
+
+            return interleave({"p": provider}, 1.0, clock=lambda: mine["ns"], min_rounds=3, max_rounds=3, turns=turns)["p"]
+
+        return run
+
+    a, b = together(side(100_000), side(1_000_000))
+    assert a.repeats == b.repeats == 50 and set(a.samples + b.samples) == {100_000}
 
 
 def test_own_clock():
