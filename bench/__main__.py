@@ -20,7 +20,7 @@ from .environment import environment
 from .turns import Turns
 
 SECONDS = {"quick": 1.0, "normal": 3.0, "full": 15.0}
-MIN_PAIRS = 9          # rounds of `compare --git` in all, at least: of fewer the test cannot tell anything
+MIN_PAIRS = 21         # rounds of `compare --git` in all, at least: samples of one moment differ by a tenth here, and a median of 21 is known to 3 %
 QUICK_LIMIT_S = 200.0  # of `terrazzo bench --quick`: about four minutes with start, calibration and the last case's overrun
 
 
@@ -134,9 +134,8 @@ class Session:
         self.record([self.environment])
 
     def options(self, **chosen):
-        passes = self.turns.passes if self.turns else 1
-        rounds = {"min_rounds": math.ceil(MIN_PAIRS / passes)} if self.turns else {}
-        return suite.Options(budget_s=SECONDS[self.args.speed] / passes, speed=self.args.speed, seed=self.args.seed, device=self.device, **rounds, **chosen)
+        rounds = {"min_rounds": math.ceil(MIN_PAIRS / self.turns.passes)} if self.turns else {}
+        return suite.Options(budget_s=SECONDS[self.args.speed], speed=self.args.speed, seed=self.args.seed, device=self.device, **rounds, **chosen)
 
     def describe(self):
         c, where = self.calibration, self.environment["cpu"]

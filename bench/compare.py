@@ -120,12 +120,12 @@ def noise(results):
 
 
 def _parts(rows):
-    """{identity: {number of the pair of processes, None without turns: row}} of the timed rows."""
+    """{identity: {number of the pair of processes, None without turns: row}} of the timed rows whose first pass was: the gate of the others."""
     found = {}
     for row in rows:
         if row["status"] == "ok":
             found.setdefault(identity(row), {})[row.get("by_turns")] = row
-    return found
+    return {key: parts for key, parts in found.items() if parts.keys() & {None, 1}}
 
 
 def compare(path_before, path_after, min_effect=MIN_EFFECT, force=False):

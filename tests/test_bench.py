@@ -204,6 +204,7 @@ def test_passes_of_two_pairs_of_processes_are_one_row(tmp_path):
     assert found["ratio"] == pytest.approx(1.1) and found["p"] < 0.01 and found["verdict"] == "SLOW" and found["before_ms"] == 3.0
     (found,) = compare.compare(before, write("c", (1, [1.1, 2.2, 3.3, 4.4]), (2, [5.5, 1.1, 2.2, 6.6, 3.3])))  # no longer pairs
     assert found["verdict"] == "UNSURE"
+    assert compare.compare(before, write("d", (2, [5.5, 1.1, 2.2, 6.6, 3.3]))) == []  # what failed the gate of the first pass
 
 
 def test_signed_ranks_against_known_value():
