@@ -257,12 +257,16 @@ def measure(case, options, calibration, *, machine_is_free=None, on_progress=Non
     oracle = None  # its float64 tensors are large
     if timed:
         runs, extras, facts = job.prepare(timed)
+        for name in timed.keys() & set(PACKED):  # the first call on an input set lays out its weights, which is no part of a call
+            for _ in range(facts[name]["input_sets"]):
+                runs[name]()
+        known = {name: checked.second_call_ns for name, checked in found.items() if name not in PACKED}
         budget = options.budget_s * len(timed)
         if deadline_ns is not None:
             budget = max(MIN_TIMING_S * len(timed), min(budget, (deadline_ns - clock()) / 1e9))
         timings = interleave(
             runs, budget, clock=clock, seed=options.seed, min_rounds=options.min_rounds, machine_is_free=machine_is_free,
-            on_round=lambda fraction: report(f"{case.key}: timing", fraction), known={name: checked.second_call_ns for name, checked in found.items()}, turns=turns, **extras,
+            on_round=lambda fraction: report(f"{case.key}: timing", fraction), known=known, turns=turns, **extras,
         )  # fmt: skip
         facts = {name: facts[name] | ({"by_turns": turns.number} if turns else {}) for name in facts}
         rows += [_timed_row(case, name, timing, found[name], calibration, options, facts[name]) for name, timing in timings.items()]

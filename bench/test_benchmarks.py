@@ -6,7 +6,7 @@ choose, as comma-separated lists. A provider that fails the accuracy gate fails 
 import os
 
 import pytest
-from terrazzo.bench import accuracy, providers, suite
+from terrazzo.bench import accuracy, memory, providers, suite
 from terrazzo.bench.cases import Unavailable, clone_inputs, select
 from terrazzo.dispatch import BackendError
 
@@ -22,6 +22,7 @@ JOBS = [(case, provider) for case in CASES for provider in providers.of_case(cas
 
 @pytest.fixture(scope="module")
 def oracles():
+    memory.keep_freed()  # as every run of terrazzo bench does
     return {}
 
 

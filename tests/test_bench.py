@@ -118,6 +118,27 @@ def test_rounds_on_a_busy_machine_are_dropped():
     assert len(found["a"].samples) == 7
 
 
+def test_laying_out_weights_is_no_part_of_a_packed_row():
+    """300 ms for weights not seen before, 1 ms else: each sample says 1 ms, from the first round on, on every input set."""
+    fake, case = FakeTime(), tiny("fused_experts")
+    packed = next(p for p in case.providers if p.name == "terrazzo-packed")
+
+    def build():
+        fn, seen = packed.build(), set()
+
+        def run(**inputs):
+            key = (inputs["w1"].data_ptr(), float(inputs["w1"].flatten()[0]))
+            fake.now += 1_000_000 if key in seen else 300_000_000
+            seen.add(key)
+            return fn(**inputs)
+
+        return run
+
+    options = suite.Options(providers=("terrazzo-packed",), budget_s=0.01, min_rounds=3)
+    (row,) = suite.measure(replace(case, providers=(replace(packed, build=build),)), options, CALIBRATION, clock=fake.clock)
+    assert row["input_sets"] == 2 and set(row["samples_ms"]) == {1.0}
+
+
 # ---- comparison ----------------------------------------------------------------------------------------------
 
 NOISE = (0.0, 0.004, -0.003, 0.002, -0.004, 0.001, 0.003)
