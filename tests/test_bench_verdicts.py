@@ -70,8 +70,8 @@ def test_a_tenth_slower_is_found_in_95_of_100_rows_and_only_there(tmp_path):
 
 
 def test_the_verdicts_check_sees_a_smaller_slowdown_missed(tmp_path):
-    """3 % is the least that counts: half of it must not come out as SLOW, or the numbers above would say nothing."""
-    assert share(verdicts(tmp_path, 1.015)["terrazzo"], "SLOW") < 0.05
+    """5 % is the least that counts: half of it must not come out as SLOW, or the numbers above would say nothing."""
+    assert share(verdicts(tmp_path, 1.025)["terrazzo"], "SLOW") < 0.05
 
 
 @pytest.mark.parametrize("spoil", [lambda out: out * 1.01, lambda out: out.roll(1, -1), lambda out: out[..., :-1]], ids=["1 % off", "shifted", "cut"])
