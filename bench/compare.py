@@ -62,40 +62,37 @@ def read(path):
     return read_all(path)[:2]
 
 
+def _rank_sum(values):
+    """Of [(value, whether it counts)]: the sum of the ranks of those that count, equal values sharing theirs, and what the ties take off the variance."""
+    total, ties, done = 0.0, 0, 0
+    for _, group in itertools.groupby(sorted(values), key=lambda value: value[0]):
+        counts = [counted for _, counted in group]
+        total += (2 * done + len(counts) + 1) / 2 * sum(counts)
+        ties += len(counts) ** 3 - len(counts)
+        done += len(counts)
+    return total, ties
+
+
+def _two_sided(distance, variance):
+    """p-value of a statistic so far from its mean, by the normal approximation with its correction for steps of one."""
+    return math.erfc(max(abs(distance) - 0.5, 0) / math.sqrt(2 * variance)) if variance > 0 else 1.0
+
+
 def mann_whitney(a, b):
     """Two-sided p-value by the normal approximation with ties corrected."""
-    pooled = sorted([(value, 0) for value in a] + [(value, 1) for value in b])
-    rank_sum, ties, i, n = 0.0, 0.0, 0, len(pooled)
-    while i < n:
-        j = i
-        while j < n and pooled[j][0] == pooled[i][0]:
-            j += 1
-        rank_sum += (i + j + 1) / 2 * sum(1 for k in range(i, j) if pooled[k][1] == 0)
-        ties += (j - i) ** 3 - (j - i)
-        i = j
+    rank_sum, ties = _rank_sum([(value, True) for value in a] + [(value, False) for value in b])
+    n = len(a) + len(b)
     u = rank_sum - len(a) * (len(a) + 1) / 2
     mean = len(a) * len(b) / 2
-    variance = len(a) * len(b) / 12 * (n + 1 - ties / (n * (n - 1)))
-    if variance <= 0:
-        return 1.0
-    return math.erfc(max(abs(u - mean) - 0.5, 0) / math.sqrt(2 * variance))
+    return _two_sided(u - mean, len(a) * len(b) / 12 * (n + 1 - ties / (n * (n - 1))))
 
 
 def signed_ranks(differences):
     """Two-sided p-value of Wilcoxon's test that they lie evenly around 0, by the normal approximation with ties corrected."""
-    sizes = sorted((abs(d), d > 0) for d in differences if d)
-    n, positive, ties, i = len(sizes), 0.0, 0, 0
-    while i < n:
-        j = i
-        while j < n and sizes[j][0] == sizes[i][0]:
-            j += 1
-        positive += (i + j + 1) / 2 * sum(up for _, up in sizes[i:j])
-        ties += (j - i) ** 3 - (j - i)
-        i = j
-    variance = n * (n + 1) * (2 * n + 1) / 24 - ties / 48
-    if variance <= 0:
-        return 1.0
-    return math.erfc(max(abs(positive - n * (n + 1) / 4) - 0.5, 0) / math.sqrt(2 * variance))
+    sizes = [(abs(d), d > 0) for d in differences if d]
+    positive, ties = _rank_sum(sizes)
+    n = len(sizes)
+    return _two_sided(positive - n * (n + 1) / 4, n * (n + 1) * (2 * n + 1) / 24 - ties / 48)
 
 
 def ratio_of(before, after, pairs=False):

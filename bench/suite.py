@@ -268,8 +268,8 @@ def measure(case, options, calibration, *, machine_is_free=None, on_progress=Non
             runs, budget, clock=clock, seed=options.seed, min_rounds=options.min_rounds, machine_is_free=machine_is_free,
             on_round=lambda fraction: report(f"{case.key}: timing", fraction), known=known, turns=turns, **extras,
         )  # fmt: skip
-        facts = {name: facts[name] | ({"by_turns": turns.number} if turns else {}) for name in facts}
-        rows += [_timed_row(case, name, timing, found[name], calibration, options, facts[name]) for name, timing in timings.items()]
+        part = {"by_turns": turns.number} if turns else {}
+        rows += [_timed_row(case, name, timing, found[name], calibration, options, facts[name] | part) for name, timing in timings.items()]
         _add_speedups(rows, peer_of(case, options.baseline))
     elif turns:
         turns.sit_out()

@@ -49,6 +49,8 @@ def check(out, ref64, ref_same_dtype, whole_model=False):
     if out.shape != ref_same_dtype.shape or out.dtype != ref_same_dtype.dtype:
         why = f"got {tuple(out.shape)} {out.dtype}, not {tuple(ref_same_dtype.shape)} {ref_same_dtype.dtype}"
         return Verdict(False, nan, nan, nan, why)
+    if ref64.shape != out.shape:
+        raise ValueError(f"terrazzo.tolerance.check: ref64 must have out's shape {tuple(out.shape)}, got {tuple(ref64.shape)}")
     if out.numel() == 0:
         return Verdict(True, 0.0, 0.0, 0.0, "")
     if not out.is_floating_point():  # indices: exactly those

@@ -110,6 +110,25 @@ def test_every_round_runs_every_provider_once_in_changing_order():
     assert len(set(rounds)) > 1
 
 
+def test_judging_piece_by_piece_sees_every_element(monkeypatch):
+    """Pieces of four: one wrong, one infinite element in the last of them counts as in the whole, and a reference of another shape is refused."""
+    from terrazzo import tolerance
+
+    exact = torch.arange(1.0, 11.0, dtype=torch.float64)
+    same = exact.float()
+    wrong, lost = same.clone(), same.clone()
+    wrong[9] += 1.0
+    lost[9] = float("inf")
+    whole = [tolerance.check(out, exact, same) for out in (same, wrong, lost)]
+    monkeypatch.setattr(tolerance, "PIECE", 4)
+    pieces = [tolerance.check(out, exact, same) for out in (same, wrong, lost)]
+    assert [v.ok for v in pieces] == [v.ok for v in whole] == [True, False, False]
+    assert (pieces[1].max_abs, pieces[1].rel) == (1.0, 0.1) and pieces[1].nmse == pytest.approx(1 / 385) == whole[1].nmse
+    assert pieces[2].why == "1 elements differ in being finite"
+    with pytest.raises(ValueError, match="ref64 must have out's shape"):
+        tolerance.check(same.view(2, 5), exact.view(5, 2), same.view(2, 5))
+
+
 def test_rounds_on_a_busy_machine_are_dropped():
     fake = FakeTime()
     answers = iter([True, False, *[True] * 100])
