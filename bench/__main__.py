@@ -20,7 +20,8 @@ from .environment import environment
 from .turns import Turns
 
 SECONDS = {"quick": 1.0, "normal": 3.0, "full": 15.0}
-MIN_PAIRS = 21         # rounds of `compare --git` in all, at least: samples of one moment differ by a tenth here, and a median of 21 is known to 3 %
+MIN_PAIRS = 35         # rounds of `compare --git` in all, at least: samples of one moment differ by a tenth here, and a median of 35 is known to 2 %
+MAX_PAIRS = 200        # at most: what is not known by then is unequal from process to process
 QUICK_LIMIT_S = 200.0  # of `terrazzo bench --quick`: about four minutes with start, calibration and the last case's overrun
 
 
@@ -134,7 +135,7 @@ class Session:
         self.record([self.environment])
 
     def options(self, **chosen):
-        rounds = {"min_rounds": math.ceil(MIN_PAIRS / self.turns.passes)} if self.turns else {}
+        rounds = {"min_rounds": math.ceil(MIN_PAIRS / self.turns.passes), "max_rounds": math.ceil(MAX_PAIRS / self.turns.passes)} if self.turns else {}
         return suite.Options(budget_s=SECONDS[self.args.speed], speed=self.args.speed, seed=self.args.seed, device=self.device, **rounds, **chosen)
 
     def describe(self):

@@ -13,7 +13,8 @@ from .roofline import Work
 
 VOCAB, WINDOW, HASHES, K = 260, 512, 20000, 2
 LAYERS = {"patcher": 2, "encoder": 1, "decoder": 3, "global": 4}
-SURE = 7 / 9  # of the bytes are followed by a byte of their patch
+KINDS = 9         # of bytes, by their value
+SURE = 7 / KINDS  # of the bytes are followed by a byte of their patch
 NMSE_LIMIT = {"fp32": 1e-8, "bf16": 1e-2}
 SIZES = {"blt": (256, (4096, 8192)), "tiny": (64, (48,))}  # hidden size, bytes; the global transformer is twice as wide
 
@@ -46,7 +47,7 @@ def _with_clear_entropies(patcher):
     for layer in patcher.layers:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
-    sure = torch.arange(VOCAB) % 9 < round(9 * SURE)
+    sure = torch.arange(VOCAB) % KINDS < round(KINDS * SURE)
     patcher.embed_tokens.weight[:, 0] = torch.where(sure, 10.0, 0.0)
     patcher.lm_head.weight.mul_(0.1)
     patcher.lm_head.weight[:, 0] = torch.where(torch.arange(VOCAB) == 0, 10.0, 0.0)

@@ -60,6 +60,7 @@ class Case:
     arguments: dict = field(default_factory=dict)  # what the public function takes besides the inputs: other kernels need it too
     tokens: int = 0                              # of one call, of whole models
     unit: str = "tokens"                         # or bytes
+    period: int = 1                              # calls that differ in their work and make a whole: a sample of fast ones holds all of them
     family: str = ""                             # its name in suite.OPS
     preset: str = ""
 

@@ -21,6 +21,8 @@ BLT_LAYERS = {"patcher": 4, "encoder": 1, "decoder": 5, "global": 8}
 NMSE_LIMIT = {"fp32": 1e-8, "bf16": 1e-2}
 SIZES = {"bamba-9b": 1024, "dbrx": 1024, "blt": 512, "blenderbot-400m": 1280, "tiny": 256}  # hidden size
 ANSWER = 40  # tokens of `generate`
+VALUES = 28  # of each kind of bytes, those that a patch goes on behind and those that end one
+PERIOD = 2 * byte_model.KINDS  # bytes, of two inputs by turns
 OURS, THEIRS, PATCHED = "terrazzo", "hf", "hf-patched"
 
 
@@ -110,13 +112,16 @@ def _decode(make, hidden, dtype, kind):
 
 
 def _decode_blt(context, make, hidden, dtype, kind):
-    """One byte after another behind a text of `context` bytes; in transformers the whole text again."""
+    """One byte after another behind a text of `context` bytes; in transformers the whole text again. No two bytes in a row are the same: their values go on
+    from those of the inputs, so that in every PERIOD as many patches close as the text's mean length says."""
     model = _model(make, hidden, dtype, kind)
     text = torch.randint(4, VOCAB, (1, context), generator=generator(5), device="cpu").to(torch.get_default_device())
-    state = None
+    state, said = None, 0
 
     def step(input_ids):
-        nonlocal state, text
+        nonlocal state, said, text
+        input_ids = 4 + (input_ids + said) % (VALUES * byte_model.KINDS)
+        said += 1
         if kind != OURS:
             text = torch.cat([text, input_ids], 1)
             return model(text[:, 1:], use_cache=False).logits[:, -1:]
@@ -224,5 +229,6 @@ def cases(preset):
             computed = 10 * ANSWER if build is _generate else length  # every beam is computed
             found.append(Case("terrazzo.models", f"{job} 1x{length}", "model", name, _work(make, hidden, DTYPES[name], computed, build is _train), inputs,
                               tuple(Provider(kind, provider(kind), ours=kind == OURS) for kind in (OURS, PATCHED, THEIRS)), provider(THEIRS),
-                              nmse_limit=NMSE_LIMIT[name], tokens=ANSWER if build is _generate else length, unit="bytes" if job.startswith("blt") else "tokens"))
+                              nmse_limit=NMSE_LIMIT[name], tokens=ANSWER if build is _generate else length, unit="bytes" if job.startswith("blt") else "tokens",
+                              period=PERIOD if job.startswith("blt decode") else 1))
     return found

@@ -13,7 +13,7 @@ import time
 from multiprocessing import Pipe
 from pathlib import Path
 
-PASSES = 3  # of each side: where its memory happens to lie makes a process some per cent faster or slower, as long as it lives
+PASSES = 5  # of each side: where its memory happens to lie makes a process some per cent faster or slower, as long as it lives
 BENCH = Path(__file__).resolve().parent
 
 

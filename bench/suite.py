@@ -36,7 +36,7 @@ from ..dispatch import BackendError
 from .accuracy import SEEDS
 from .cases import PRESETS, Unavailable, building_on, clone_inputs, on_device, runner
 from .compare import SCHEMA
-from .timer import interleave
+from .timer import MAX_ROUNDS, interleave
 
 OPS = {
     "causal_conv1d": causal_conv1d,
@@ -76,6 +76,7 @@ class Options:
     cold: bool = False           # no call finds its data in a cache
     seed: int = 0                # of the inputs and of the order of the rounds
     min_rounds: int = 7
+    max_rounds: int = MAX_ROUNDS
     device: str = "cpu"
     speed: str = "normal"        # what budget_s is called on the command line
     hurry: bool = False          # compiled providers and very slow ones become rows that say so
@@ -265,7 +266,7 @@ def measure(case, options, calibration, *, machine_is_free=None, on_progress=Non
         if deadline_ns is not None:
             budget = max(MIN_TIMING_S * len(timed), min(budget, (deadline_ns - clock()) / 1e9))
         timings = interleave(
-            runs, budget, clock=clock, seed=options.seed, min_rounds=options.min_rounds, machine_is_free=machine_is_free,
+            runs, budget, clock=clock, seed=options.seed, min_rounds=options.min_rounds, max_rounds=options.max_rounds, machine_is_free=machine_is_free, period=case.period,
             on_round=lambda fraction: report(f"{case.key}: timing", fraction), known=known, turns=turns, **extras,
         )  # fmt: skip
         part = {"by_turns": turns.number} if turns else {}

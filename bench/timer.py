@@ -13,6 +13,7 @@ TARGET_HALF_WIDTH = 0.01  # of the median: the 95 % interval that ends the round
 MIN_SAMPLE_NS = 500_000   # shorter calls are repeated inside one sample, so that the clock's own cost vanishes
 TURN_SAMPLE_NS = 5_000_000  # likewise where two processes take turns: each sample begins on cores that were asleep
 MAX_REPEATS = 1000
+MAX_ROUNDS = 400
 WARM_NS = 100_000_000     # longer calls need no warm-up behind the two of the accuracy check
 LEAD_IN_NS = 20_000_000   # shorter calls run once untimed before a sample: the caches hold this provider's data, not the last one's
 
@@ -91,7 +92,7 @@ def by(clock):
 
 
 def interleave(providers, budget_s, *, clock=time.perf_counter_ns, stopwatch=None, calls=None, known=None, before_call=None, seed=0, min_rounds=7,
-               max_rounds=400, lead_in=False, machine_is_free=None, on_round=None, turns=None):  # fmt: skip
+               max_rounds=MAX_ROUNDS, lead_in=False, machine_is_free=None, on_round=None, turns=None, period=1):  # fmt: skip
     """Times every provider of {name: fn} round by round, in a new random order each round -> {name: Timing}, nanoseconds a call.
 
     Ends when every median is settled, or when the budget is spent and each provider has `min_rounds` samples
@@ -99,6 +100,7 @@ def interleave(providers, budget_s, *, clock=time.perf_counter_ns, stopwatch=Non
     to a "no" is dropped, as long as budget is left. `lead_in` warms the caches before each sample of a short call. `on_round(spent_fraction)` feeds a progress bar.
     `before_call()` runs, untimed, before every single call (it empties the caches): a sample is one call then. `calls` {name: n}: fn() makes n calls. `known` {name: ns}:
     what a call took before; those over WARM_NS are not called again to warm up. `turns` (bench/turns.py): another process measures the same case, a sample each.
+    `period`: so many calls in a row make a whole, of which each has other work; a sample holds whole ones, but where a call takes over WARM_NS.
     """
     stopwatch = stopwatch or by(clock)
     timings = {name: Timing() for name in providers}
@@ -109,7 +111,8 @@ def interleave(providers, budget_s, *, clock=time.perf_counter_ns, stopwatch=Non
             once = max(stopwatch(fn), 1)
         timings[name].once_ns, timings[name].calls = once, (calls or {}).get(name, 1)
         least = TURN_SAMPLE_NS if turns else MIN_SAMPLE_NS
-        timings[name].repeats = 1 if before_call else min(MAX_REPEATS, max(1, math.ceil(least / once)))
+        whole = period if once < WARM_NS else 1
+        timings[name].repeats = 1 if before_call else whole * min(MAX_REPEATS, max(1, math.ceil(least / once / whole)))
     order, shuffle = list(providers), random.Random(seed).shuffle
     if turns:  # a sample is as many calls on both sides
         theirs = turns.begin({name: timing.repeats for name, timing in timings.items()})

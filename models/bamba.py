@@ -111,12 +111,13 @@ class Attention(nn.Module):
         self.v_proj = layers.Linear(D, config.num_key_value_heads * self.head_dim, bias)
         self.o_proj = layers.Linear(D, D, bias)
 
-    def forward(self, h, context, past):
-        q, k, v = (proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, h, norm, context, past):
+        """h + what the attention makes of norm(h)."""
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in steps.normed(h, norm, self.q_proj, self.k_proj, self.v_proj))
         q, k = layers.rotate(q, context.turns), layers.rotate(k, context.turns)
         if past is not None:
             k, v = past.append(k, v)
-        return self.o_proj(context.attend(q, k, v, self.dropout if self.training else 0.0))
+        return steps.added(h, context.attend(q, k, v, self.dropout if self.training else 0.0), self.o_proj)
 
 
 class Mamba(nn.Module):
@@ -228,14 +229,14 @@ class Layer(nn.Module):
         elif step:
             h = past.steps[0](h[:, 0], *past.step(), context.turns_of_step)[:, None]
         else:
-            h = h + self.self_attn(self.input_layernorm(h), context, past)
-        return past.steps[-1](h[:, 0])[:, None] if step else h + self.feed_forward(self.pre_ff_layernorm(h))
+            h = self.self_attn(h, self.input_layernorm, context, past)
+        return past.steps[-1](h[:, 0])[:, None] if step else steps.mlp(h, self.pre_ff_layernorm, self.feed_forward)
 
     def new_past(self):
         """What the layer keeps of a text, and what it does with one position of it by the fused ops: steps, or ()."""
         past, attends, mlp = layers.KVCache() if self.kind == "self_attn" else MambaState(), self.kind == "self_attn", self.feed_forward
-        attention = [getattr(self.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")] + [self.input_layernorm] if attends else []
-        if steps.is_plain(*attention, self.pre_ff_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        attention = [getattr(self.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")] + [self.self_attn, self.input_layernorm] if attends else []
+        if steps.is_plain(*attention, self.pre_ff_layernorm, mlp, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
             first = [steps.AttentionStep(self.input_layernorm, self.self_attn)] if attends else []
             past.steps = (*first, steps.MLPStep(self.pre_ff_layernorm, mlp))
         return past

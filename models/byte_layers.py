@@ -184,10 +184,11 @@ class Projections(nn.Module):
 
 
 class Attention(Projections):
-    def forward(self, x, span, kept):
-        q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x, norm, span, kept):
+        """x + what the attention makes of norm(x)."""
+        q, k, v = map(self.heads, steps.normed(x, norm, self.q_proj, self.k_proj, self.v_proj))
         q, k = _rotate(q, span.turns), _rotate(k, span.turns)
-        return self.o_proj(span.attend(q, k, v, kept, self.dropout if self.training else 0.0).flatten(-2))
+        return steps.added(x, span.attend(q, k, v, kept, self.dropout if self.training else 0.0).flatten(-2), self.o_proj)
 
 
 class Layer(nn.Module):
@@ -199,12 +200,12 @@ class Layer(nn.Module):
         self.post_attention_layernorm = layers.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, span, kept):
-        x = x + self.self_attn(self.input_layernorm(x), span, kept)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(x, self.input_layernorm, span, kept)
+        return steps.mlp(x, self.post_attention_layernorm, self.mlp)
 
-    def linears_and_norms(self):
+    def parts(self):
         a, m = self.self_attn, self.mlp
-        return a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj, self.input_layernorm, self.post_attention_layernorm
+        return a, a.q_proj, a.k_proj, a.v_proj, a.o_proj, m, m.gate_proj, m.up_proj, m.down_proj, self.input_layernorm, self.post_attention_layernorm
 
 
 class Stack(nn.Module):
@@ -222,7 +223,7 @@ class Stack(nn.Module):
 
     def steps(self):
         """What the fused ops of decoding do for each layer, [(AttentionStep, MLPStep)]; None where they can't."""
-        if not all(type(layer) is Layer and steps.is_plain(*layer.linears_and_norms()) for layer in self.layers):
+        if not all(type(layer) is Layer and steps.is_plain(*layer.parts()) for layer in self.layers):
             return None
         return [(steps.AttentionStep(layer.input_layernorm, layer.self_attn), steps.MLPStep(layer.post_attention_layernorm, layer.mlp))
                 for layer in self.layers]  # fmt: skip

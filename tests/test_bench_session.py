@@ -1,4 +1,5 @@
 """A run as a whole: its plan and its limit, the calibration that is kept, what each row's command says, the tables, results of older schemas."""
+import inspect
 import io
 import itertools
 import json
@@ -9,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from terrazzo.bench import __main__ as command_line
-from terrazzo.bench import accuracy, compare, environment, page, report, roofline, suite
+from terrazzo.bench import accuracy, byte_model, compare, environment, page, report, roofline, suite
 from terrazzo.bench.__main__ import main
 from terrazzo.bench.cases import Provider, Unavailable
 
@@ -200,6 +201,26 @@ def test_every_model_has_prefill_decoding_and_a_training_step_on_three_sides(mod
         found = [case for case in cases if case.size.startswith(f"{model} {job}")]
         assert found, job
         assert {provider.name for provider in found[0].providers} == {"terrazzo", "hf-patched", "hf"}
+
+
+@pytest.mark.parametrize("bytes_given", [(4, 259), (101, 7)])
+def test_a_period_of_decoded_bytes_closes_as_many_patches_as_texts_do(bytes_given):
+    """Whatever two bytes the inputs hold: rows of decoding count both kinds of steps, where a patch closes and where none does, in the limit's proportion."""
+    pytest.importorskip("transformers")
+    (case,) = [case for case in suite.cases_of("own_models", "tiny") if case.size.startswith("blt decode")]
+    step = next(provider for provider in case.providers if provider.name == "terrazzo").build()
+    model = inspect.getclosurevars(step).nonlocals["model"]
+    closed = []
+    hook = model.model.global_transformer.register_forward_hook(lambda *_: closed.append(1))
+    sets = itertools.cycle([torch.tensor([[byte]]) for byte in bytes_given])
+    with torch.no_grad():
+        step(next(sets))
+        for _ in range(3):
+            closed.clear()
+            for _ in range(case.period):
+                step(next(sets))
+            assert len(closed) == round(case.period * (1 - byte_model.SURE))
+    hook.remove()
 
 
 def test_the_environment_holds_what_the_specification_asks_for():

@@ -561,12 +561,19 @@ inline void gemm_block(GemmWay way, const MatrixA& a, int64_t m, int64_t rows, c
   }
 }
 
-// About `width` columns a block of C, cut so that few groups still give every thread equal work.
-inline int64_t block_width(int64_t N, int64_t width, int64_t groups) {
-  const int64_t threads = max_threads();
-  int64_t blocks = ceil_div(N, width);
-  if (groups * blocks < 8 * threads) blocks = round_up(blocks, threads);
-  return max_of(2 * kPanel, round_up(ceil_div(N, blocks), 2 * kPanel));
+// N columns in blocks of whole register tiles, as equal as those allow.
+constexpr int64_t kColumnUnit = 2 * kPanel;
+struct ColumnBlocks {
+  int64_t N, count;
+  int64_t begin(int64_t i) const { return min_of(N, ceil_div(N, kColumnUnit) * i / count * kColumnUnit); }
+  int64_t width(int64_t i) const { return begin(i + 1) - begin(i); }
+};
+// About `width` columns a block, cut so that few groups still give every thread equal work.
+inline ColumnBlocks cut_columns(int64_t N, int64_t width, int64_t groups) {
+  const int64_t threads = max_threads(), units = ceil_div(N, kColumnUnit);
+  int64_t blocks = ceil_div(units, width / kColumnUnit);
+  if (groups * blocks < 32 * threads) blocks = round_up(blocks, threads);
+  return {N, min_of(blocks, units)};
 }
 
 // fn(task) for every task below n, each thread taking the next one: uneven tasks keep every core busy. Work below
@@ -585,7 +592,7 @@ template <class F> inline void run_tasks(int64_t n, int64_t multiply_adds, const
 }
 
 // Rows of a block of C: what stays in a second-level cache while kBlockK rows of B pass by.
-constexpr int64_t kBlockRows = 480;
+constexpr int64_t kBlockRows = 512;
 
 // The rows of consecutive groups: group e has the rows [e ? ends[e - 1] : 0, ends[e]).
 struct Groups {
@@ -598,7 +605,8 @@ struct Groups {
 
 // One group's share of the tasks of a call.
 struct GroupTasks {
-  int64_t group, rows, width, row_blocks, column_blocks, first;
+  int64_t group, rows, row_blocks, first;
+  ColumnBlocks columns;
 };
 
 // A block has about kBlockN columns by packing; fewer by dot products, whose rows of B are contiguous each; as many as
@@ -619,24 +627,23 @@ template <class F> inline void for_blocks(const Groups& groups, int64_t N, int64
     if (rows == 0) continue;
     int64_t at = active++;
     for (; at > 0 && table[at - 1].rows < rows; at--) table[at] = table[at - 1];
-    table[at] = {e, rows, 0, 0, 0, 0};
+    table[at] = {e, rows, 0, 0, {}};
   }
   for (int64_t i = 0; i < active; i++) {
     GroupTasks& g = table[i];
     const GemmWay way = gemm_way(g.rows, K, N, b);
     g.row_blocks = ceil_div(g.rows, kBlockRows);
-    g.width = block_width(N, usual_width(way, g.rows), active * g.row_blocks);
-    g.column_blocks = ceil_div(N, g.width);
+    g.columns = cut_columns(N, usual_width(way, g.rows), active * g.row_blocks);
     g.first = tasks;
-    tasks += g.row_blocks * g.column_blocks;
+    tasks += g.row_blocks * g.columns.count;
   }
   run_tasks(tasks, groups.total() * N * K, [&](int64_t task) {
     int64_t i = active - 1;
     while (table[i].first > task) i--;
     const GroupTasks& g = table[i];
-    const int64_t block = task - g.first, r = block / g.column_blocks, c = block % g.column_blocks;
-    const int64_t height = ceil_div(g.rows, g.row_blocks), row = r * height, column = c * g.width;
-    fn(g.group, groups.begin(g.group) + row, min_of(height, g.rows - row), column, min_of(g.width, N - column), gemm_way(g.rows, K, N, b));
+    const int64_t block = task - g.first, r = block / g.columns.count, c = block % g.columns.count;
+    const int64_t height = ceil_div(g.rows, g.row_blocks), row = r * height;
+    fn(g.group, groups.begin(g.group) + row, min_of(height, g.rows - row), g.columns.begin(c), g.columns.width(c), gemm_way(g.rows, K, N, b));
   });
 }
 

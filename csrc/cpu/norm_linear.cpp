@@ -68,18 +68,19 @@ template <class A> void run(const NormLinearParams& p) {
   MatrixA x{p.dtype, p.x, p.x_stride, 1, nullptr};
   if (p.norm_weight) x.data = normed_rows<A>(p), x.stride_m = p.K;
   const int64_t parts = p.gated ? 1 : p.num_weights, height = min_of(p.T, kBlockRows);
-  int64_t width[kMaxWeights], first_column[kMaxWeights], first_task[kMaxWeights + 1] = {}, columns = 0;
+  ColumnBlocks blocks[kMaxWeights];
+  int64_t first_column[kMaxWeights], first_task[kMaxWeights + 1] = {}, columns = 0;
   for (int64_t i = 0; i < parts; i++) {
     const NormLinearWeight& w = p.weights[i];
-    width[i] = block_width(w.N, usual_width(gemm_way(height, p.K, w.N, expert_matrix(w.matrix, 0)), height), parts);
+    blocks[i] = cut_columns(w.N, usual_width(gemm_way(height, p.K, w.N, expert_matrix(w.matrix, 0)), height), parts);
     first_column[i] = columns;
-    first_task[i + 1] = first_task[i] + ceil_div(w.N, width[i]);
+    first_task[i + 1] = first_task[i] + blocks[i].count;
     columns += w.N;
   }
   run_tasks(first_task[parts], p.T * columns * p.K * (p.gated ? 2 : 1), [&](int64_t task) {
     int64_t i = parts - 1;
     while (first_task[i] > task) i--;
-    const int64_t n = (task - first_task[i]) * width[i], nb = min_of(width[i], p.weights[i].N - n);
+    const int64_t block = task - first_task[i], n = blocks[i].begin(block), nb = blocks[i].width(block);
     const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
     A* c = scratch<A>(kSlotC, (p.gated ? 2 : 1) * height * ldc);
     for (int64_t row = 0; row < p.T; row += height) {

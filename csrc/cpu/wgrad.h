@@ -10,10 +10,11 @@ enum GroupedSlot { kSlotC = kGemmSlots, kSlotTasks, kGroupedSlots };
 
 template <class A> inline void weight_gradient(const GroupedWgradParams& p) {
   const Groups groups{p.E, p.offs};
-  const int64_t width = block_width(p.N, 256, p.E), columns = ceil_div(p.N, width), height = min_of(p.K, kBlockRows), heights = ceil_div(p.K, height);
+  const ColumnBlocks blocks = cut_columns(p.N, kBlockN, p.E * ceil_div(p.K, kBlockRows));
+  const int64_t columns = blocks.count, heights = ceil_div(p.K, kBlockRows), height = ceil_div(p.K, heights);
   run_tasks(p.E * heights * columns, p.E * p.K * p.N + groups.total() * p.K * p.N, [&](int64_t task) {
-    const int64_t e = task / (heights * columns), k = task / columns % heights * height, n = task % columns * width;
-    const int64_t rows = min_of(height, p.K - k), nb = min_of(width, p.N - n), count = groups.rows(e), first = groups.begin(e);
+    const int64_t e = task / (heights * columns), k = task / columns % heights * height, n = blocks.begin(task % columns);
+    const int64_t rows = min_of(height, p.K - k), nb = blocks.width(task % columns), count = groups.rows(e), first = groups.begin(e);
     const int64_t ldc = round_up(nb, max_of(kPanel, kTileCols<A>));
     A* c = scratch<A>(kSlotC, rows * ldc);
     MatrixA a{p.a_dtype, element(p.a, p.a_dtype, first * p.a_stride_m), p.a_stride_k, p.a_stride_m, nullptr};

@@ -4,7 +4,8 @@ import copy
 import pytest
 import terrazzo
 import torch
-from terrazzo.models import steps
+from terrazzo import adapters
+from terrazzo.models import layers, steps
 
 from model_pairs import ids, pair
 
@@ -60,10 +61,59 @@ def test_gradients_hooks_and_many_rows_go_module_by_module(models, kind):
         torch.testing.assert_close(found[:1], expected[:1], rtol=2e-5, atol=2e-5 * expected.abs().max().item())
 
 
+def ours(monkeypatch, is_ours):
+    """Linear layers of any size are this package's, or those of float32 are torch's, as on a CPU of MKL's maker."""
+    monkeypatch.setattr(adapters, "TORCH_IS_SLOW", is_ours)
+    monkeypatch.setattr(adapters, "BIG_WEIGHT", 1)
+
+
 @pytest.mark.parametrize("kind", ["bamba", "blt"])
-def test_a_hooked_projection_is_called(models, kind):
+@pytest.mark.parametrize("rows, length", [(1, 40), (3, 30)])
+def test_many_rows_are_fused_where_linear_layers_are_ours(models, kind, rows, length, monkeypatch):
+    model, tokens = models[kind], ids(rows, length, vocabulary(models[kind]))
+    with torch.no_grad():
+        ours(monkeypatch, False)
+        terrazzo.reset_counters()
+        expected = model(tokens).logits
+        assert "norm_linear" not in terrazzo.counters()
+        ours(monkeypatch, True)
+        found = model(tokens).logits
+        assert set(terrazzo.counters()["norm_linear"]) == {"cpu"}
+        assert sum(terrazzo.counters().get("linear", {}).values()) == {"bamba": 0, "blt": 4}[kind]  # heads, and between bytes and patches
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["bamba", "dbrx", "blenderbot"])
+def test_long_texts_attend_by_our_kernel(kind, tmp_path):
+    """Logits and gradients of transformers, whose attention is torch's; short texts, masks and autocast stay with torch."""
+    model, theirs = pair(kind, tmp_path, **({"max_position_embeddings": 128} if kind == "blenderbot" else {}))
+    tokens, mask = ids(2, layers.LONG + 9), torch.ones(2, layers.LONG + 9, dtype=torch.int64)
+    more = {"decoder_input_ids": tokens.flip(1)} if kind == "blenderbot" else {}
+    calls = lambda: terrazzo.counters().get("local_attention", {})  # noqa: E731
+    terrazzo.reset_counters()
+    found, expected = model(tokens, labels=tokens, **more), theirs(tokens, labels=tokens, **more)
+    assert set(calls()) == {"cpu"}
+    torch.testing.assert_close(found.logits, expected.logits, rtol=2e-5, atol=2e-5 * expected.logits.abs().max().item())
+    found.loss.backward()
+    expected.loss.backward()
+    wanted = {name: weight.grad for name, weight in theirs.named_parameters()}
+    most = max(grad.abs().max().item() for grad in wanted.values())  # the bias of keys moves nothing: its gradient is rounding alone
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, wanted[name], rtol=1e-3, atol=1e-4 * max(wanted[name].abs().max().item(), 1e-2 * most), msg=name)
+    terrazzo.reset_counters()
+    mask[0, :5] = 0
+    with torch.no_grad():
+        model(tokens, attention_mask=mask, **{name: t[:, :8] for name, t in more.items()})
+        model(tokens[:, : layers.LONG - 1], **{name: t[:, :8] for name, t in more.items()})
+        with torch.autocast("cpu"):
+            model(tokens, **more)
+    assert not calls()
+
+
+@pytest.mark.parametrize("kind", ["bamba", "blt"])
+def test_a_hooked_module_is_called(models, kind):
     model, tokens, calls = models[kind], ids(1, 12, vocabulary(models[kind])), []
-    modules = [module for name, module in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
+    modules = [module for name, module in model.named_modules() if name.endswith(("q_proj", "down_proj", "self_attn", ".mlp", "feed_forward"))]
     with torch.no_grad():
         expected = stepped(model, tokens)
         hooks = [module.register_forward_hook(lambda *_: calls.append(0)) for module in modules]
