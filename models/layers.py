@@ -121,7 +121,15 @@ class KVCache:
     def reorder(self, rows):
         """Row i becomes what row rows[i] was."""
         if self.keys is not None:
-            self.keys, self.values = self.keys[rows], self.values[rows]
+            self.keys, self.values = (self._reordered(kept, rows) for kept in (self.keys, self.values))
+
+    def _reordered(self, kept, rows):
+        """`kept` itself where as many rows stay: of its room only what is filled is copied."""
+        filled = kept[:, :, : self.length].index_select(0, rows)
+        if rows.shape[0] != kept.shape[0]:
+            kept = kept.new_empty(rows.shape[0], *kept.shape[1:])
+        kept[:, :, : self.length] = filled
+        return kept
 
 
 class State:

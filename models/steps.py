@@ -2,15 +2,15 @@
 
 A step of a few rows takes as long as weights are read, if nothing else takes longer: norm, projections, gate and sum are one call of norm_linear
 each, rotary embedding, cache and attention one of attention_update. AttentionStep and MLPStep hold a layer's parameters, looked up once for a text,
-of modules that are still what this package made them (is_plain). normed, added and mlp take any number of rows, where the linear layers
-are ours. Otherwise, and with gradients, the modules run one by one.
+of modules that are still what this package made them (is_plain). normed, added and mlp take any number of rows, where that is faster
+(fused_serves). Otherwise, and with gradients, the modules run one by one.
 """
 import torch
 
 import terrazzo
 
 from .. import dispatch, native
-from ..adapters import linear_serving, plain_tensors
+from ..adapters import fused_serves, plain_tensors
 from . import layers
 
 FEW_ROWS = 16
@@ -45,10 +45,10 @@ def _may_fuse(x):
 
 
 def _fuses(x, *modules):
-    """Whether norm_linear serves plain modules for x, which the last of them multiplies: many rows only where linear layers are ours."""
+    """Whether norm_linear serves plain modules for x, which the last of them multiplies: many rows only where it is faster."""
     if not _may_fuse(x) or not is_plain(*modules):
         return False
-    return is_few(x) or linear_serving(x, modules[-1].weight, None, None)[0] == "cpu"
+    return is_few(x) or fused_serves(x, modules[-1].weight)
 
 
 def _product(x, norm_weight, eps, *weights, **options):

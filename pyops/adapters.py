@@ -342,9 +342,26 @@ TORCH_IS_SLOW = _torch_is_slow()
 BIG_WEIGHT, MANY_MULTIPLY_ADDS = 1 << 18, 1 << 23
 
 
+def _mkl_is_home():
+    """Whether torch's products of float32 run in MKL on a CPU of its maker, with the instructions these kernels have."""
+    return native.available and native.isa() != "portable" and torch.backends.mkl.is_available() and native.cpu_vendor() == "GenuineIntel"
+
+
+MKL_IS_HOME = _mkl_is_home()
+# Rows with which it is slow there: it takes its way of many rows, and reads weights at half of what a single row does.
+MKL_IS_SLOW_FROM, MKL_IS_SLOW_TO = 2 if native.isa() == "avx2" else 4, 40
+SECOND_LEVEL = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0  # bytes
+# Whether many rows are as fast here as in MKL, so that what is fused with them is gained: seen with AVX2 and 2 MB.
+FUSING_PAYS = MKL_IS_HOME and native.isa() == "avx2" and SECOND_LEVEL >= 2 << 20
+
+
 def _float32_is_ours(x, weight):
-    work = x.numel() * weight.shape[0]
-    return TORCH_IS_SLOW and x.is_cpu and x.dtype == weight.dtype == torch.float32 and (weight.numel() >= BIG_WEIGHT or work >= MANY_MULTIPLY_ADDS)
+    if not x.is_cpu or not x.dtype == weight.dtype == torch.float32:
+        return False
+    if TORCH_IS_SLOW:
+        return weight.numel() >= BIG_WEIGHT or x.numel() * weight.shape[0] >= MANY_MULTIPLY_ADDS
+    few = MKL_IS_SLOW_FROM * x.shape[-1] <= x.numel() <= MKL_IS_SLOW_TO * x.shape[-1]
+    return MKL_IS_HOME and few and weight.numel() >= BIG_WEIGHT and not dispatch.needs_grad(x, weight)
 
 
 def linear_serving(x, weight, bias, backend):
@@ -365,13 +382,22 @@ def linear_serving(x, weight, bias, backend):
     return serving("linear", x, weight, bias, backend=backend)
 
 
+def fused_serves(x, weight):
+    """Whether norm_linear is the fastest for many rows x and a weight without bias."""
+    if FUSING_PAYS and x.is_cpu and x.dtype == weight.dtype == torch.float32:
+        return True
+    return linear_serving(x, weight, None, None)[0] == "cpu"
+
+
 def _linear_judged(module, x, backend):
     """(backend or None, note) of a layer whose calls have any number of rows."""
-    (few, why_few), (many, why_many) = (linear_serving(x.expand(rows, -1), module.weight, module.bias, backend) for rows in (1, 1024))
-    if few and not many:
-        return few, f"over {FEW_LINEAR_ROWS} rows torch's own: {why_many}"
-    if many and not few:
-        return many, f"for few rows torch's own: {why_few}"
+    (one, why_one), (few, _), (many, why_many) = (linear_serving(x.expand(rows, -1), module.weight, module.bias, backend) for rows in (1, 8, 1024))
+    if few and not one and not many:
+        return few, f"for {MKL_IS_SLOW_FROM} to {MKL_IS_SLOW_TO} rows without gradients, else torch's own: {why_one}"
+    if one and not many:
+        return one, f"over {FEW_LINEAR_ROWS} rows torch's own: {why_many}"
+    if many and not one:
+        return many, f"for few rows torch's own: {why_one}"
     return many, why_many
 
 

@@ -23,7 +23,8 @@ def poisoned_memory(request):
 @pytest.fixture(autouse=True)
 def linear_layers_as_on_any_cpu(monkeypatch):
     """Which linear layers are ours depends on the CPU; tests say what they mean by setting these."""
-    monkeypatch.setattr(adapters, "TORCH_IS_SLOW", False)
+    for name in ("TORCH_IS_SLOW", "MKL_IS_HOME", "FUSING_PAYS"):
+        monkeypatch.setattr(adapters, name, False)
     monkeypatch.setattr(adapters, "OWN_BF16", False)
 
 

@@ -331,11 +331,30 @@ def test_float32_that_is_worth_a_call(monkeypatch):
     assert adapters.linear_serving(torch.randn(128, 512), large.weight, None, None) == (None, "float32 stays with torch")
 
 
+def test_float32_of_few_rows_where_mkl_is_home(monkeypatch):
+    monkeypatch.setattr(adapters, "MKL_IS_HOME", True)
+    first, last = adapters.MKL_IS_SLOW_FROM, adapters.MKL_IS_SLOW_TO
+    small, large = torch.nn.Linear(256, 256), torch.nn.Linear(512, 512)
+    with terrazzo.patch(torch.nn.Sequential(small, large)) as handle:
+        notes = {row.module: (row.backend, row.note) for row in handle.report()}
+        assert notes == {"0": ("transformers", "float32 stays with torch"),
+                         "1": ("cpu", f"for {first} to {last} rows without gradients, else torch's own: float32 stays with torch")}
+        for rows, ours in ((first - 1, False), (first, True), (last, True), (last + 1, False)):
+            x = torch.randn(rows, 512)
+            for gradients in (False, True):
+                terrazzo.reset_counters()
+                with torch.set_grad_enabled(gradients):
+                    y = large(x)
+                assert bool(terrazzo.counters()) == (ours and not gradients)
+                torch.testing.assert_close(y, torch.nn.functional.linear(x, large.weight, large.bias), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("vendor, mkl, slow", [("AuthenticAMD", True, True), ("GenuineIntel", True, False), (None, True, False), ("AuthenticAMD", False, False)])
 def test_where_torch_is_slow(vendor, mkl, slow, monkeypatch):
     monkeypatch.setattr(native, "cpu_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     assert adapters._torch_is_slow() == slow
+    assert adapters._mkl_is_home() == (mkl and vendor == "GenuineIntel" and native.isa() != "portable")
 
 
 def test_few_rows_of_bf16_where_both_have_instructions(monkeypatch):

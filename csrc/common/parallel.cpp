@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <new>
 
+#include <unistd.h>
+
 namespace terrazzo {
 namespace {
 
@@ -33,6 +35,14 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain, const void* ctx, Ra
 int max_threads() {
   auto threads = g_threads.load();
   return threads ? threads() : 1;
+}
+
+int64_t second_level_cache() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 0;
 }
 
 void* scratch_bytes(int slot, size_t bytes) {

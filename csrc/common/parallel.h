@@ -1,4 +1,4 @@
-// Threads and scratch memory for the kernels, without torch.
+// Threads, scratch memory and the size of a cache for the kernels, without torch.
 //
 // The torch glue installs torch's own thread pool with set_thread_pool(); without it (sanitizer harness)
 // work runs serially. Scratch memory is kept per thread and reused, so a call causes no page faults.
@@ -16,6 +16,9 @@ using ParallelForFn = void (*)(int64_t begin, int64_t end, int64_t grain, const 
 void set_thread_pool(ParallelForFn run, int (*threads)());
 void run_parallel(int64_t begin, int64_t end, int64_t grain, const void* ctx, RangeFn fn);
 int max_threads();
+
+// Bytes of a core's second-level cache; 0 where the system doesn't say.
+int64_t second_level_cache();
 
 // fn(begin, end) over disjoint ranges that cover [begin, end), each of at least `grain` items; serially when
 // the range is not larger than `grain`. Which thread gets which range depends on the number of threads:

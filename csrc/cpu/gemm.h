@@ -609,12 +609,15 @@ struct GroupTasks {
   ColumnBlocks columns;
 };
 
-// A block has about kBlockN columns by packing; fewer by dot products, whose rows of B are contiguous each; as many as
+// Columns of a block by packing: A is packed once for each, so the more the better, while kBlockRows rows of C and the panels stay
+// in a second-level cache (0.8 or 1.6 MB).
+inline int64_t packed_width() { return second_level_cache() >= (2 << 20) ? 512 : 256; }
+
+// A block has about packed_width() columns by packing; fewer by dot products, whose rows of B are contiguous each; as many as
 // keep C in a first-level cache by axpy.
-constexpr int64_t kBlockN = 256;
 inline int64_t usual_width(GemmWay way, int64_t rows) {
   if (way == GemmWay::axpy) return min_of(1024, max_of(8192 / rows, 256));
-  return way == GemmWay::dot ? 96 : kBlockN;
+  return way == GemmWay::dot ? 96 : packed_width();
 }
 
 // fn(e, first row, rows, first column, columns, way) over blocks that cover each group's rows x N columns, in parallel,

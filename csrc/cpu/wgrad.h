@@ -10,7 +10,7 @@ enum GroupedSlot { kSlotC = kGemmSlots, kSlotTasks, kGroupedSlots };
 
 template <class A> inline void weight_gradient(const GroupedWgradParams& p) {
   const Groups groups{p.E, p.offs};
-  const ColumnBlocks blocks = cut_columns(p.N, kBlockN, p.E * ceil_div(p.K, kBlockRows));
+  const ColumnBlocks blocks = cut_columns(p.N, packed_width(), p.E * ceil_div(p.K, kBlockRows));
   const int64_t columns = blocks.count, heights = ceil_div(p.K, kBlockRows), height = ceil_div(p.K, heights);
   run_tasks(p.E * heights * columns, p.E * p.K * p.N + groups.total() * p.K * p.N, [&](int64_t task) {
     const int64_t e = task / (heights * columns), k = task / columns % heights * height, n = blocks.begin(task % columns);

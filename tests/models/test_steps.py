@@ -61,25 +61,28 @@ def test_gradients_hooks_and_many_rows_go_module_by_module(models, kind):
         torch.testing.assert_close(found[:1], expected[:1], rtol=2e-5, atol=2e-5 * expected.abs().max().item())
 
 
-def ours(monkeypatch, is_ours):
-    """Linear layers of any size are this package's, or those of float32 are torch's, as on a CPU of MKL's maker."""
-    monkeypatch.setattr(adapters, "TORCH_IS_SLOW", is_ours)
+def ours(monkeypatch, where):
+    """Linear layers of any size are this package's, those of many rows only where that fuses them, or those of float32 are torch's."""
+    monkeypatch.setattr(adapters, "TORCH_IS_SLOW", where == "everywhere")
+    monkeypatch.setattr(adapters, "FUSING_PAYS", where == "fused")
     monkeypatch.setattr(adapters, "BIG_WEIGHT", 1)
 
 
 @pytest.mark.parametrize("kind", ["bamba", "blt"])
 @pytest.mark.parametrize("rows, length", [(1, 40), (3, 30)])
-def test_many_rows_are_fused_where_linear_layers_are_ours(models, kind, rows, length, monkeypatch):
+@pytest.mark.parametrize("where", ["everywhere", "fused"])
+def test_many_rows_are_fused_where_that_is_faster(models, kind, rows, length, where, monkeypatch):
     model, tokens = models[kind], ids(rows, length, vocabulary(models[kind]))
     with torch.no_grad():
-        ours(monkeypatch, False)
+        ours(monkeypatch, None)
         terrazzo.reset_counters()
         expected = model(tokens).logits
         assert "norm_linear" not in terrazzo.counters()
-        ours(monkeypatch, True)
+        ours(monkeypatch, where)
         found = model(tokens).logits
         assert set(terrazzo.counters()["norm_linear"]) == {"cpu"}
-        assert sum(terrazzo.counters().get("linear", {}).values()) == {"bamba": 0, "blt": 4}[kind]  # heads, and between bytes and patches
+        others = {"bamba": 0, "blt": 4}[kind] if where == "everywhere" else 0  # heads, and between bytes and patches
+        assert sum(terrazzo.counters().get("linear", {}).values()) == others
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * expected.abs().max().item())
 
 
@@ -110,15 +113,30 @@ def test_long_texts_attend_by_our_kernel(kind, tmp_path):
     assert not calls()
 
 
+def hook(module, calls):
+    return module.register_forward_hook(lambda *_: calls.append(0)).remove
+
+
+def another_forward(module, calls):
+    """As accelerate puts one on the instance."""
+    def forward(*args, **kwargs):
+        calls.append(0)
+        return type(module).forward(module, *args, **kwargs)
+
+    module.forward = forward
+    return lambda: module.__dict__.pop("forward")
+
+
 @pytest.mark.parametrize("kind", ["bamba", "blt"])
-def test_a_hooked_module_is_called(models, kind):
+@pytest.mark.parametrize("put", [hook, another_forward])
+def test_a_changed_module_is_called(models, kind, put):
     model, tokens, calls = models[kind], ids(1, 12, vocabulary(models[kind])), []
     modules = [module for name, module in model.named_modules() if name.endswith(("q_proj", "down_proj", "self_attn", ".mlp", "feed_forward"))]
     with torch.no_grad():
         expected = stepped(model, tokens)
-        hooks = [module.register_forward_hook(lambda *_: calls.append(0)) for module in modules]
+        undo = [put(module, calls) for module in modules]
         found = stepped(model, tokens)
-    for hook in hooks:
-        hook.remove()
+    for step in undo:
+        step()
     assert len(calls) > 3 * len(modules)
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * expected.abs().max().item())
