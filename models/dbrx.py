@@ -11,6 +11,7 @@ from torch import nn
 
 import terrazzo
 
+from ..adapters import better_left, plain_tensors
 from . import layers, loading, steps
 from .generation import CausalGeneration
 
@@ -153,7 +154,20 @@ class Experts(nn.Module):
 
     def forward(self, tokens, indices, weights):
         w = self.mlp
+        plain = plain_tensors(w.w1, w.v1, w.w2) and tokens.dtype == w.w1.dtype and self.activation in layers.ACTIVATIONS
+        if plain and not torch.compiler.is_compiling() and better_left(indices, w.w1, self.num_experts, None):
+            return _one_by_one(self, tokens, indices, weights)
         return terrazzo.fused_experts(tokens, w.w1, w.w2, weights, indices, w_up=w.v1, activation=self.activation, num_experts=self.num_experts)
+
+
+def _one_by_one(experts, tokens, indices, weights):
+    """Experts' outputs by torch's products, where those have instructions that the kernels lack. Experts beyond num_experts are another rank's."""
+    order, inverse, ends = terrazzo.moe_permute(indices, experts.num_experts)
+    *rows, rest = tokens[order // indices.shape[1]].tensor_split(ends.tolist())
+    w1, v1, w2 = (w.unflatten(0, (experts.num_experts, -1)) for w in (experts.mlp.w1, experts.mlp.v1, experts.mlp.w2))
+    act = layers.ACTIVATIONS[experts.activation]
+    y = [(act(x @ w1[e].T) * (x @ v1[e].T)) @ w2[e] for e, x in enumerate(rows)]
+    return terrazzo.moe_unpermute(torch.cat([*y, torch.zeros_like(rest)]), inverse, weights)
 
 
 class FFN(nn.Module):

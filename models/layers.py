@@ -8,15 +8,13 @@ from torch.utils.checkpoint import checkpoint
 
 import terrazzo
 
-from .. import native
-from ..adapters import AMX, TORCH_IS_FAST, linear_serving, plain_tensors
+from ..adapters import attends_faster, linear_serving
 from ..checks import is_spread
 from ..linear import linear_by
 
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
                "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}  # fmt: skip
 IGNORED = -100  # a label that has no loss
-LONG = 64       # positions from which our attention is the faster one
 
 
 class Output(NamedTuple):
@@ -172,19 +170,12 @@ def attend(q, k, v, mask, scale=None, dropout=0.0):
     """Attention of q (B, H, L, P) over k, v (B, Hk, past + L, P) -> (B, L, H * P)."""
     if mask.cu_seqlens is not None and dropout:
         raise NotImplementedError("terrazzo.models: attention dropout over packed texts is not supported; set it to 0 or give padded batches")
-    if mask.cu_seqlens is not None or (mask.sees is None and not dropout and _attends_faster(q, k, v)):
+    if mask.cu_seqlens is not None or (mask.sees is None and not dropout and attends_faster(q, k, v)):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return terrazzo.local_attention(q, k, v, q.shape[1], causal=mask.is_causal, cu_seqlens=mask.cu_seqlens, scale=scale).flatten(2)
     causal = mask.sees is None and mask.is_causal and q.shape[2] > 1
     y = F.scaled_dot_product_attention(q, k, v, mask.sees, dropout, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2).flatten(2)
-
-
-def _attends_faster(q, k, v):
-    """Whether local_attention with a window of all is faster than torch's attention (docs/local_attention.md has the figures)."""
-    if not native.available or not q.is_cpu or q.shape[2] < LONG or q.shape[2] != k.shape[2] or torch.is_autocast_enabled("cpu"):
-        return False
-    return plain_tensors(q, k, v) and q.dtype == k.dtype == v.dtype and TORCH_IS_FAST.get(q.dtype) != AMX
 
 
 def positions_of(valid, length, past, cu_seqlens=None, device=None):

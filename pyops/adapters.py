@@ -17,6 +17,7 @@ from .chunk_scan import mamba_chunk_scan_combined
 from .fused_experts import fused_experts
 from .grouped_gemm import grouped_mm
 from .linear import linear_by
+from .local_attention import local_attention
 from .moe import moe_permute, moe_unpermute
 from .rmsnorm_gated import rmsnorm_gated
 from .state_update import selective_state_update
@@ -223,13 +224,13 @@ def plain_tensors(*tensors):
 FEW_ROWS = 24
 
 
-def _better_left(indices, weight, num_experts, backend):
-    """Whether transformers' own experts are faster for these choices."""
+def better_left(indices, weight, num_experts, backend):
+    """Whether torch's products are faster for these choices: transformers' own experts, or terrazzo.models' one by one."""
     return indices.numel() > FEW_ROWS * num_experts and _many_left(weight, backend)
 
 
 def _many_left(weight, backend):
-    """Whether many rows an expert stay with transformers: 16 bits, and instructions for them that only torch uses."""
+    """Whether many rows an expert stay with torch: 16 bits, and instructions for them that only torch uses."""
     asked = backend is not None or dispatch._wanted(dispatch.OPS["fused_experts"], None)[0] is not None
     return weight.is_cpu and weight.dtype in TORCH_IS_FAST and not OWN_BF16 and not asked
 
@@ -249,7 +250,7 @@ def experts(original, backend):
         tensors = (hidden_states, w1, None, w2, top_k_weights, bias1, None, bias2)
         chosen, _ = serving("fused_experts", *tensors, backend=backend)
         packed = None if chosen is None else packing.attached(self, tensors)
-        if chosen is None or packed is None and _better_left(top_k_index, w1, w2.shape[0], backend):
+        if chosen is None or packed is None and better_left(top_k_index, w1, w2.shape[0], backend):
             return original(self, hidden_states, top_k_index, top_k_weights)
         if packed is not None:
             return fused_experts(
@@ -286,7 +287,7 @@ def dbrx_experts(original, backend):
             chosen, _ = serving("fused_experts", hidden_states, w1, v1, w2, top_k_weights, backend=backend)
         x, options = hidden_states.reshape(-1, self.hidden_size), dict(activation=name, backend=chosen)
         packed = None if chosen is None else packing.attached(self, (x, w1, v1, w2, top_k_weights))
-        if chosen is None or packed is None and _better_left(top_k_index, w1, self.num_experts, backend):
+        if chosen is None or packed is None and better_left(top_k_index, w1, self.num_experts, backend):
             return original(self, hidden_states, top_k_index, top_k_weights)
         if packed is not None:
             y = fused_experts(x, packed, None, top_k_weights, top_k_index, **options)
@@ -409,6 +410,59 @@ def linear(original, backend):
     return forward
 
 
+# ---- attention ---------------------------------------------------------------------------------------------------
+
+LONG, LONG_WITH_GRADIENTS = 64, 128  # positions from which local_attention is faster than torch's, the second in float32
+
+
+def attends_faster(q, k, v):
+    """Whether local_attention with a window of everything is faster than torch's for q (B, H, L, P), k and v (docs/local_attention.md)."""
+    if not native.available or not q.is_cpu or torch.is_autocast_enabled("cpu") or not _attends(q, k, v) or TORCH_IS_FAST.get(q.dtype) == AMX:
+        return False
+    return q.shape[2] >= (LONG_WITH_GRADIENTS if q.dtype == torch.float32 and dispatch.needs_grad(q, k, v) else LONG)
+
+
+def _attends(q, k, v):
+    """Whether local_attention takes these: as many keys as queries, heads of one width, one dtype."""
+    return plain_tensors(q, k, v) and q.dtype == k.dtype == v.dtype and q.shape[2] == k.shape[2] and q.shape[3] == k.shape[3] == v.shape[3]
+
+
+def attention(interface, backend):
+    """transformers' attention functions, with local_attention where "sdpa" has neither mask nor dropout."""
+    from transformers.modeling_utils import AttentionInterface
+
+    original = interface["sdpa"]
+
+    def terrazzo_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, position_bias=None, cache=None, **kwargs):
+        others = (attention_mask, position_bias, cache, kwargs.get("softcap"), kwargs.get("output_attentions") or None)
+        chosen = None
+        if not dropout and all(other is None for other in others) and (_attends if backend else attends_faster)(query, key, value):
+            chosen, _ = serving("local_attention", query, key, value, backend=backend)
+        if chosen is None:
+            return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias,
+                            cache=cache, **kwargs)
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        return local_attention(q, k, v, q.shape[1], causal=bool(causal), scale=scaling, backend=chosen), None
+
+    found = AttentionInterface()
+    found._local_mapping = interface._local_mapping | {"sdpa": terrazzo_attention}
+    return found
+
+
+def _attention_judged(module, tensors, backend):
+    config, note = getattr(module, "config", None), f"{LONG} positions or more without a mask or dropout ({LONG_WITH_GRADIENTS} in float32 training), else torch's own"
+    if backend is None and not tensors[0].is_cpu:
+        return None, "torch's own on GPUs"
+    if backend is None and TORCH_IS_FAST.get(tensors[0].dtype) == AMX:
+        return None, AMX
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation != "sdpa":
+        return None, f"attention implementation {implementation!r}, not 'sdpa'"
+    chosen, why = serving("local_attention", *tensors, backend=backend)
+    return chosen, why or note
+
+
 # ---- what a report says --------------------------------------------------------------------------------------
 
 
@@ -422,6 +476,8 @@ def judged(swap, cls, module, backend):
     with torch.no_grad():
         if swap.adapter == "linear":
             return swap.op, *_linear_judged(module, torch.empty(1, module.in_features, dtype=dtype, device=device), backend)
+        if swap.adapter == "attention":
+            return swap.op, *_attention_judged(module, [torch.empty(1, 1, 1, 8, dtype=dtype, device=device)] * 3, backend)
         tensors = probe(swap, module, dtype, device)
         if swap.adapter == "experts" and not (_fusable(cls) if module is None else fused_options(module)):
             chosen, why = serving("grouped_mm", *tensors, backend=backend)
@@ -479,7 +535,7 @@ def why_not(swap, module):
         return f"activation {activation!r} is not served, only silu"
     if swap.adapter == "dbrx_experts" and module is not None and activation_name(module.mlp.activation_fn) is None:
         return f"activation {type(module.mlp.activation_fn).__name__} is not one of fused_experts'"
-    if swap.op == "local_attention" and module is not None and not _has_window(module.config):
+    if swap.adapter in ("blt_window", "blt_self_attention") and module is not None and not _has_window(module.config):
         return "no window: transformers' full attention"
     if swap.op == "fused_experts" and module is not None and not plain_tensors(*module.parameters()):
         return "its weights are no plain tensors"

@@ -27,9 +27,10 @@ import torch
 from torch import nn
 
 from . import adapters, adapters_blt, dispatch, rebinding
-from .recipes import ANYWHERE, BY_MODULE, RECIPES, SUPPORTED, VERSIONS, modeling_name
+from .recipes import ANYWHERE, BY_MODULE, INTERFACE, RECIPES, SUPPORTED, VERSIONS, modeling_name
 
 
+GAINS = {"linear": "linear layers", "attention": "attention"}  # kinds of ANYWHERE that are replaced where that gains something, in a model alone
 FAMILIES = {"mamba_split_conv1d_scan_combined": "chunk_scan"}  # of ops that dispatch doesn't know: this one only calls others
 
 
@@ -156,8 +157,8 @@ def patch(model_or_model_type, ops="all", backend=None, strict=True, *, scope=No
             if swap.op not in wanted:
                 continue
             problem = (_problem_anywhere(name) if name in ANYWHERE else _problem(site.key)) or shadowed
-            if name == "linear":
-                row = _linear_row(site, swap, backend, scope, problem)
+            if name in GAINS:
+                row = _gain_row(site, swap, backend, scope, problem)
                 rows.append(row)
                 if row.backend != "transformers":
                     targets.setdefault(site.path, _Instance(site.module)).chosen[name] = backend
@@ -245,6 +246,8 @@ def _site(path, cls, module=None):
         swaps["experts"] = ANYWHERE["experts"]
     elif cls is nn.Linear:
         swaps["linear"] = ANYWHERE["linear"]
+    elif not swaps and _attention_file(cls):
+        swaps["attention"] = ANYWHERE["attention"]
     return _Site(key, path, cls, module, swaps, left) if swaps or left else None
 
 
@@ -260,15 +263,29 @@ def _is_experts(cls):
     return known and hasattr(cls, "_apply_gate")
 
 
+@functools.cache
+def _attention_file(cls):
+    """The modeling file in which the methods of this class look up transformers' AttentionInterface, or None."""
+    base = next((base for base in cls.__mro__ if base.__module__.startswith("transformers.models.")), None)
+    file = base and sys.modules[base.__module__]
+    known = type(vars(file).get(INTERFACE)).__name__ == "AttentionInterface" if file else False
+    return file if known and INTERFACE in rebinding.globals_called(cls, base.__module__) else None
+
+
 def _sites_of_model(model, strict, backend):
     sites = [_site(path or type(module).__name__, type(module), module) for path, module in model.named_modules()]
     sites = [site for site in sites if site is not None]
-    linears = [adapters.judged(ANYWHERE["linear"], site.cls, site.module, backend) for site in sites if "linear" in site.swaps]
-    only_linears = len(linears) == len(sites)
-    if strict and only_linears and not any(chosen for _, chosen, _ in linears):
+    if strict and all(site.swaps.keys() <= GAINS.keys() and not site.left for site in sites):
+        reasons = {}  # kind -> why, in the order found
+        for site in sites:
+            for name, swap in site.swaps.items():
+                _, chosen, why = adapters.judged(swap, site.cls, site.module, backend)
+                if chosen:
+                    return sites
+                reasons.setdefault(name, {})[why] = None
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        reasons = dict.fromkeys(why for _, _, why in linears)
-        raise ValueError(_unsupported(kind) + (f" (its linear layers: {'; '.join(reasons)})" if reasons else ""))
+        said = [f"its {GAINS[name]}: {'; '.join(why)}" for name, why in reasons.items()]
+        raise ValueError(_unsupported(kind) + (f" ({', '.join(said)})" if said else ""))
     return sites
 
 
@@ -348,11 +365,13 @@ def _problem_anywhere(name):
     if name == "linear":
         return _wrong_parameters("nn.Linear.forward", nn.Linear.forward, ANYWHERE[name])
     problem = _wrong_version(VERSIONS)
-    if problem is None:
+    if problem is not None:
+        return problem
+    if name == "attention":
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward as present
+    else:
         from transformers.integrations.moe import grouped_mm_experts_forward as present
-
-        problem = _wrong_parameters(present.__name__, present, ANYWHERE[name])
-    return problem
+    return _wrong_parameters(present.__name__, present, ANYWHERE[name])
 
 
 def _wrong_version(versions):
@@ -390,10 +409,10 @@ def _row(site, swap, backend):
     return Row(site.path, op, chosen or "transformers", note)
 
 
-def _linear_row(site, swap, backend, scope, problem):
-    """Linear layers are replaced only where that gains something, and never by class: every program has them."""
+def _gain_row(site, swap, backend, scope, problem):
+    """Linear layers and attention are replaced only where that gains something, and never by class: every program has them."""
     if scope == "class":
-        problem = "linear layers are patched in instance scope alone"
+        problem = f"{GAINS[swap.adapter]}: in instance scope alone"
     return Row(site.path, swap.op, "transformers", problem) if problem else _row(site, swap, backend)
 
 
@@ -424,7 +443,10 @@ def _variant(cls, chosen):
         aliases = {name: _alias(modeling, name, functions[name], backend) for name, backend in chosen if name in functions}
         namespace |= rebinding.renamed_methods(cls, modeling, aliases)
     for name, backend in chosen:
-        if name in replaced:
+        if name == "attention":
+            file = _attention_file(cls)
+            namespace |= rebinding.renamed_methods(cls, file, {INTERFACE: _alias(file, INTERFACE, ANYWHERE[name], backend)})
+        elif name in replaced:
             method = _method(name)
             rename = functools.partial(rebinding.renamed, modeling=modeling, aliases=aliases) if method in namespace else None
             namespace[method] = _replaced(replaced[name], backend, inspect.getattr_static(cls, method), rename)

@@ -3,7 +3,8 @@
 A recipe names functions of transformers.models.<type>.modeling_<type> and methods of classes there that are replaced
 ("Class.method"; "Class" alone is its forward), and for each the public op, the adapter that calls it and the parameters
 the replaced function must have. What stands
-in ANYWHERE needs no recipe: every class of experts behind transformers' ExpertsInterface, and torch's linear layers.
+in ANYWHERE needs no recipe: every class of experts behind transformers' ExpertsInterface, torch's linear layers, and attention
+that transformers' AttentionInterface computes.
 Written against transformers 5.23.0; patch() checks the version range and every signature before it touches anything.
 """
 from dataclasses import dataclass, field
@@ -82,11 +83,13 @@ BLT_METHODS = {
         " prefix_allowed_tokens_fn synced_gpus assistant_model streamer negative_prompt_ids negative_prompt_attention_mask custom_generate kwargs"),
 }  # fmt: skip
 
-# Replaced in models of any type, name of the kind -> Swap of the forward.
+# Replaced in models of any type, name of the kind -> Swap of the forward; of attention, of the function that "sdpa" stands for.
 ANYWHERE = {
     "experts": _swap("fused_experts", "experts", "self hidden_states top_k_index top_k_weights"),
     "linear": _swap("linear", "linear", "self input"),
+    "attention": _swap("local_attention", "attention", "module query key value attention_mask dropout scaling is_causal position_bias cache kwargs"),
 }
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # what attention layers of any type look their function up in
 
 SELECTIVE_SCAN = {"mamba_selective_scan": "Mamba-1's selective scan is not an op of terrazzo"}
 DELTA_RULE = {

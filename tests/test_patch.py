@@ -87,10 +87,10 @@ def expected_ops(model_type, *, decoding=False):
     return ops if decoding else ops - {"causal_conv1d_update", "selective_state_update"}
 
 
-def without_linears(rows):
-    """The rows of a report but those of linear layers, which in float32 all stay with torch."""
+def of_recipes(rows):
+    """The rows of a report but those of what is patched in models of any type: attention, and linear layers, which in float32 all stay with torch."""
     assert all(row.backend == "transformers" and row.note for row in rows if row.op == "linear")
-    return [row for row in rows if row.op != "linear"]
+    return [row for row in rows if row.op not in ("linear", "local_attention")]
 
 
 def snapshot(model):
@@ -378,8 +378,8 @@ def test_forced_backend_and_its_report():
     with torch.no_grad(), terrazzo.patch(model, backend="reference") as handle:
         terrazzo.reset_counters()
         run(model, ids)
-        assert ops_that_ran("reference") == expected_ops("bamba") and not ops_that_ran()
-    assert {row.backend for row in without_linears(handle.report())} == {"reference", "unfused"}
+        assert ops_that_ran("reference") == expected_ops("bamba") | {"local_attention"} and not ops_that_ran()
+    assert {row.backend for row in of_recipes(handle.report())} == {"reference", "unfused"}
 
 
 def test_use_backend_reaches_a_patched_model():
@@ -398,7 +398,7 @@ def test_wide_convolutions_stay_with_transformers():
             terrazzo.reset_counters()
             assert torch.equal(run(model, ids), want)
             assert not terrazzo.counters()
-    rows = without_linears(handle.report())
+    rows = of_recipes(handle.report())
     assert {row.backend for row in rows} == {"transformers"} and all("got 7" in row.note for row in rows)
 
 
@@ -454,7 +454,7 @@ def test_dry_run_changes_nothing(tmp_path):
     rows = terrazzo.patch(model, dry_run=True).report()
     assert same_snapshot(snapshot(model), before)
     by_path = terrazzo.patch(tmp_path, dry_run=True).report()
-    assert {row.op for row in by_path} == {row.op for row in without_linears(rows)}
+    assert {row.op for row in of_recipes(by_path)} == {row.op for row in of_recipes(rows)}
 
 
 def test_unknown_models_and_options():
@@ -496,7 +496,7 @@ def test_recipes_that_do_not_match(wrong, message, monkeypatch):
         before = snapshot(model)
         with pytest.raises(patching.PatchError, match=message):
             terrazzo.patch(model)
-        handle = terrazzo.patch(model, strict=False)
+        handle = terrazzo.patch(model, "causal_conv1d", strict=False)
         assert same_snapshot(snapshot(model), before) and not handle.active
         assert all(row.backend == "transformers" and row.note for row in handle.report())
     finally:

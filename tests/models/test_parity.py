@@ -1,6 +1,9 @@
 """Logits, losses and gradients of our models against transformers', of the same checkpoint, option by option."""
 import pytest
+import terrazzo
 import torch
+from terrazzo import adapters
+from terrazzo.models import dbrx
 
 from model_pairs import BAMBA, BLT, DBRX, ids, pair
 
@@ -207,3 +210,35 @@ def test_bad_input(kind, kwargs, message, tmp_path):
     ours, _ = pair(kind, tmp_path)
     with pytest.raises(ValueError, match=message):
         ours(**kwargs)
+
+
+@pytest.mark.parametrize("option", OPTIONS["dbrx"])
+def test_experts_one_by_one(option, tmp_path, monkeypatch):
+    """Where torch's products in 16 bits are faster than the kernels': the same numbers, of experts nobody asks and of another rank's too."""
+    ours, theirs = pair("dbrx", tmp_path, **OPTIONS["dbrx"][option])
+    monkeypatch.setattr(dbrx, "better_left", lambda *_: True)
+    tokens, labels = ids(1, 3), ids(1, 3, seed=3)
+    terrazzo.reset_counters()
+    found, expected = both(ours, theirs, "dbrx", tokens, labels)
+    assert "fused_experts" not in terrazzo.counters()
+    close(found.logits, expected.logits)
+    close(found.loss, expected.loss)
+    found.loss.backward()
+    expected.loss.backward()
+    wanted = {name: weight.grad for name, weight in theirs.named_parameters()}
+    most = max(grad.abs().max().item() for grad in wanted.values())
+    for name, weight in ours.named_parameters():
+        close(weight.grad, wanted[name], 2e-4, 1e-3 * most)
+    experts = next(module for module in ours.modules() if isinstance(module, dbrx.Experts))
+    x, weights, indices = torch.randn(5, 32), torch.rand(5, 2), torch.tensor([[0, 9], [8, 1], [2, 2], [9, 8], [7, 0]])
+    one_by_one = experts(x, indices, weights)
+    monkeypatch.setattr(dbrx, "better_left", lambda *_: False)
+    close(one_by_one, experts(x, indices, weights))
+
+
+def test_when_experts_run_one_by_one(monkeypatch):
+    monkeypatch.setattr(adapters, "TORCH_IS_FAST", {torch.bfloat16: adapters.AMX})
+    weight, indices = torch.empty(4, 8, dtype=torch.bfloat16), torch.zeros(adapters.FEW_ROWS * 2, 2)
+    assert not adapters.better_left(indices, weight, 4, None)
+    assert adapters.better_left(torch.zeros(adapters.FEW_ROWS * 2 + 1, 2), weight, 4, None)
+    assert not adapters.better_left(torch.zeros(999, 2), weight.float(), 4, None)

@@ -89,8 +89,8 @@ def test_many_rows_are_fused_where_that_is_faster(models, kind, rows, length, wh
 @pytest.mark.parametrize("kind", ["bamba", "dbrx", "blenderbot"])
 def test_long_texts_attend_by_our_kernel(kind, tmp_path):
     """Logits and gradients of transformers, whose attention is torch's; short texts, masks and autocast stay with torch."""
-    model, theirs = pair(kind, tmp_path, **({"max_position_embeddings": 128} if kind == "blenderbot" else {}))
-    tokens, mask = ids(2, layers.LONG + 9), torch.ones(2, layers.LONG + 9, dtype=torch.int64)
+    model, theirs = pair(kind, tmp_path, **({"max_position_embeddings": 256} if kind == "blenderbot" else {}))
+    tokens, mask = ids(2, adapters.LONG_WITH_GRADIENTS + 9), torch.ones(2, adapters.LONG_WITH_GRADIENTS + 9, dtype=torch.int64)
     more = {"decoder_input_ids": tokens.flip(1)} if kind == "blenderbot" else {}
     calls = lambda: terrazzo.counters().get("local_attention", {})  # noqa: E731
     terrazzo.reset_counters()
@@ -107,7 +107,7 @@ def test_long_texts_attend_by_our_kernel(kind, tmp_path):
     mask[0, :5] = 0
     with torch.no_grad():
         model(tokens, attention_mask=mask, **{name: t[:, :8] for name, t in more.items()})
-        model(tokens[:, : layers.LONG - 1], **{name: t[:, :8] for name, t in more.items()})
+        model(tokens[:, : adapters.LONG - 1], **{name: t[:, :8] for name, t in more.items()})
         with torch.autocast("cpu"):
             model(tokens, **more)
     assert not calls()
