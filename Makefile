@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 OP_TESTS := tests/test_ops.py tests/test_bad_input.py
 CUDA_TESTS := cuda/test_extension.py triton/test_fake.py test_dispatch.py test_cli.py test_package.py test_bad_input.py
 # The builds below the one this machine picks: portable and avx2 where it picks avx512.
-LESSER_ISAS = $$($(BIN)/python -c "from terrazzo import native; isas = ['portable', 'avx2', 'avx512', 'avx512_bf16']; print(*isas[:isas.index(native.isa())])")
+LESSER_ISAS = $$($(BIN)/python -c "from terrazzo import native; isas = ['portable', 'avx2', 'avx512', 'avx512_bf16', 'amx']; print(*isas[:isas.index(native.isa())])")
 
 .PHONY: run test sanitize cuda test-install resources aot emulated bench targets build clean
 

@@ -209,7 +209,7 @@ PyMethodDef methods[] = {
     {"cuda", cuda, METH_NOARGS, "None without CUDA kernels, else what they were built for, their ops, and the versions of CUDA."},
     {"missing_capability", missing_capability, METH_VARARGS, "What is said on a GPU of this compute capability, if it has no kernels."},
     {"reset_kernel_counts", reset_kernel_counts, METH_NOARGS, "Sets every count to zero."},
-    {"isa", isa, METH_NOARGS, "The ISA build in use: portable, avx2, avx512 or avx512_bf16."},
+    {"isa", isa, METH_NOARGS, "The ISA build in use: portable, avx2, avx512, avx512_bf16 or amx."},
     {"poison_new_tensors", poison_new_tensors, METH_O, "Whether outputs are filled with NaN before a kernel writes them (for tests)."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -232,7 +232,7 @@ def better_left(indices, weight, num_experts, backend):
 def _many_left(weight, backend):
     """Whether many rows an expert stay with torch: 16 bits, and instructions for them that only torch uses."""
     asked = backend is not None or dispatch._wanted(dispatch.OPS["fused_experts"], None)[0] is not None
-    return weight.is_cpu and weight.dtype in TORCH_IS_FAST and not OWN_BF16 and not asked
+    return weight.is_cpu and weight.dtype in TORCH_IS_FAST and not (OWN_BF16 and weight.dtype == torch.bfloat16) and not asked
 
 
 def experts(original, backend):
@@ -327,10 +327,16 @@ def _torch_is_fast():
 
 
 TORCH_IS_FAST = _torch_is_fast()
-# Whether the kernels here have the instructions that make torch fast: then experts are theirs, and linear layers of few rows, where
-# torch reads weights at half of what memory gives.
-OWN_BF16 = native.available and native.isa() == "avx512_bf16" and TORCH_IS_FAST.get(torch.bfloat16) == AVX512_BF16
-FEW_LINEAR_ROWS = 16
+
+def _own_bf16():
+    """Whether the kernels here have the instructions for bfloat16 that make torch fast."""
+    own = {"avx512_bf16": (AVX512_BF16,), "amx": (AVX512_BF16, AMX)}.get(native.isa(), ())
+    return TORCH_IS_FAST.get(torch.bfloat16) in own
+
+
+# Then experts are theirs, and linear layers of few rows, where torch reads weights at half of what memory gives.
+OWN_BF16 = _own_bf16()
+FEW_LINEAR_ROWS = 4 if TORCH_IS_FAST.get(torch.bfloat16) == AMX else 16
 
 
 def _torch_is_slow():
@@ -352,8 +358,9 @@ MKL_IS_HOME = _mkl_is_home()
 # Rows with which it is slow there: it takes its way of many rows, and reads weights at half of what a single row does.
 MKL_IS_SLOW_FROM, MKL_IS_SLOW_TO = 2 if native.isa() == "avx2" else 4, 40
 SECOND_LEVEL = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0  # bytes
-# Whether many rows are as fast here as in MKL, so that what is fused with them is gained: seen with AVX2 and 2 MB.
-FUSING_PAYS = MKL_IS_HOME and native.isa() == "avx2" and SECOND_LEVEL >= 2 << 20
+# Dtypes whose many rows are about as fast here as in torch, so that what is fused with them is gained: float32 against MKL with AVX2 and
+# 2 MB, bfloat16 with AMX on both sides.
+FUSING_PAYS = {torch.float32: MKL_IS_HOME and native.isa() == "avx2" and SECOND_LEVEL >= 2 << 20, torch.bfloat16: OWN_BF16 and native.isa() == "amx"}
 
 
 def _float32_is_ours(x, weight):
@@ -377,7 +384,7 @@ def linear_serving(x, weight, bias, backend):
     if torch.is_autocast_enabled(x.device.type):
         return None, "under autocast"
     fast = TORCH_IS_FAST.get(weight.dtype if weight.dtype in HALF else x.dtype) if x.is_cpu else None
-    few = OWN_BF16 and x.numel() <= FEW_LINEAR_ROWS * x.shape[-1]
+    few = OWN_BF16 and x.dtype == weight.dtype == torch.bfloat16 and x.numel() <= FEW_LINEAR_ROWS * x.shape[-1]
     if fast and not few and dispatch._wanted(dispatch.OPS["linear"], backend)[0] is None:
         return None, fast
     return serving("linear", x, weight, bias, backend=backend)
@@ -385,7 +392,7 @@ def linear_serving(x, weight, bias, backend):
 
 def fused_serves(x, weight):
     """Whether norm_linear is the fastest for many rows x and a weight without bias."""
-    if FUSING_PAYS and x.is_cpu and x.dtype == weight.dtype == torch.float32:
+    if x.is_cpu and x.dtype == weight.dtype and FUSING_PAYS.get(x.dtype):
         return True
     return linear_serving(x, weight, None, None)[0] == "cpu"
 

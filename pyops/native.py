@@ -18,7 +18,7 @@ CUDA_OPS = frozenset(_cuda["ops"].split())  # of torch.ops.terrazzo
 
 
 def isa():
-    """The CPU build in use: "portable", "avx2", "avx512" or "avx512_bf16"; None without the extension."""
+    """The CPU build in use: "portable", "avx2", "avx512", "avx512_bf16" or "amx"; None without the extension."""
     return _C.isa() if available else None
 
 

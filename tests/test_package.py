@@ -37,14 +37,26 @@ def test_only_terrazzo_is_importable():
     assert python("import terrazzo.bench, terrazzo.models, terrazzo.triton_kernels, terrazzo.reference")[0] == 0
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "sse9"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx", "sse9"])
 def test_isa_can_be_forced(isa):
     status, out, err = python("from terrazzo import native; print(native.isa())", TERRAZZO_CPU_ISA=isa)
     if status == 0:
         assert out == isa
     else:
         assert "TERRAZZO_CPU_ISA" in err and isa in err
-        assert isa in ("avx512", "avx512_bf16", "sse9") or native.isa() == "portable"
+        assert isa in ("avx512", "avx512_bf16", "amx", "sse9") or native.isa() == "portable"
+
+
+def test_tiles_leave_those_of_torch_alone():
+    """Products by AMX between two of oneDNN's, which keeps its tile configuration from call to call."""
+    if native.isa() != "amx":
+        pytest.skip("no AMX, or another instruction set is asked for")
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(100, 96, generator=g).bfloat16(), torch.randn(80, 96, generator=g).bfloat16()
+    before = torch.nn.functional.linear(x, weight)
+    found = terrazzo.linear(x, weight, backend="cpu")
+    assert torch.equal(torch.nn.functional.linear(x, weight), before)
+    torch.testing.assert_close(found, before, rtol=1e-2, atol=1e-2)
 
 
 def test_isa_builds_share_no_symbols():

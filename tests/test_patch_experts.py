@@ -360,6 +360,7 @@ def test_where_torch_is_slow(vendor, mkl, slow, monkeypatch):
 def test_few_rows_of_bf16_where_both_have_instructions(monkeypatch):
     monkeypatch.setattr(adapters, "TORCH_IS_FAST", {torch.bfloat16: adapters.AVX512_BF16})
     monkeypatch.setattr(adapters, "OWN_BF16", True)
+    monkeypatch.setattr(adapters, "FEW_LINEAR_ROWS", 16)
     layer = torch.nn.Linear(24, 16).bfloat16()
     with torch.no_grad(), terrazzo.patch(layer) as handle:
         assert [(row.backend, row.note) for row in handle.report()] == [("cpu", f"over 16 rows torch's own: {adapters.AVX512_BF16}")]
@@ -368,6 +369,21 @@ def test_few_rows_of_bf16_where_both_have_instructions(monkeypatch):
             layer(torch.randn(rows, 24).bfloat16())
             assert bool(terrazzo.counters()) == ours
     assert adapters.linear_serving(torch.randn(99, 24).half(), layer.weight.half(), None, None)[0] == "cpu"  # torch has nothing fast for it
+
+
+@pytest.mark.parametrize("isa, fast, own", [("avx2", None, False), ("avx2", adapters.AMX, False), ("avx512_bf16", adapters.AVX512_BF16, True),
+                                            ("avx512_bf16", adapters.AMX, False), ("amx", adapters.AVX512_BF16, True), ("amx", adapters.AMX, True)])  # fmt: skip
+def test_which_cpus_are_not(isa, fast, own, monkeypatch):
+    monkeypatch.setattr(native, "isa", lambda: isa)
+    monkeypatch.setattr(adapters, "TORCH_IS_FAST", {torch.bfloat16: fast, torch.float16: fast} if fast else {})
+    assert adapters._own_bf16() == own
+    monkeypatch.setattr(adapters, "OWN_BF16", own)
+    choices = torch.zeros(adapters.FEW_ROWS * 4 + 1, 1)
+    assert adapters.better_left(choices, torch.empty(4, 8).bfloat16(), 4, None) == (fast is not None and not own)
+    assert adapters.better_left(choices, torch.empty(4, 8).half(), 4, None) == (fast is not None)
+    if fast:
+        assert adapters.linear_serving(torch.empty(2, 8).bfloat16(), torch.empty(8, 8).bfloat16(), None, None)[0] == ("cpu" if own else None)
+        assert adapters.linear_serving(torch.empty(2, 8).half(), torch.empty(8, 8).half(), None, None) == (None, fast)
 
 
 @pytest.mark.parametrize("isa, fast", [("AVX2", False), ("AVX512_CORE", False), ("AVX512_CORE_BF16", True), ("DEFAULT", True), (None, True)])

@@ -153,6 +153,7 @@ bool runs(Isa isa) {
   switch (isa) {
 #ifdef TZ_BUILD_AVX512_BF16
     case Isa::avx512_bf16: return runs(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+    case Isa::amx: return runs(Isa::avx512_bf16) && tiles_granted();
 #endif
 #ifdef TZ_BUILD_AVX512
     case Isa::avx512:
@@ -166,8 +167,8 @@ bool runs(Isa isa) {
   }
 }
 
-constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
-constexpr int kIsas = 4;
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr int kIsas = 5;
 
 Isa choose() {
   const char* forced = std::getenv("TERRAZZO_CPU_ISA");
@@ -181,7 +182,7 @@ Isa choose() {
     STD_TORCH_CHECK(runs(static_cast<Isa>(i)), "TERRAZZO_CPU_ISA=", forced, ": this processor or this build cannot run it; unset the variable");
     return static_cast<Isa>(i);
   }
-  STD_TORCH_CHECK(false, "TERRAZZO_CPU_ISA must be portable, avx2, avx512 or avx512_bf16, got ", forced);
+  STD_TORCH_CHECK(false, "TERRAZZO_CPU_ISA must be portable, avx2, avx512, avx512_bf16 or amx, got ", forced);
 }
 
 std::atomic<uint64_t> g_counts[kNumKernels];
@@ -189,7 +190,11 @@ std::atomic<uint64_t> g_counts[kNumKernels];
 }  // namespace
 
 Isa isa() {
-  static const Isa chosen = choose();
+  static const Isa chosen = [] {
+    const Isa isa = choose();
+    use_tiles(isa == Isa::amx);
+    return isa;
+  }();
   return chosen;
 }
 const char* isa_name() { return kIsaNames[static_cast<int>(isa())]; }

@@ -104,7 +104,7 @@ inline int64_t num_sequences(int64_t B, const OptTensor& cu_seqlens) { return cu
 const int32_t* checked_slots(const OptTensor& indices, int64_t B, int64_t num_slots, const char* op, const char* name);
 
 namespace cpu {
-enum class Isa { portable, avx2, avx512, avx512_bf16 };
+enum class Isa { portable, avx2, avx512, avx512_bf16, amx };  // amx: the kernels of avx512_bf16, with tiles
 // Chosen once: TERRAZZO_CPU_ISA, else the best that this machine runs. Throws if a forced one cannot run.
 Isa isa();
 const char* isa_name();
@@ -120,7 +120,7 @@ extern const char* const kKernelNames[kNumKernels];
 
 // The build decides which ISAs are in (setup.py defines TZ_BUILD_<ISA>); portable always is.
 #ifdef TZ_BUILD_AVX512_BF16
-#define TZ_AVX512_BF16(name) case Isa::avx512_bf16: return avx512_bf16::name(params);
+#define TZ_AVX512_BF16(name) case Isa::avx512_bf16: case Isa::amx: return avx512_bf16::name(params);
 #else
 #define TZ_AVX512_BF16(name)
 #endif

@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <new>
 
+#include <cpuid.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 namespace terrazzo {
@@ -11,6 +13,7 @@ namespace {
 
 std::atomic<ParallelForFn> g_run{nullptr};
 std::atomic<int (*)()> g_threads{nullptr};
+std::atomic<bool> g_tiles{false};
 
 struct ScratchArena {
   void* data[kScratchSlots] = {};
@@ -36,6 +39,23 @@ int max_threads() {
   auto threads = g_threads.load();
   return threads ? threads() : 1;
 }
+
+bool tiles_granted() {
+#if defined(__linux__) && defined(__x86_64__) && defined(SYS_arch_prctl)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kXsave = 1u << 27;  // leaf 7 edx, leaf 1 ecx
+  constexpr unsigned kTileState = 3u << 17;                                  // of XCR0: tile configuration and data
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;                 // arch_prctl
+  unsigned eax, ebx, ecx, edx, low, high;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & kXsave)) return false;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+void use_tiles(bool use) { g_tiles = use; }
+bool tiles() { return g_tiles.load(std::memory_order_relaxed); }
 
 int64_t second_level_cache() {
 #ifdef _SC_LEVEL2_CACHE_SIZE

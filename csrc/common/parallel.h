@@ -1,4 +1,4 @@
-// Threads, scratch memory and the size of a cache for the kernels, without torch.
+// Threads, scratch memory and what the machine has for the kernels, without torch.
 //
 // The torch glue installs torch's own thread pool with set_thread_pool(); without it (sanitizer harness)
 // work runs serially. Scratch memory is kept per thread and reused, so a call causes no page faults.
@@ -16,6 +16,12 @@ using ParallelForFn = void (*)(int64_t begin, int64_t end, int64_t grain, const 
 void set_thread_pool(ParallelForFn run, int (*threads)());
 void run_parallel(int64_t begin, int64_t end, int64_t grain, const void* ctx, RangeFn fn);
 int max_threads();
+
+// Whether kernels may multiply by AMX tiles (of bfloat16): off until use_tiles(true), which needs tiles_granted(), the processor's
+// word and the kernel's permission for this process.
+bool tiles_granted();
+void use_tiles(bool use);
+bool tiles();
 
 // Bytes of a core's second-level cache; 0 where the system doesn't say.
 int64_t second_level_cache();

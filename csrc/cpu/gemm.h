@@ -6,7 +6,8 @@
 //   dot      few rows, B contiguous along K (x W^T with W as stored): vectors run along K, nothing is packed.
 //   axpy     very few rows, B contiguous along N: rows of B are scaled and added to C, which stays in cache.
 //   panels   B packed before the call (WeightMatrix): its panels are read where they lie, converted in registers.
-// With AVX512-BF16, blocked, dot and panels multiply bfloat16 as it is where both operands are (gemm_bf16.h).
+// With AVX512-BF16, blocked, dot and panels multiply bfloat16 as it is where both operands are, blocked and panels by AMX tiles where
+// the machine has them (gemm_bf16.h).
 // The order of the sum of one element depends on K, the way and its group's rows, not on how C was cut for the threads.
 // Sums of kBlockK terms are made apart and then added to C: one long chain of float32 roundings would be off twice as far.
 #pragma once
@@ -54,9 +55,17 @@ inline MatrixB expert_matrix(const WeightMatrix& w, int64_t e) {
 
 enum class GemmWay { blocked, dot, axpy, panels };
 
+// How many rows are multiplied by dot products at most.
+inline int64_t dot_rows_of(DType dtype) {
+#if defined(__AVX512BF16__)
+  if (dtype == DType::bf16 && tiles()) return kRowsForTiles - 1;
+#endif
+  return size_of(dtype) == 2 ? kDotRows / 2 : kDotRows;
+}
+
 inline GemmWay gemm_way(int64_t M, int64_t K, int64_t N, const MatrixB& b) {
   if (b.panel) return GemmWay::panels;
-  if (M <= (size_of(b.dtype) == 2 ? kDotRows / 2 : kDotRows) && K > 1 && b.stride_k == 1) return GemmWay::dot;
+  if (M <= dot_rows_of(b.dtype) && K > 1 && b.stride_k == 1) return GemmWay::dot;
   if (M <= kAxpyRows && N > 1 && b.stride_n == 1) return GemmWay::axpy;
   return GemmWay::blocked;
 }
@@ -227,6 +236,13 @@ inline void gemm_blocked(const MatrixA& a, int64_t m, int64_t rows, const Matrix
     for (int64_t i = 0; i < rows; i += kBlockM) {
       const int64_t mc = min_of(kBlockM, rows - i);
       pack_a(a, m + i, mc, k, cols, packed_a, kBlockK);
+#if defined(__AVX512BF16__)
+      if constexpr (std::is_same_v<P, Pair>)
+        if (tiles() && kc % kTileEdge == 0) {
+          multiply_tiles(packed_a, kBlockK, mc, kc, panels, panel_stride(kc), nb, c + i * ldc, ldc, k == 0 && !accumulate);
+          continue;
+        }
+#endif
       const bool fetch = i == 0 && b.stride_n == 1 && k + cols < K;  // the rows of B that are packed next
       const char* rows = static_cast<const char*>(element(b.data, b.dtype, (k + cols) * b.stride_k + n));
       multiply_block(packed_a, kBlockK, mc, kc, nb, c + i * ldc, ldc, k == 0 && !accumulate,
@@ -507,6 +523,27 @@ inline void panel_blocks(const MatrixA& a, int64_t m, int64_t rows, const S* pan
   }
 }
 
+#if defined(__AVX512BF16__)
+// By tiles: rows k and k + 1 of the panels become pairs, once for all rows of A.
+inline void panel_tiles(const MatrixA& a, int64_t m, int64_t rows, const bf16* panels, int64_t panel, int64_t n, int64_t nb, int64_t K, float* c, int64_t ldc) {
+  Pair* packed = scratch<Pair>(kSlotA, kBlockM * kBlockK);
+  Pair* paired = scratch<Pair>(kSlotB, round_up(nb, kTileCols<float>) / kPanel * panel_stride(kBlockK));
+  for (int64_t k = 0; k < K; k += 2 * kBlockK) {
+    const int64_t cols = min_of(2 * kBlockK, K - k), kc = cols / 2, stride = panel_stride(kc);
+    for (int64_t j = 0; j < nb; j += kPanel) {
+      const bf16* from = panels + (n + j) / kPanel * panel + k * kPanel;
+      for (int64_t pair = 0; pair < kc; pair++) _mm512_storeu_si512(paired + j / kPanel * stride + pair * kPanel, panel_pairs(from + 2 * pair * kPanel));
+    }
+    if (ceil_div(nb, kPanel) % 2) std::memset(paired + nb / kPanel * stride + (nb % kPanel ? stride : 0), 0, static_cast<size_t>(kc * kPanel) * sizeof(Pair));
+    for (int64_t i = 0; i < rows; i += kBlockM) {
+      const int64_t mc = min_of(kBlockM, rows - i);
+      pack_a(a, m + i, mc, k, cols, packed, kBlockK);
+      multiply_tiles(packed, kBlockK, mc, kc, paired, stride, nb, c + i * ldc, ldc, k == 0);
+    }
+  }
+}
+#endif
+
 template <class A, class S>
 inline void panel_rows(const MatrixA& a, int64_t m, int64_t rows, const S* panels, int64_t panel, int64_t n, int64_t nb, int64_t K, A* c, int64_t ldc) {
   const auto column = [&](int64_t j, int64_t k) { return panels + (n + j) / kPanel * panel + k * kPanel + (n + j) % kPanel; };
@@ -523,7 +560,10 @@ inline void panel_rows(const MatrixA& a, int64_t m, int64_t rows, const S* panel
   }
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<S, bf16>)  // an odd K's last pair would reach into the next panel
-    if (K % 2 == 0 && in_pairs(a, {DType::bf16, panels, 0, 0})) return panel_blocks<Pair>(a, m, rows, panels, panel, n, nb, K, c, ldc);
+    if (K % 2 == 0 && in_pairs(a, {DType::bf16, panels, 0, 0})) {
+      if (tiles() && rows >= kRowsForTiles && K % (2 * kTileEdge) == 0) return panel_tiles(a, m, rows, panels, panel, n, nb, K, c, ldc);
+      return panel_blocks<Pair>(a, m, rows, panels, panel, n, nb, K, c, ldc);
+    }
 #endif
   panel_blocks<A>(a, m, rows, panels, panel, n, nb, K, c, ldc);
 }
@@ -553,6 +593,7 @@ inline void gemm_block(GemmWay way, const MatrixA& a, int64_t m, int64_t rows, c
 #if defined(__AVX512BF16__)
       if constexpr (std::is_same_v<A, float>)
         if (in_pairs(a, b)) return gemm_blocked<Pair>(a, m, rows, b, n, nb, K, c, ldc, accumulate);
+      if (rows <= kDotRows / 2 && dot_rows_of(b.dtype) < rows && K > 1 && b.stride_k == 1) return gemm_dot(a, m, rows, b, n, nb, K, c, ldc, accumulate);
 #endif
       return gemm_blocked<A>(a, m, rows, b, n, nb, K, c, ldc, accumulate);
     case GemmWay::dot: return gemm_dot(a, m, rows, b, n, nb, K, c, ldc, accumulate);

@@ -64,7 +64,7 @@ def test_gradients_hooks_and_many_rows_go_module_by_module(models, kind):
 def ours(monkeypatch, where):
     """Linear layers of any size are this package's, those of many rows only where that fuses them, or those of float32 are torch's."""
     monkeypatch.setattr(adapters, "TORCH_IS_SLOW", where == "everywhere")
-    monkeypatch.setattr(adapters, "FUSING_PAYS", where == "fused")
+    monkeypatch.setattr(adapters, "FUSING_PAYS", {torch.float32: where == "fused"})
     monkeypatch.setattr(adapters, "BIG_WEIGHT", 1)
 
 
