@@ -1,7 +1,5 @@
 """Checks of tensor parallelism, run on every rank: each builds the whole model, computes alone what all ranks compute together, and compares."""
 import copy
-import math
-import re
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -69,10 +67,14 @@ def causal(model, seed=0):
     return model(tokens(seed), labels=labels)[:2]
 
 
-def padded(model):
-    valid = torch.ones_like(tokens())
+def padded(model, seed=0):
+    valid = torch.ones_like(tokens(seed))
     valid[1, :3] = 0
-    return model(tokens(), labels=tokens().masked_fill(valid == 0, -100), attention_mask=valid)[:2]
+    return model(tokens(seed), labels=tokens(seed).masked_fill(valid == 0, -100), attention_mask=valid)[:2]
+
+
+def with_router_logits(model, seed=0):
+    return model(tokens(seed), labels=tokens(seed), output_router_logits=True)[:2]
 
 
 def packed(model, seed=0):
@@ -92,8 +94,8 @@ def cut(model, seed=0):
     return model(tokens(seed), labels=tokens(seed), patch_lengths=torch.tensor([[1, 2, 4, 6, 0], [1, 5, 3, 2, 2]]))[:2]
 
 
-def bytewise(model):
-    return model(tokens(), labels=tokens())[:2]
+def bytewise(model, seed=0):
+    return model(tokens(seed), labels=tokens(seed))[:2]
 
 
 def whole(tensor):
@@ -107,6 +109,7 @@ def gradients(model):
 def results(model, call):
     """Loss, logits and gradients, whole."""
     logits, loss = call(model)
+    assert type(loss) is torch.Tensor
     loss.backward()
     return {"loss": loss, "logits": whole(logits)} | gradients(model)
 
@@ -115,44 +118,32 @@ def reference(make, call, dtype):
     return results(make().to(dtype), call)
 
 
-def compare(found, make, call, dtype=torch.float32):
-    judge(found, reference(make, call, torch.float64), reference(make, call, dtype))
+def results_of(prepare, call, batches, dtype):
+    """Results of several batches, stacked by name: of one batch, gradients of few numbers would be judged by chance."""
+    found = [results(prepare(), partial(call, seed=seed)) for seed in range(batches)]
+    return {name: torch.stack([each[name].detach() for each in found]).to(dtype) for name in found[0]}
 
 
-def judge(found, exact, *rounded, whole_model=False):
-    """By the tolerance rule; what has one name in every layer as one result, or gradients of few numbers would be judged by chance."""
-    assert list(found) == list(exact)
-    kinds = {}
+def exact(mesh, make, call, dtype=torch.float32, batches=8, split=tensor_parallel):
+    """Loss, logits and every gradient, against one rank, by the tolerance rule; in bfloat16 by that of whole models."""
+    def prepare():
+        model = split(make().to(dtype), mesh)
+        assert split is not tensor_parallel or all(isinstance(p, DTensor) for p in model.parameters())
+        return model
+
+    whole_model = dtype == torch.bfloat16
+    found = results_of(prepare, call, batches, dtype)
+    expected = results_of(lambda: make().to(dtype).double(), call, batches, torch.float64)
+    rounded = [results_of(lambda: make().to(dtype), call, batches, dtype)]
+    if whole_model:
+        with terrazzo.use_backend("reference"):
+            rounded.append(results_of(lambda: make().to(dtype), call, batches, dtype))
+    assert list(found) == list(expected)
     for name, value in found.items():
-        if exact[name].abs().max() < 1e-12:  # a bias of keys, which softmax doesn't see: the gradient is zero but for rounding
+        if expected[name].abs().max() < 1e-12:  # a bias of keys, which softmax doesn't see: the gradient is zero but for rounding
             assert value.abs().max() < (0.1 if whole_model else 1e-4), name
         else:
-            assert value.shape == exact[name].shape, name
-            kinds.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    for kind, names in kinds.items():
-        scales = {name: 2.0 ** math.floor(math.log2(exact[name].abs().max().item())) for name in names}  # powers of two: nothing is rounded
-        joined = [torch.cat([(results[name].detach() / scales[name]).flatten() for name in names]) for results in (found, exact, *rounded)]
-        close(kind, *joined, whole_model=whole_model)
-
-
-def exact(mesh, make, call, dtype=torch.float32):
-    """Loss, logits and every gradient, against one rank."""
-    model = tensor_parallel(make().to(dtype), mesh)
-    found = results(model, call)
-    assert type(found["loss"]) is torch.Tensor and all(isinstance(p, DTensor) for p in model.parameters())
-    compare(found, make, call, dtype)
-
-
-def exact_in_bfloat16(mesh, make, call, batches):
-    """The same by the rule of whole models, of which several batches are judged as one result: of one, gradients of few numbers would be judged by chance."""
-    def of_all(prepared, dtype=torch.bfloat16):
-        found = [results(prepared(make().bfloat16()), partial(call, seed=seed)) for seed in range(batches)]
-        return {name: torch.stack([each[name].detach() for each in found]).to(dtype) for name in found[0]}
-
-    rounded = [of_all(lambda model: model)]
-    with terrazzo.use_backend("reference"):
-        rounded.append(of_all(lambda model: model))
-    judge(of_all(lambda model: tensor_parallel(model, mesh)), of_all(torch.nn.Module.double, torch.float64), *rounded, whole_model=True)
+            close(name, value, expected[name], *(each[name] for each in rounded), whole_model=whole_model)
 
 
 def blenderbot_split(mesh):
@@ -161,7 +152,7 @@ def blenderbot_split(mesh):
 
 
 def dbrx_split(mesh):
-    for call in (causal, padded, packed, lambda model: model(tokens(), labels=tokens(), output_router_logits=True)[:2]):
+    for call in (causal, padded, packed, with_router_logits):
         exact(mesh, dbrx, call)
 
 
@@ -194,16 +185,17 @@ def split_with_odd_vocabularies(mesh):
 
 
 def split_in_float64(mesh):
-    exact(mesh, blenderbot, answered, torch.float64)
+    exact(mesh, blenderbot, answered, torch.float64, batches=1)
 
 
 def split_in_bfloat16(mesh):
-    exact_in_bfloat16(mesh, blenderbot, answered, 4)
+    in_bfloat16 = partial(exact, mesh, dtype=torch.bfloat16)
+    in_bfloat16(blenderbot, answered)
     every = FFNConfig(ffn_hidden_size=24, moe_num_experts=8, moe_top_k=8)  # else rounding would choose others where two are nearly as good
-    exact_in_bfloat16(mesh, lambda: dbrx(ffn_config=every), causal, 4)
-    exact_in_bfloat16(mesh, bamba, causal, 8)  # A_log and D have 8 numbers
-    exact_in_bfloat16(mesh, lambda: bamba(mamba_n_groups=1), packed, 8)
-    exact_in_bfloat16(mesh, blt, cut, 4)
+    in_bfloat16(lambda: dbrx(ffn_config=every), causal)
+    in_bfloat16(bamba, causal)
+    in_bfloat16(lambda: bamba(mamba_n_groups=1), packed)
+    in_bfloat16(blt, cut)
 
 
 def split_and_computed_again(mesh):
@@ -222,9 +214,9 @@ def a_missing_sum_shows(mesh):
     original = collectives.Ranks.sum
     collectives.Ranks.sum = lambda self, tensor, purpose, *op: tensor.clone() if purpose == "tensor norms" else original(self, tensor, purpose, *op)
     try:
-        for check in (exact, partial(exact_in_bfloat16, batches=2)):
+        for dtype in (torch.float32, torch.bfloat16):
             with pytest.raises(AssertionError, match="max error"):
-                check(mesh, lambda: bamba(mamba_n_groups=1), causal)
+                exact(mesh, lambda: bamba(mamba_n_groups=1), causal, dtype, batches=2)
     finally:
         collectives.Ranks.sum = original
 
@@ -494,11 +486,9 @@ def plans_for_parallelize_module(mesh):
 
     plan = distributed.plan(bamba())
     some = {path: style for path, style in plan.items() if path.startswith("model.layers.1")}
-    model = parallelize_module(bamba(), mesh, some)
-    logits, loss = causal(model)
-    loss.backward()
-    assert isinstance(model.model.layers[1].self_attn.q_proj._parameters["weight"], DTensor) and type(logits) is torch.Tensor
-    compare({"loss": loss, "logits": logits} | gradients(model), bamba, causal)
+    split = partial(parallelize_module, parallelize_plan=some)
+    assert isinstance(split(bamba(), mesh).model.layers[1].self_attn.q_proj._parameters["weight"], DTensor)
+    exact(mesh, bamba, causal, split=split)
 
 
 SPLIT = ["blenderbot_split", "dbrx_split", "bamba_split", "bamba_with_few_groups", "blt_split", "split_with_odd_vocabularies", "split_in_float64", "split_in_bfloat16", "split_and_computed_again", "a_missing_sum_shows",
