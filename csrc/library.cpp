@@ -2,6 +2,7 @@
 #include <Python.h>
 
 #include "bindings/glue.h"
+#include "common/parallel.h"
 #include "cuda/ops.h"
 
 STABLE_TORCH_LIBRARY(terrazzo, m) {
@@ -182,6 +183,15 @@ PyObject* isa(PyObject*, PyObject*) {
   }
 }
 
+PyObject* second_level_cache(PyObject*, PyObject*) { return PyLong_FromLongLong(terrazzo::second_level_cache()); }
+
+PyObject* assume_second_level_cache(PyObject*, PyObject* bytes) {
+  const long long number = PyLong_AsLongLong(bytes);
+  if (number == -1 && PyErr_Occurred()) return nullptr;
+  terrazzo::assume_second_level_cache(number);
+  Py_RETURN_NONE;
+}
+
 PyObject* poison_new_tensors(PyObject*, PyObject* poison) {
   const int truth = PyObject_IsTrue(poison);
   if (truth < 0) return nullptr;
@@ -210,6 +220,8 @@ PyMethodDef methods[] = {
     {"missing_capability", missing_capability, METH_VARARGS, "What is said on a GPU of this compute capability, if it has no kernels."},
     {"reset_kernel_counts", reset_kernel_counts, METH_NOARGS, "Sets every count to zero."},
     {"isa", isa, METH_NOARGS, "The ISA build in use: portable, avx2, avx512, avx512_bf16 or amx."},
+    {"second_level_cache", second_level_cache, METH_NOARGS, "Bytes of a core's second-level cache, 0 where unknown."},
+    {"assume_second_level_cache", assume_second_level_cache, METH_O, "Another second_level_cache() (for tests); negative: the machine's."},
     {"poison_new_tensors", poison_new_tensors, METH_O, "Whether outputs are filled with NaN before a kernel writes them (for tests)."},
     {nullptr, nullptr, 0, nullptr},
 };

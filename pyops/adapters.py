@@ -337,6 +337,14 @@ def _own_bf16():
 # Then experts are theirs, and linear layers of few rows, where torch reads weights at half of what memory gives.
 OWN_BF16 = _own_bf16()
 FEW_LINEAR_ROWS = 4 if TORCH_IS_FAST.get(torch.bfloat16) == AMX else 16
+# With AMX on both sides more rows too, without gradients: tiles are read from the weight where it lies, torch copies it first.
+STORED_TILES = OWN_BF16 and native.isa() == "amx" and native.second_level_cache() >= 2 << 20
+STORED_TILE_ROWS, STORED_TILE_WEIGHT, STORED_TILE_DEPTH = 128, 1 << 21, 32  # at most, elements at least, and what divides in_features
+
+
+def _stored_tiles_serve(x, weight):
+    rows = x.numel() <= STORED_TILE_ROWS * x.shape[-1] and x.shape[-1] % STORED_TILE_DEPTH == 0
+    return STORED_TILES and rows and weight.numel() >= STORED_TILE_WEIGHT and not dispatch.needs_grad(x, weight)
 
 
 def _torch_is_slow():
@@ -355,12 +363,11 @@ def _mkl_is_home():
 
 
 MKL_IS_HOME = _mkl_is_home()
-# Rows with which it is slow there: it takes its way of many rows, and reads weights at half of what a single row does.
-MKL_IS_SLOW_FROM, MKL_IS_SLOW_TO = 2 if native.isa() == "avx2" else 4, 40
-SECOND_LEVEL = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0  # bytes
+# Rows with which it is slow there: it takes its way of many rows, which copies weights before it multiplies.
+MKL_IS_SLOW_FROM, MKL_IS_SLOW_TO = 2 if native.isa() == "avx2" else 4, 128
 # Dtypes whose many rows are about as fast here as in torch, so that what is fused with them is gained: float32 against MKL with AVX2 and
 # 2 MB, bfloat16 with AMX on both sides.
-FUSING_PAYS = {torch.float32: MKL_IS_HOME and native.isa() == "avx2" and SECOND_LEVEL >= 2 << 20, torch.bfloat16: OWN_BF16 and native.isa() == "amx"}
+FUSING_PAYS = {torch.float32: MKL_IS_HOME and native.isa() == "avx2" and native.second_level_cache() >= 2 << 20, torch.bfloat16: OWN_BF16 and native.isa() == "amx"}
 
 
 def _float32_is_ours(x, weight):
@@ -384,7 +391,7 @@ def linear_serving(x, weight, bias, backend):
     if torch.is_autocast_enabled(x.device.type):
         return None, "under autocast"
     fast = TORCH_IS_FAST.get(weight.dtype if weight.dtype in HALF else x.dtype) if x.is_cpu else None
-    few = OWN_BF16 and x.dtype == weight.dtype == torch.bfloat16 and x.numel() <= FEW_LINEAR_ROWS * x.shape[-1]
+    few = OWN_BF16 and x.dtype == weight.dtype == torch.bfloat16 and (x.numel() <= FEW_LINEAR_ROWS * x.shape[-1] or _stored_tiles_serve(x, weight))
     if fast and not few and dispatch._wanted(dispatch.OPS["linear"], backend)[0] is None:
         return None, fast
     return serving("linear", x, weight, bias, backend=backend)
@@ -399,11 +406,11 @@ def fused_serves(x, weight):
 
 def _linear_judged(module, x, backend):
     """(backend or None, note) of a layer whose calls have any number of rows."""
-    (one, why_one), (few, _), (many, why_many) = (linear_serving(x.expand(rows, -1), module.weight, module.bias, backend) for rows in (1, 8, 1024))
+    (one, why_one), (few, _), (some, _), (many, why_many) = (linear_serving(x.expand(rows, -1), module.weight, module.bias, backend) for rows in (1, 8, 32, 1024))
     if few and not one and not many:
         return few, f"for {MKL_IS_SLOW_FROM} to {MKL_IS_SLOW_TO} rows without gradients, else torch's own: {why_one}"
     if one and not many:
-        return one, f"over {FEW_LINEAR_ROWS} rows torch's own: {why_many}"
+        return one, f"over {f'{STORED_TILE_ROWS} rows, with gradients over ' if some else ''}{FEW_LINEAR_ROWS} rows torch's own: {why_many}"
     if many and not one:
         return many, f"for few rows torch's own: {why_one}"
     return many, why_many

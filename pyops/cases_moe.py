@@ -47,6 +47,7 @@ GROUPED = {
     "one_by_one": grouped(sizes=(2, 3), K=1, N=1),
     "several_tiles": grouped(sizes=(70, 3, 131), K=300, N=67),
     "several_tiles_transposed": grouped(sizes=(70, 3, 131), K=300, N=67, transposed=True),
+    "rows_fill_panels": grouped(sizes=(64, 20, 96, 33), K=320, N=67, transposed=True),
     "strided": grouped(strided=True, bias=True),
     "strided_transposed": grouped(strided=True, transposed=True),
     "bf16_weights": grouped(weight_dtype=torch.bfloat16, bias=True),
@@ -88,6 +89,8 @@ LINEAR = {
     "relu2": linear(activation="relu2"),
     "odd_sizes": linear(shape=(7, 13), N=9),
     "several_tiles": linear(shape=(131, 300), N=67),
+    "rows_fill_panels": linear(shape=(48, 1100), N=35, activation="silu"),
+    "several_tiles_long_sums": linear(shape=(300, 1664), N=40),
     "strided": linear(strided=True),
     "transposed_weight": linear(transposed=True),
     "bf16_weight": linear(weight_dtype=torch.bfloat16),
@@ -159,21 +162,24 @@ UNPERMUTE = {"plain": unpermute(), "two_dimensions": unpermute(flat=False), "odd
 
 
 def experts(T=9, D=24, F=20, E=6, A=2, layout="hf", bias=False, activation="silu", indices=None, weight_dtype=None, index=torch.int32, **options):
-    """layout: hf (E, 2F, D) | transposed (E, D, 2F) | interleaved (gpt-oss) | separate (w_up) | dbrx (E * F, D) | no_gate | strided."""
+    """layout: hf (E, 2F, D) | transposed (E, D, 2F) | interleaved (gpt-oss) | separate (w_up) | turned (separate, views of (E, D, F)) |
+    dbrx (E * F, D) | no_gate | strided."""
 
     def build(r, dtype):
         wdtype = wide(dtype, weight_dtype)
         gated, transposed = layout != "no_gate", layout in ("transposed", "interleaved")
-        width = 2 * F if gated and layout not in ("separate", "dbrx") else F
+        separate = layout in ("separate", "turned", "dbrx")
+        width = 2 * F if gated and not separate else F
 
         def weight(rows, columns, swap=transposed):
             make = sliced if layout == "strided" else lambda r, *shape, **kw: r.normal(*shape, **kw)
+            if layout == "turned":
+                return r.normal(E, columns, rows, dtype=wdtype, scale=0.3).mT
             return make(r, E, *((columns, rows) if swap else (rows, columns)), dtype=wdtype, scale=0.3)
 
         def stored(w):
             return w.flatten(0, 1) if layout == "dbrx" else w
 
-        separate = layout in ("separate", "dbrx")
         found = choices(T, A, E, index=index) if indices is None else torch.tensor(indices, dtype=index)
         return dict(
             x=sliced(r, T, D, dtype=dtype) if layout == "strided" else r.normal(T, D, dtype=dtype),
@@ -222,6 +228,9 @@ EXPERTS = {
     "strided": experts(layout="strided"),
     "bf16_weights": experts(weight_dtype=torch.bfloat16, bias=True),
     "many_tokens": experts(T=150, D=40, F=48, E=4, A=2),
+    "rows_fill_panels": experts(T=64, D=64, F=96, E=3, A=2, indices=[[0, 2]] * 64),
+    "rows_fill_panels_dbrx": experts(T=64, D=64, F=96, E=3, A=2, indices=[[0, 2]] * 64, layout="dbrx"),
+    "rows_fill_panels_turned": experts(T=64, D=64, F=96, E=3, A=2, indices=[[0, 2]] * 64, layout="turned"),
     "many_tokens_dbrx": experts(T=150, D=40, F=48, E=4, A=2, layout="dbrx"),
 }
 

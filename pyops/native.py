@@ -1,6 +1,7 @@
 """Loads the compiled extension, if it was built, and says why not otherwise; what its CUDA kernels were built for."""
 import importlib
 import re
+from contextlib import contextmanager
 
 import torch
 
@@ -29,6 +30,21 @@ def cpu_vendor():
             return next((line.split(":")[1].strip() for line in file if line.startswith("vendor_id")), None)
     except OSError:
         return None
+
+
+def second_level_cache():
+    """Bytes of a core's second-level cache, by which the CPU kernels cut products; 0 where unknown."""
+    return _C.second_level_cache() if available else 0
+
+
+@contextmanager
+def assumed_second_level_cache(bytes):
+    """Inside, the kernels take `bytes` for the size of a core's second-level cache: for tests of what other machines run."""
+    _C.assume_second_level_cache(bytes)
+    try:
+        yield
+    finally:
+        _C.assume_second_level_cache(-1)
 
 
 def kernel_counts():

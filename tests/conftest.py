@@ -23,9 +23,8 @@ def poisoned_memory(request):
 @pytest.fixture(autouse=True)
 def linear_layers_as_on_any_cpu(monkeypatch):
     """Which linear layers are ours depends on the CPU; tests say what they mean by setting these."""
-    for name, value in (("TORCH_IS_SLOW", False), ("MKL_IS_HOME", False), ("FUSING_PAYS", {})):
+    for name, value in (("TORCH_IS_SLOW", False), ("MKL_IS_HOME", False), ("FUSING_PAYS", {}), ("OWN_BF16", False), ("STORED_TILES", False)):
         monkeypatch.setattr(adapters, name, value)
-    monkeypatch.setattr(adapters, "OWN_BF16", False)
 
 
 @pytest.fixture(autouse=True, scope="module")

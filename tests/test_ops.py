@@ -2,7 +2,7 @@
 import pytest
 import terrazzo
 import torch
-from terrazzo import cases
+from terrazzo import cases, native
 from terrazzo.tolerance import check
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -47,6 +47,28 @@ def test_backward(case, dtype):
     ran = served_by(case)
     assert terrazzo.counters() == {ran: {"cpu": 1}, f"{ran}_bwd": {"cpu": 1}}
     assert_matches(case, dtype, kwargs, found, gradients=True)
+
+
+PRODUCTS = ("grouped_mm", "gmm", "linear", "fused_experts", "norm_linear")
+
+
+@pytest.mark.parametrize("case", [c for c in cases.CASES if c.op in PRODUCTS], ids=str)
+@dtypes
+def test_other_second_level_cache(case, dtype):
+    """Products are cut by the size of a core's second-level cache: what other machines run."""
+    kwargs = case.make(dtype)
+    with native.assumed_second_level_cache(1 << 20 if native.second_level_cache() >= 2 << 20 else 2 << 20):
+        found = cases.run(case, kwargs, "cpu", gradients=bool(case.grads))
+    assert_matches(case, dtype, kwargs, found, gradients=bool(case.grads))
+
+
+def test_second_level_caches_are_not_one_code():
+    x, weight = torch.randn(64, 1024), torch.randn(96, 1024)
+    found = []
+    for bytes in (1 << 20, 2 << 20, 2 << 20):
+        with native.assumed_second_level_cache(bytes):
+            found.append(terrazzo.linear(x, weight, backend="cpu"))
+    assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
 
 
 @every_case

@@ -371,6 +371,21 @@ def test_few_rows_of_bf16_where_both_have_instructions(monkeypatch):
     assert adapters.linear_serving(torch.randn(99, 24).half(), layer.weight.half(), None, None)[0] == "cpu"  # torch has nothing fast for it
 
 
+def test_rows_of_bf16_that_meet_a_weight_where_it_lies(monkeypatch):
+    for name, value in (("TORCH_IS_FAST", dict.fromkeys(adapters.HALF, adapters.AMX)), ("OWN_BF16", True), ("STORED_TILES", True), ("FEW_LINEAR_ROWS", 4), ("STORED_TILE_WEIGHT", 1024)):
+        monkeypatch.setattr(adapters, name, value)
+    small, odd, large = (torch.nn.Linear(*sizes).bfloat16() for sizes in ((32, 16), (48, 64), (64, 48)))
+    few, many = (f"over {rows}4 rows torch's own: {adapters.AMX}" for rows in ("", "128 rows, with gradients over "))
+    with terrazzo.patch(torch.nn.Sequential(small, odd, large)) as handle:
+        assert [(row.backend, row.note) for row in handle.report()] == [("cpu", few), ("cpu", few), ("cpu", many)]
+        for layer, rows, gradients, ours in ((small, 4, True, True), (small, 5, False, False), (odd, 5, False, False), (large, 5, True, False), (large, 5, False, True),
+                                             (large, 128, False, True), (large, 129, False, False)):  # fmt: skip
+            terrazzo.reset_counters()
+            with torch.set_grad_enabled(gradients):
+                layer(torch.randn(rows, layer.in_features).bfloat16())
+            assert bool(terrazzo.counters()) == ours, (layer, rows, gradients)
+
+
 @pytest.mark.parametrize("isa, fast, own", [("avx2", None, False), ("avx2", adapters.AMX, False), ("avx512_bf16", adapters.AVX512_BF16, True),
                                             ("avx512_bf16", adapters.AMX, False), ("amx", adapters.AVX512_BF16, True), ("amx", adapters.AMX, True)])  # fmt: skip
 def test_which_cpus_are_not(isa, fast, own, monkeypatch):

@@ -14,6 +14,7 @@ namespace {
 std::atomic<ParallelForFn> g_run{nullptr};
 std::atomic<int (*)()> g_threads{nullptr};
 std::atomic<bool> g_tiles{false};
+std::atomic<int64_t> g_second_level{-1};
 
 struct ScratchArena {
   void* data[kScratchSlots] = {};
@@ -58,12 +59,16 @@ void use_tiles(bool use) { g_tiles = use; }
 bool tiles() { return g_tiles.load(std::memory_order_relaxed); }
 
 int64_t second_level_cache() {
+  int64_t bytes = g_second_level.load(std::memory_order_relaxed);
+  if (bytes >= 0) return bytes;
 #ifdef _SC_LEVEL2_CACHE_SIZE
-  static const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (bytes > 0) return bytes;
+  bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
-  return 0;
+  if (bytes < 0) bytes = 0;
+  g_second_level = bytes;
+  return bytes;
 }
+void assume_second_level_cache(int64_t bytes) { g_second_level = bytes; }
 
 void* scratch_bytes(int slot, size_t bytes) {
   static thread_local ScratchArena arena;

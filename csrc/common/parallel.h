@@ -23,8 +23,10 @@ bool tiles_granted();
 void use_tiles(bool use);
 bool tiles();
 
-// Bytes of a core's second-level cache; 0 where the system doesn't say.
+// Bytes of a core's second-level cache, which decides how products are cut; 0 where the system doesn't say. Tests assume others; a
+// negative number asks the system again.
 int64_t second_level_cache();
+void assume_second_level_cache(int64_t bytes);
 
 // fn(begin, end) over disjoint ranges that cover [begin, end), each of at least `grain` items; serially when
 // the range is not larger than `grain`. Which thread gets which range depends on the number of threads:

@@ -1,13 +1,14 @@
 // C[M, N] (+)= A[M, K] B[K, N] for one block of C, in the accumulation type: the heart of the expert and linear kernels.
 //
-// Four ways, chosen by the number of rows and B's layout, so that weights are read as they are stored:
+// Five ways, chosen by the number of rows and B's layout, so that weights are read as they are stored:
 //   blocked  any strides: kBlockK rows of B at a time go into panels of kPanel columns, A into rows of kBlockK; both
 //            convert to the accumulation type on the way. Register tiles of gemm_tile.h do the rest.
 //   dot      few rows, B contiguous along K (x W^T with W as stored): vectors run along K, nothing is packed.
+//   swapped  more rows of that layout: C^T = W x^T. Rows of W are read where they lie, rows of x go into panels.
 //   axpy     very few rows, B contiguous along N: rows of B are scaled and added to C, which stays in cache.
 //   panels   B packed before the call (WeightMatrix): its panels are read where they lie, converted in registers.
-// With AVX512-BF16, blocked, dot and panels multiply bfloat16 as it is where both operands are, blocked and panels by AMX tiles where
-// the machine has them (gemm_bf16.h).
+// With AVX512-BF16, blocked, dot and panels multiply bfloat16 as it is where both operands are; blocked, swapped and panels by AMX tiles
+// where the machine has them (gemm_bf16.h).
 // The order of the sum of one element depends on K, the way and its group's rows, not on how C was cut for the threads.
 // Sums of kBlockK terms are made apart and then added to C: one long chain of float32 roundings would be off twice as far.
 #pragma once
@@ -23,6 +24,9 @@ constexpr int64_t kBlockM = 96;    // rows of A packed at once: 96 KB
 constexpr int64_t kPackAhead = 16; // rows of B fetched ahead while packing
 constexpr int64_t kDotRows = 96;   // at most so many rows by dot products, half of it where B is converted for every
                                    // tile of rows; beyond, packing costs less than adding up lanes
+constexpr int64_t kSwapRows = 256; // at most so many rows by swapping: their panels of kSwapBytes a row are 1 MB
+constexpr int64_t kSwapBytes = 4096;
+constexpr int64_t kSwapTiles = 1 << 18; // elements in panels for tiles
 constexpr int64_t kAxpyRows = 24;  // at most so many rows by axpy; beyond, C's passes through the cache cost more
 constexpr int64_t kStreamRows = 4; // at most so many rows read one row of B at a time: one sequential stream a thread
 constexpr int64_t kDotCache = 1 << 15;  // elements of A that stay in a second-level cache beside rows of B
@@ -30,7 +34,7 @@ constexpr int64_t kDotMinK = 1024;      // shorter sums pay too much for adding 
 constexpr int64_t kStreamAhead = 8192;  // bytes fetched ahead of a stream
 
 // Scratch slots of this file; callers use kGemmSlots and up.
-enum GemmSlot { kSlotA, kSlotB, kGemmSlots };
+enum GemmSlot { kSlotA, kSlotB, kSlotTurned, kGemmSlots };
 
 // A[M, K]; row m lies at rows[m] when the rows are gathered. `narrow`: float32 that may be rounded to bfloat16, what it stands for being of that type.
 struct MatrixA {
@@ -53,7 +57,7 @@ inline MatrixB expert_matrix(const WeightMatrix& w, int64_t e) {
   return {w.dtype, data, w.stride_k, w.stride_n, w.panel, w.int8, w.scale ? w.scale + e * w.scale_stride_e : nullptr};
 }
 
-enum class GemmWay { blocked, dot, axpy, panels };
+enum class GemmWay { blocked, dot, swapped, axpy, panels };
 
 // How many rows are multiplied by dot products at most.
 inline int64_t dot_rows_of(DType dtype) {
@@ -63,8 +67,19 @@ inline int64_t dot_rows_of(DType dtype) {
   return size_of(dtype) == 2 ? kDotRows / 2 : kDotRows;
 }
 
+// Whether so many rows are multiplied by swapping: where a second-level cache has room for their panels beside a stream of W (measured on
+// Intel's CPUs of 2 MB), and at least one panel is full.
+inline bool swaps(int64_t M, [[maybe_unused]] int64_t K, DType dtype) {
+  if (second_level_cache() < (2 << 20)) return false;
+#if defined(__AVX512BF16__)
+  if (dtype == DType::bf16) return tiles() && M > kStreamRows && K % (2 * kTileEdge) == 0;
+#endif
+  return M >= max_of(16, dtype == DType::f64 ? kTileCols<double> : kTileCols<float>) && M <= kSwapRows;
+}
+
 inline GemmWay gemm_way(int64_t M, int64_t K, int64_t N, const MatrixB& b) {
   if (b.panel) return GemmWay::panels;
+  if (K > 1 && b.stride_k == 1 && swaps(M, K, b.dtype)) return GemmWay::swapped;
   if (M <= dot_rows_of(b.dtype) && K > 1 && b.stride_k == 1) return GemmWay::dot;
   if (M <= kAxpyRows && N > 1 && b.stride_n == 1) return GemmWay::axpy;
   return GemmWay::blocked;
@@ -400,6 +415,153 @@ inline void gemm_dot(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& b
   });
 }
 
+// ---- swapped: B contiguous along K, more rows ------------------------------------------------------------------
+// W = B^T has a row for each column of C. What dot products read again for every four or six rows of W, all of A, is here read for every
+// kTileRows of it, and no lanes are added up; against `blocked`, W is neither transposed nor copied.
+
+// Rows [m, m + rows) x columns [k, k + kc) of A -> panels of kTileCols rows, `stride` apart; rows up to a whole panel are zero.
+template <class A>
+inline void pack_row_panels(const MatrixA& a, int64_t m, int64_t rows, int64_t k, int64_t kc, A* panels, int64_t stride) {
+  constexpr int64_t C = kTileCols<A>;
+  for (int64_t p = 0; p < rows; p += C, panels += stride) {
+    const int64_t valid = min_of(C, rows - p);
+    if (valid < C) std::memset(panels, 0, static_cast<size_t>(kc * C) * sizeof(A));
+    if (!a.rows) {
+      load_tile<A>(a.dtype, a.data, (m + p) * a.stride_m + k * a.stride_k, a.stride_k, a.stride_m, kc, valid, panels, C);
+    } else {
+      A* gathered = scratch<A>(kSlotA, C * kc);
+      pack_a(a, m + p, valid, k, kc, gathered, kc);
+      load_tile<A>(gathered, 1, kc, kc, valid, panels, C);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+// The same in pairs.
+inline void pack_row_panels(const MatrixA& a, int64_t m, int64_t rows, int64_t k, int64_t kc, Pair* panels, int64_t stride) {
+  if (!a.rows)
+    return with_narrow(a.dtype, a.data, [&](auto* p) {
+      pack_pair_panels(p + m * a.stride_m + k * a.stride_k, a.stride_k, a.stride_m, kc, rows, round_up(rows, kPanel), 0, panels, stride);
+    });
+  const int64_t ld = round_up(kc, 2 * kPairs) / 2;
+  Pair* gathered = scratch<Pair>(kSlotA, kPanel * ld);
+  for (int64_t p = 0; p < rows; p += kPanel, panels += stride) {
+    const int64_t valid = min_of(kPanel, rows - p);
+    pack_a(a, m + p, valid, k, kc, gathered, ld);
+    pack_pair_panels(reinterpret_cast<const bf16*>(gathered), 1, 2 * ld, kc, valid, kPanel, 0, panels, stride);
+  }
+}
+#endif
+
+// t[R, a panel's rows] (+)= R rows of w times the panel. Meanwhile the stored rows [fetch, end), `step` bytes apart, of elements of `size`
+// bytes, come into the second-level cache.
+template <int R, class A>
+TZ_INLINE void swapped_tile(const A* w, int64_t ldw, const A* panel, int64_t kc, A* t, int64_t ldt, bool add, const char* fetch, const char* end, int64_t step, int64_t size) {
+  constexpr int64_t V = Vec<A>::size, line = 64 / static_cast<int64_t>(sizeof(A));
+  Tile<A, R> sum;
+  sum.zero();
+  const auto term = [&](int64_t k) TZ_LAMBDA {
+    const Vec<A> x0 = Vec<A>::load(panel + k * 2 * V), x1 = Vec<A>::load(panel + k * 2 * V + V);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+      const Vec<A> s(w[i * ldw + k]);
+      sum.c[i][0] = fma(s, x0, sum.c[i][0]);
+      sum.c[i][1] = fma(s, x1, sum.c[i][1]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + line <= kc; k += line) {
+    for (const char* row = fetch; row < end; row += step) prefetch_l2(row + k * size);
+#pragma GCC unroll 8
+    for (int64_t u = 0; u < line; u++) term(k + u);
+  }
+  for (; k < kc; k++) term(k);
+  if (add) sum.add(t, ldt);
+  sum.store(t, ldt);
+}
+
+// C[rows, height] (+)= rows of x, padded with zeros to whole vectors, times rows of w, which are in a cache: what doesn't fill a panel.
+template <class A>
+__attribute__((noinline)) void dot_rest(const A* x, int64_t ldx, int64_t rows, const A* w, int64_t ldw, int64_t height, int64_t kc, A* c, int64_t ldc, bool add) {
+  constexpr int W = kDotTileCols;
+  for_row_tiles<kDotTileRows>(rows, [&](int64_t row, auto tall) TZ_LAMBDA {
+    constexpr int R = decltype(tall)::value;
+    const A* at = x + row * ldx;
+    int64_t j = 0;
+    for (; j + W <= height; j += W) dot_tile<R, W, 1>(at, ldx, w + j * ldw, ldw, kc, Fetch{reinterpret_cast<const char*>(w), 0, 0}, c + row * ldc + j, ldc, add);
+    for (; j < height; j++) dot_tile<R, 1, 1>(at, ldx, w + j * ldw, ldw, kc, Fetch{reinterpret_cast<const char*>(w), 0, 0}, c + row * ldc + j, ldc, add);
+  });
+}
+
+template <class A, class S>
+inline void swapped_rows(const MatrixA& a, int64_t m, int64_t rows, const S* w, int64_t ldw, int64_t nb, int64_t K, A* c, int64_t ldc, bool accumulate) {
+  constexpr int64_t C = kTileCols<A>, size = sizeof(S), block = kSwapBytes / static_cast<int64_t>(sizeof(A)), stride = (block + 1) * C, ld = block + kPanel;
+  const int64_t left = rows % C, rest = 8 * left < 7 * C ? left : 0, filled = rows - rest;  // a panel that is nearly full is worth filling up
+  const int64_t panels = ceil_div(filled, C), ldt = panels * C;
+  A* x = scratch<A>(kSlotB, panels * stride + rest * ld);
+  A* x_rest = x + panels * stride;
+  A* t = scratch<A>(kSlotTurned, nb * ldt);
+  if (accumulate) load_tile<A>(c, 1, ldc, nb, filled, t, ldt);
+  for (int64_t k = 0; k < K; k += block) {
+    const int64_t kc = min_of(block, K - k);
+    const bool add = k > 0 || accumulate;
+    pack_row_panels(a, m, filled, k, kc, x, stride);
+    pack_a(a, m + filled, rest, k, kc, x_rest, ld);
+    for (int64_t i = 0; i < rest; i++)
+      for (int64_t u = kc; u < round_up(kc, Vec<A>::size); u++) x_rest[i * ld + u] = A(0);
+    A* converted = std::is_same_v<A, S> ? nullptr : scratch<A>(kSlotA, kTileRows * ld);
+    for_row_tiles(nb, [&](int64_t row, auto height) TZ_LAMBDA {
+      constexpr int R = decltype(height)::value;
+      const S* stored = w + row * ldw + k;
+      const auto run = [&](const A* from, int64_t ldf) TZ_LAMBDA {
+        const char* next = reinterpret_cast<const char*>(stored + R * ldw);  // its rows are shared out to the panels
+        for (int64_t p = 0; p < panels; p++) {
+          const char *fetch = next + R * p / panels * ldw * size, *end = next + R * (p + 1) / panels * ldw * size;
+          for (int64_t part = 0; part < kc; part += kBlockK)
+            swapped_tile<R>(from + part, ldf, x + p * stride + part * C, min_of(kBlockK, kc - part), t + row * ldt + p * C, ldt, part > 0 || add,
+                            fetch + part * size, end + part * size, ldw * size, size);
+        }
+        if (rest > 0) dot_rest(x_rest, ld, rest, from, ldf, R, kc, c + filled * ldc + row, ldc, add);
+      };
+      if constexpr (std::is_same_v<A, S>) {
+        run(stored, ldw);
+      } else {
+        load_tile<A>(stored, ldw, 1, R, kc, converted, ld);
+        run(converted, ld);
+      }
+    });
+  }
+  load_tile<A>(t, 1, ldt, filled, nb, c, ldc);
+}
+
+#if defined(__AVX512BF16__)
+// By tiles: 32 rows of W where they lie times 32 rows of A, a panel of whose pairs is a tile's other operand.
+inline void swapped_tiles(const MatrixA& a, int64_t m, int64_t rows, const bf16* w, int64_t ldw, int64_t nb, int64_t K, float* c, int64_t ldc, bool accumulate) {
+  constexpr int64_t unit = 2 * kTileEdge;
+  const int64_t panels = ceil_div(rows, kTileEdge), block = min_of(K, kSwapTiles / (panels * kTileEdge) / unit * unit), stride = panel_stride(block / 2);
+  Pair* x = scratch<Pair>(kSlotB, panels * stride);
+  bf16* edge = scratch<bf16>(kSlotTurned, unit * block);
+  for (int64_t k = 0; k < K; k += block) {
+    const int64_t kc = min_of(block, K - k);
+    pack_row_panels(a, m, rows, k, kc, x, stride);
+    multiply_stored(w + k, ldw, nb, kc, x, stride, rows, edge, c, ldc, k == 0 && !accumulate);
+  }
+}
+#endif
+
+template <class A>
+inline void gemm_swapped(const MatrixA& a, int64_t m, int64_t rows, const MatrixB& b, int64_t n, int64_t nb, int64_t K, A* c, int64_t ldc, bool accumulate) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<A, float>)
+    if (b.dtype == DType::bf16 && in_pairs(a, b)) return swapped_tiles(a, m, rows, static_cast<const bf16*>(b.data) + n * b.stride_n, b.stride_n, nb, K, c, ldc, accumulate);
+#endif
+  with_type(b.dtype, [&](auto t) {
+    using S = decltype(t);
+    if constexpr (std::is_same_v<A, double> == std::is_same_v<S, double>)
+      swapped_rows(a, m, rows, static_cast<const S*>(b.data) + n * b.stride_n, b.stride_n, nb, K, c, ldc, accumulate);
+  });
+}
+
 // ---- axpy: B contiguous along N ------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
@@ -534,7 +696,8 @@ inline void panel_tiles(const MatrixA& a, int64_t m, int64_t rows, const bf16* p
       const bf16* from = panels + (n + j) / kPanel * panel + k * kPanel;
       for (int64_t pair = 0; pair < kc; pair++) _mm512_storeu_si512(paired + j / kPanel * stride + pair * kPanel, panel_pairs(from + 2 * pair * kPanel));
     }
-    if (ceil_div(nb, kPanel) % 2) std::memset(paired + nb / kPanel * stride + (nb % kPanel ? stride : 0), 0, static_cast<size_t>(kc * kPanel) * sizeof(Pair));
+    const int64_t filled = ceil_div(nb, kPanel);
+    if (filled % 2) std::memset(paired + filled * stride, 0, static_cast<size_t>(kc * kPanel) * sizeof(Pair));
     for (int64_t i = 0; i < rows; i += kBlockM) {
       const int64_t mc = min_of(kBlockM, rows - i);
       pack_a(a, m + i, mc, k, cols, packed, kBlockK);
@@ -597,6 +760,7 @@ inline void gemm_block(GemmWay way, const MatrixA& a, int64_t m, int64_t rows, c
 #endif
       return gemm_blocked<A>(a, m, rows, b, n, nb, K, c, ldc, accumulate);
     case GemmWay::dot: return gemm_dot(a, m, rows, b, n, nb, K, c, ldc, accumulate);
+    case GemmWay::swapped: return gemm_swapped(a, m, rows, b, n, nb, K, c, ldc, accumulate);
     case GemmWay::axpy: return gemm_axpy(a, m, rows, b, n, nb, K, c, ldc, accumulate);
     case GemmWay::panels: return gemm_panels(a, m, rows, b, n, nb, K, c, ldc);  // products of the forward: never accumulated
   }
@@ -632,8 +796,9 @@ template <class F> inline void run_tasks(int64_t n, int64_t multiply_adds, const
   });
 }
 
-// Rows of a block of C: what stays in a second-level cache while kBlockK rows of B pass by.
+// Rows of a block of C: what stays in a second-level cache while kBlockK rows of B pass by, or beside their panels.
 constexpr int64_t kBlockRows = 512;
+inline int64_t block_rows(GemmWay way) { return way == GemmWay::swapped ? kSwapRows : kBlockRows; }
 
 // The rows of consecutive groups: group e has the rows [e ? ends[e - 1] : 0, ends[e]).
 struct Groups {
@@ -654,9 +819,10 @@ struct GroupTasks {
 // in a second-level cache (0.8 or 1.6 MB).
 inline int64_t packed_width() { return second_level_cache() >= (2 << 20) ? 512 : 256; }
 
-// A block has about packed_width() columns by packing; fewer by dot products, whose rows of B are contiguous each; as many as
-// keep C in a first-level cache by axpy.
+// A block has about packed_width() columns by packing; fewer by dot products, whose rows of B are contiguous each; by swapping, which packs
+// A for each, as many as keep C in a second-level cache; by axpy in a first-level cache.
 inline int64_t usual_width(GemmWay way, int64_t rows) {
+  if (way == GemmWay::swapped) return min_of(1024, max_of((1 << 18) / rows, 256));
   if (way == GemmWay::axpy) return min_of(1024, max_of(8192 / rows, 256));
   return way == GemmWay::dot ? 96 : packed_width();
 }
@@ -676,8 +842,8 @@ template <class F> inline void for_blocks(const Groups& groups, int64_t N, int64
   for (int64_t i = 0; i < active; i++) {
     GroupTasks& g = table[i];
     const GemmWay way = gemm_way(g.rows, K, N, b);
-    g.row_blocks = ceil_div(g.rows, kBlockRows);
-    g.columns = cut_columns(N, usual_width(way, g.rows), active * g.row_blocks);
+    g.row_blocks = ceil_div(g.rows, block_rows(way));
+    g.columns = cut_columns(N, usual_width(way, ceil_div(g.rows, g.row_blocks)), active * g.row_blocks);
     g.first = tasks;
     tasks += g.row_blocks * g.columns.count;
   }

@@ -210,6 +210,76 @@ inline void multiply_tiles(const Pair* a, int64_t lda, int64_t mc, int64_t kc, c
   }
 }
 
+// The 16 x 16 sums at s, `ld` apart, turned: (+)= the first `valid` rows of c.
+TZ_INLINE void store_turned(const float* s, int64_t ld, int64_t valid, float* c, int64_t ldc, bool first) {
+  Vec<float> v[kTileEdge];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kTileEdge; i++) v[i] = Vec<float>::load(s + i * ld);
+  transpose(v);
+  for (int64_t i = 0; i < valid; i++) (first ? v[i] : Vec<float>::load(c + i * ldc) + v[i]).store(c + i * ldc);
+}
+
+// sums[32, 32 or 16] = 32 rows of w, kc elements each where they lie, times two panels or one. Meanwhile `count` rows of W, `step` apart, come into the
+// second-level cache.
+template <bool kTwo>
+TZ_INLINE void stored_products(const bf16* w, int64_t ldw, const Pair* b0, const Pair* b1, int64_t kc, const bf16* fetch, int64_t count, int64_t step, float* sums) {
+  constexpr int64_t size = sizeof(bf16), wide = 2 * kTileEdge;
+  const bf16* below = w + kTileEdge * ldw;
+  TZ_TILE_ZERO(0);
+  TZ_TILE_ZERO(1);
+  if constexpr (kTwo) {
+    TZ_TILE_ZERO(2);
+    TZ_TILE_ZERO(3);
+  }
+  for (int64_t k = 0; k < kc; k += wide) {
+    TZ_TILE_LOAD(4, w + k, ldw * size);
+    TZ_TILE_LOAD(6, b0 + k / 2 * kPanel, kPanel * static_cast<int64_t>(sizeof(Pair)));
+    TZ_TILE_MULTIPLY(0, 4, 6);
+    TZ_TILE_LOAD(5, below + k, ldw * size);
+    TZ_TILE_MULTIPLY(1, 5, 6);
+    if constexpr (kTwo) {
+      TZ_TILE_LOAD(7, b1 + k / 2 * kPanel, kPanel * static_cast<int64_t>(sizeof(Pair)));
+      TZ_TILE_MULTIPLY(2, 4, 7);
+      TZ_TILE_MULTIPLY(3, 5, 7);
+    }
+    for (int64_t i = 0; i < count; i++) prefetch_l2(fetch + i * step + k);
+  }
+  TZ_TILE_STORE(0, sums, wide * static_cast<int64_t>(sizeof(float)));
+  TZ_TILE_STORE(1, sums + kTileEdge * wide, wide * static_cast<int64_t>(sizeof(float)));
+  if constexpr (kTwo) {
+    TZ_TILE_STORE(2, sums + kTileEdge, wide * static_cast<int64_t>(sizeof(float)));
+    TZ_TILE_STORE(3, sums + kTileEdge * wide + kTileEdge, wide * static_cast<int64_t>(sizeof(float)));
+  }
+}
+
+// C[rows, nb] (+)= (W[nb, kc] panels)^T, kc a multiple of two tiles' edges; columns up to a multiple of 32 are written. `edge` has room for
+// 32 rows of W.
+inline void multiply_stored(const bf16* w, int64_t ldw, int64_t nb, int64_t kc, const Pair* panels, int64_t stride, int64_t rows, bf16* edge, float* c, int64_t ldc, bool first) {
+  constexpr int64_t wide = 2 * kTileEdge;
+  alignas(64) float sums[wide * wide];
+  const Tiles configured;
+  const int64_t across = ceil_div(rows, wide);
+  for (int64_t j = 0; j < nb; j += wide) {
+    const bf16* from = w + j * ldw;
+    int64_t ld = ldw;
+    if (nb - j < wide) {  // rows beyond the last are not there to be read
+      std::memset(edge, 0, static_cast<size_t>(wide * kc) * sizeof(bf16));
+      for (int64_t i = 0; i < nb - j; i++) std::memcpy(edge + i * kc, from + i * ldw, static_cast<size_t>(kc) * sizeof(bf16));
+      from = edge, ld = kc;
+    }
+    for (int64_t p = 0; p < across; p++) {
+      const Pair* b = panels + 2 * p * stride;
+      const int64_t left = rows - p * wide, begin = wide * p / across, count = wide * (p + 1) / across - begin;
+      const bf16* fetch = w + (j + wide + begin) * ldw;
+      if (left > kTileEdge) stored_products<true>(from, ld, b, b + stride, kc, fetch, count, ldw, sums);
+      else stored_products<false>(from, ld, b, b, kc, fetch, count, ldw, sums);
+      for (int64_t x = 0; x < min_of(left, wide); x += kTileEdge)
+        for (int64_t y = 0; y < wide; y += kTileEdge)
+          store_turned(sums + y * wide + x, wide, min_of(kTileEdge, left - x), c + (p * wide + x) * ldc + j + y, ldc, first);
+    }
+  }
+}
+
 #endif
 
 }}}  // namespace terrazzo::cpu::TZ_ISA

@@ -67,7 +67,9 @@ void finish_block(const NormLinearParams& p, int64_t row, int64_t rows, int64_t 
 template <class A> void run(const NormLinearParams& p) {
   MatrixA x{p.dtype, p.x, p.x_stride, 1, nullptr};
   if (p.norm_weight) x.data = normed_rows<A>(p), x.stride_m = p.K;
-  const int64_t parts = p.gated ? 1 : p.num_weights, height = min_of(p.T, kBlockRows);
+  const int64_t parts = p.gated ? 1 : p.num_weights;
+  const int64_t most = block_rows(gemm_way(min_of(p.T, kBlockRows), p.K, p.weights[0].N, expert_matrix(p.weights[0].matrix, 0)));
+  const int64_t height = ceil_div(p.T, ceil_div(p.T, most));
   ColumnBlocks blocks[kMaxWeights];
   int64_t first_column[kMaxWeights], first_task[kMaxWeights + 1] = {}, columns = 0;
   for (int64_t i = 0; i < parts; i++) {
