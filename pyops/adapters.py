@@ -328,6 +328,7 @@ def _torch_is_fast():
 
 TORCH_IS_FAST = _torch_is_fast()
 
+
 def _own_bf16():
     """Whether the kernels here have the instructions for bfloat16 that make torch fast."""
     own = {"avx512_bf16": (AVX512_BF16,), "amx": (AVX512_BF16, AMX)}.get(native.isa(), ())
@@ -337,8 +338,10 @@ def _own_bf16():
 # Then experts are theirs, and linear layers of few rows, where torch reads weights at half of what memory gives.
 OWN_BF16 = _own_bf16()
 FEW_LINEAR_ROWS = 4 if TORCH_IS_FAST.get(torch.bfloat16) == AMX else 16
+# Where the kernels read a weight where it lies while rows stand beside it in a second-level cache (csrc/cpu/gemm.h, swapped).
+ROOMY_CACHE = native.second_level_cache() >= 2 << 20
 # With AMX on both sides more rows too, without gradients: tiles are read from the weight where it lies, torch copies it first.
-STORED_TILES = OWN_BF16 and native.isa() == "amx" and native.second_level_cache() >= 2 << 20
+STORED_TILES = OWN_BF16 and native.isa() == "amx" and ROOMY_CACHE
 STORED_TILE_ROWS, STORED_TILE_WEIGHT, STORED_TILE_DEPTH = 128, 1 << 21, 32  # at most, elements at least, and what divides in_features
 
 
@@ -364,10 +367,10 @@ def _mkl_is_home():
 
 MKL_IS_HOME = _mkl_is_home()
 # Rows with which it is slow there: it takes its way of many rows, which copies weights before it multiplies.
-MKL_IS_SLOW_FROM, MKL_IS_SLOW_TO = 2 if native.isa() == "avx2" else 4, 128
+MKL_IS_SLOW_FROM, MKL_IS_SLOW_TO = 2 if native.isa() == "avx2" else 4, 128 if ROOMY_CACHE else 40
 # Dtypes whose many rows are about as fast here as in torch, so that what is fused with them is gained: float32 against MKL with AVX2 and
 # 2 MB, bfloat16 with AMX on both sides.
-FUSING_PAYS = {torch.float32: MKL_IS_HOME and native.isa() == "avx2" and native.second_level_cache() >= 2 << 20, torch.bfloat16: OWN_BF16 and native.isa() == "amx"}
+FUSING_PAYS = {torch.float32: MKL_IS_HOME and native.isa() == "avx2" and ROOMY_CACHE, torch.bfloat16: OWN_BF16 and native.isa() == "amx"}
 
 
 def _float32_is_ours(x, weight):
@@ -410,7 +413,8 @@ def _linear_judged(module, x, backend):
     if few and not one and not many:
         return few, f"for {MKL_IS_SLOW_FROM} to {MKL_IS_SLOW_TO} rows without gradients, else torch's own: {why_one}"
     if one and not many:
-        return one, f"over {f'{STORED_TILE_ROWS} rows, with gradients over ' if some else ''}{FEW_LINEAR_ROWS} rows torch's own: {why_many}"
+        most = f"{STORED_TILE_ROWS} rows, with gradients over {FEW_LINEAR_ROWS}" if some else FEW_LINEAR_ROWS
+        return one, f"over {most} rows torch's own: {why_many}"
     if many and not one:
         return many, f"for few rows torch's own: {why_one}"
     return many, why_many
