@@ -9,7 +9,8 @@
 //   panels   B packed before the call (WeightMatrix): its panels are read where they lie, converted in registers.
 // With AVX512-BF16, blocked, dot and panels multiply bfloat16 as it is where both operands are; blocked, swapped and panels by AMX tiles
 // where the machine has them (gemm_bf16.h).
-// The order of the sum of one element depends on K, the way and its group's rows, not on how C was cut for the threads.
+// The order of the sum of one element depends on K, the way, its group's rows and, swapped, its place among them (rows that fill no panel
+// are dot products), not on how C was cut for the threads.
 // Sums of kBlockK terms are made apart and then added to C: one long chain of float32 roundings would be off twice as far.
 #pragma once
 #include "../common/parallel.h"
